@@ -1,0 +1,73 @@
+"""The command line: one file per verb; a verb parses, calls one library function and renders.
+
+Verbs are imported only when called, so `trainguard --help` stays fast and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from trainguard import __version__
+from trainguard.errors import TrainguardError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "run": ("trainguard.cli.run", "Run a command guarded, unmodified; verdict at the end."),
+    "lock": ("trainguard.cli.lock", "Write the approved reference values of a command."),
+    "preflight": ("trainguard.cli.preflight", "Compare what would run now with the lock."),
+    "scan": ("trainguard.cli.scan", "Vet model files without loading them."),
+    "explain": ("trainguard.cli.explain", "Per link of a run: held, broken, blind or explained."),
+    "verdict": ("trainguard.cli.verdict", "The four-valued verdict of a run, with findings and reasons."),
+    "runs": ("trainguard.cli.runs", "List recorded runs."),
+    "show": ("trainguard.cli.show", "One run as a timeline; --html for the report."),
+    "diff": ("trainguard.cli.diff", "What differs between two runs that should be equal."),
+    "log": ("trainguard.cli.log", "The transparency log: head, show, prove, verify."),
+    "demo": ("trainguard.cli.demo", "The whole story on a small model."),
+    "doctor": ("trainguard.cli.doctor", "Is this machine set up well?"),
+}
+"""verb → (module with a click command named `command`, the line `--help` prints)."""
+
+
+class _Verbs(click.Group):
+    """A group that knows its verbs by table and imports one only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(VERBS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="trainguard")
+def cli() -> None:
+    """Guards PyTorch training against quiet sabotage.
+
+    Exit status: 0 upheld or clean, 1 violated or findings, 2 usage error, 3 could not tell.
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: errors become one sentence on stderr and the exit status of their family."""
+    try:
+        return cli.main(args=arguments, prog_name="trainguard", standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        print("trainguard: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except TrainguardError as error:
+        hint = f"\n  next: {error.next_step}" if error.next_step else ""
+        print(f"trainguard: {error}{hint}", file=sys.stderr)
+        sys.exit(error.exit_status)

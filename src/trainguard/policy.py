@@ -1,0 +1,116 @@
+"""What a site decides: limits, sampling, approvals. A value made once and passed in.
+
+Order: built-in default, then the organisation's policy, then the project's file, then flags; a later one may only
+tighten the organisation's (`Policy.tightened`). Its digest stands in every verdict, so a widened tolerance shows.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from trainguard.digest import canonical_json, sha256_hex
+from trainguard.errors import MalformedEvidence, Misuse, Unavailable
+
+POLICY_LIMIT_BYTES = 1 << 20
+
+
+class Approval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One honest oddity, approved once."""
+
+    check: str
+    """Name of the check whose departure is explained, such as `continuity`."""
+    place: str
+    """`file:line` or a file, as the finding prints it; relative to the code root where it lies inside."""
+    reason: str = ""
+    """Why, for the next reader."""
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings that judges and the watcher read. Every limit is a field with its unit in the name or docstring."""
+
+    links: str = "governed"
+    """governed: within the budget; all: every check on every step; none: only start, end and seals."""
+    budget_percent: float = 1.0
+    """Guard's own time in the training process, percent of wall time, once the credit is used up."""
+    credit_seconds: float = 1.0
+    """Own time each process may use before the budget binds, so short runs are watched whole (docs/adr/0002)."""
+    always_steps: int = 20
+    """First steps of a process that are always checked in full."""
+    tensors: int = 4
+    """Tensors whose update is recomputed per checked step."""
+    elements: int = 32
+    """Elements sampled per tensor."""
+    heartbeat_seconds: float = 10.0
+    """The supervisor writes a heartbeat this often; twice this without one is silence."""
+    segment_seconds: float = 2.0
+    """Records are sealed into the log at least this often."""
+    update_tolerance_ulp: float = 16.0
+    """Update truth: allowed error in units of the last place of the weight's type (see docs/checks/update.md)."""
+    approve: tuple[Approval, ...] = ()
+    """Honest oddities approved by the project."""
+    allow_env: tuple[str, ...] = ()
+    """Environment variables, beyond the built-in list, that may differ from the lock."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of every field, hex."""
+        return sha256_hex(canonical_json(msgspec.to_builtins(self)))
+
+    def tightened(self, organisation: Policy) -> Policy:
+        """This policy where it is at least as strict as `organisation`'s; raises Misuse naming the field if not."""
+        order = {"none": 0, "governed": 1, "all": 2}
+        looser = [
+            name
+            for name, is_looser in (
+                ("links", order[self.links] < order[organisation.links]),
+                ("update_tolerance_ulp", self.update_tolerance_ulp > organisation.update_tolerance_ulp),
+                ("tensors", self.tensors < organisation.tensors),
+                ("elements", self.elements < organisation.elements),
+                ("always_steps", self.always_steps < organisation.always_steps),
+                ("heartbeat_seconds", self.heartbeat_seconds > organisation.heartbeat_seconds),
+                (
+                    "approve",
+                    not set(self.approve) <= set(organisation.approve) and bool(organisation.approve),
+                ),
+            )
+            if is_looser
+        ]
+        if looser:
+            raise Misuse(f"policy: {', '.join(looser)} would be looser than the organisation's policy allows")
+        return self
+
+    def approves(self, check: str, place: str) -> bool:
+        """Whether a departure of `check` at `place` (`file:line`) is approved, by exact line or whole file."""
+        return any(a.check == check and place in (a.place, *_prefixes(place, a.place)) for a in self.approve)
+
+
+def _prefixes(place: str, approved: str) -> tuple[str, ...]:
+    file = place.rsplit(":", 1)[0]
+    return (place,) if file == approved or place.endswith("/" + approved) or file.endswith("/" + approved) else ()
+
+
+def parse_policy(data: bytes, *, where: str) -> Policy:
+    """The policy in TOML bytes. Unknown keys, wrong types and sizes over 1 MiB are refused, naming `where`."""
+    if len(data) > POLICY_LIMIT_BYTES:
+        raise MalformedEvidence(f"{where}: {len(data)} bytes, limit {POLICY_LIMIT_BYTES}")
+    try:
+        policy = msgspec.convert(tomllib.loads(data.decode()), Policy)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError, RecursionError) as error:
+        raise Misuse(f"{where}: not a policy: {error}") from error
+    if policy.links not in ("governed", "all", "none"):
+        raise Misuse(f"{where}: links: expected governed, all or none, found {policy.links!r}")
+    return policy
+
+
+def load_policy(path: Path | None) -> Policy:
+    """The policy file `path`, or the built-in default for None."""
+    if path is None:
+        return Policy()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Unavailable(f"{path}: policy cannot be read: {error.strerror}") from error
+    return parse_policy(data, where=str(path))
