@@ -34,7 +34,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     """`process` (sent by a guarded process) or `supervisor` (observed by the supervisor itself)."""
     kind: str
-    """hello, code, open, spawn, attach, step, sweep, note, bye · start, measurement, process, exit, silent, gap, end …"""
+    """What kind of record this is; the kinds and their bodies are listed in spec/evidence.md."""
     body: dict[str, Any] = {}
     process: int | None = None
     """The supervisor's own number for the process, from 0; pids recur, these do not."""

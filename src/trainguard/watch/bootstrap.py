@@ -1,0 +1,106 @@
+"""Starts the guard inside one interpreter: connection, audit hook, code link, and the engine once torch is there.
+
+Order matters: the code link is in place before any user module is imported; torch is never imported by us.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import Any, Callable, Optional
+
+from . import audit, client, code, inputs
+
+_client: Optional[client.Client] = None
+
+
+def start() -> None:
+    """Called once per interpreter from boot/sitecustomize.py. Does nothing when no supervisor answers."""
+    global _client
+    path = os.environ.get("TRAINGUARD_SOCKET")
+    if not path or _client is not None:
+        return
+    _client = client.Client(path)
+    if not _client.open():
+        return
+    os.register_at_fork(after_in_child=_forked)
+    atexit.register(_client.close)
+    if _client.settings.get("links") == "none":
+        return
+    audit.install(_client.fault)
+    code.install(_client)
+    inputs.install(_client)
+    after_import("torch", _attach_engine)
+
+
+def _forked() -> None:
+    if _client is None:
+        return
+    try:
+        _client.after_fork()
+        engine = sys.modules.get(__package__ + ".engine")
+        if engine is not None:
+            engine.forked(_client)
+    except Exception:
+        pass
+
+
+def _attach_engine() -> None:
+    from . import engine
+
+    if _client is not None:
+        engine.attach(_client)
+
+
+def after_import(name: str, action: Callable[[], None]) -> None:
+    """Run `action()` when the top-level import of `name` has completed, or now if it has."""
+    if name in sys.modules:
+        _guarded(action)
+        return
+    sys.meta_path.insert(0, _AfterImport(name, action))
+
+
+def _guarded(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except Exception as error:
+        if _client is not None:
+            _client.fault("bootstrap", error)
+
+
+class _AfterImport:
+    """A meta path finder that finds nothing itself: it lets the others find `name` and wraps that one loader."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name = name
+        self.action = action
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                _wrap_exec(spec, self.action)
+                return spec
+        return None
+
+
+def _wrap_exec(spec: Any, action: Callable[[], None]) -> None:
+    loader = spec.loader
+    run = loader.exec_module
+
+    def exec_module(module: Any) -> None:
+        try:
+            del loader.exec_module
+        except AttributeError:
+            pass
+        run(module)
+        _guarded(action)
+
+    try:
+        loader.exec_module = exec_module
+    except AttributeError:
+        pass
