@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
-from . import audit, client, code, inputs
+from . import audit, children, client, code, inputs
 
 _client: Optional[client.Client] = None
 
@@ -29,6 +29,7 @@ def start() -> None:
     if _client.settings.get("links") == "none":
         return
     audit.install(_client.fault)
+    children.install(_client)
     code.install(_client)
     inputs.install(_client)
     after_import("torch", _attach_engine)

@@ -1,0 +1,81 @@
+"""From a run's name to its verdict: read what the log proves, appraise it, and say what could not be proved.
+
+Broken evidence is a finding like any other: the log with a flipped bit, a spool that was cut or edited, a run
+without an end. It never raises for bad evidence, so that there is always a document to read.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from trainguard.appraise.engine import Appraiser
+from trainguard.appraise.interface import Context
+from trainguard.appraise.verdict import Verdict, decide
+from trainguard.archive import LogLeaves, RunReader, TruncatedRecord
+from trainguard.errors import TrainguardError, VerificationError
+from trainguard.finding import Finding, Subject
+from trainguard.home import Home
+from trainguard.policy import Policy
+
+
+def judge_run(home: Home, run: str, *, policy: Policy | None = None) -> Verdict:
+    """The verdict on `run`, by `policy` or by the one it was recorded under.
+
+    Raises Misuse when there is no such run or no log, Unavailable when they cannot be read.
+    """
+    try:
+        leaves = LogLeaves(home)
+    except VerificationError as error:
+        return broken_evidence(run, error)
+    reader = RunReader(home, run, leaves=leaves)
+    if reader.begin is None:
+        return decide((), (), run=run, gaps=("the log holds no statement of this run",))
+    context = Context(run=run, policy=policy or recorded_policy(home, reader), blob=home.blob)
+    appraiser = Appraiser(context)
+    try:
+        for evidence in reader.records():
+            appraiser.see(evidence)
+    except VerificationError as error:
+        appraiser.findings.append(_evidence_finding(run, error))
+    if reader.running:
+        return _still_running(appraiser, run)
+    return appraiser.verdict()
+
+
+def recorded_policy(home: Home, reader: RunReader) -> Policy:
+    """The policy the run was recorded under, from its `run/v1` statement; the default where it names none."""
+    digest = (reader.begin or {}).get("policy")
+    if not isinstance(digest, str):
+        return Policy()
+    try:
+        return msgspec.json.decode(home.blob(digest), type=Policy)
+    except (msgspec.DecodeError, TrainguardError):
+        return Policy()
+
+
+def broken_evidence(run: str, error: VerificationError) -> Verdict:
+    """The verdict when the log itself does not verify: nothing it says can be relied on."""
+    return decide([_evidence_finding(run, error)], (), run=run)
+
+
+def _evidence_finding(run: str, error: VerificationError) -> Finding:
+    truncated = isinstance(error, TruncatedRecord)
+    return Finding(
+        check="log",
+        outcome="suspicious" if truncated else "violated",
+        techniques=("G2", "G4") if truncated else ("G1", "G3"),
+        subject=Subject(run=run),
+        message=str(error),
+    )
+
+
+def _still_running(appraiser: Appraiser, run: str) -> Verdict:
+    """What is certain so far; a run that goes on is never VERIFIED."""
+    return decide(
+        appraiser.findings,
+        (),
+        run=run,
+        steps=appraiser.steps,
+        watched_steps=appraiser.watched_steps,
+        gaps=("the run is still going on",),
+    )

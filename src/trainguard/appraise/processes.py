@@ -1,0 +1,169 @@
+"""Check *processes*: every interpreter of the job is known, spoke without gaps, and the record has an end.
+
+Silence is a finding: a Python child without a hello (G4), a frame that never arrived (G4), a supervisor that
+stopped writing (G7). How a guarded process ended is stated; who signalled it is not known at this level.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from trainguard.appraise.interface import Context, finding_from
+from trainguard.evidence import Evidence
+from trainguard.finding import Finding, LinkState
+
+ISOLATING_FLAGS = frozenset("IES")
+"""`python -I`, `-E` and `-S` (also combined, such as `-Is`) keep our boot file from running."""
+
+
+class Processes:
+    """See the module."""
+
+    name = "processes"
+
+    def __init__(self, context: Context) -> None:
+        self._run = context.run
+        self._heartbeat_ns = int(context.policy.heartbeat_seconds * 1e9)
+        self._greeted = 0
+        self._broken = 0
+        self._blind: list[str] = []
+        self._last: Evidence | None = None
+        self._ended = False
+        self._stopped_at: dict[int, int] = {}
+
+    def see(self, evidence: Evidence) -> Iterator[Finding]:
+        if self._last is not None and evidence.at - self._last.at > 2 * self._heartbeat_ns:
+            yield from self._silence(self._last, evidence)
+        self._last = evidence
+        handler = getattr(self, f"_see_{evidence.kind}", None)
+        if handler is not None:
+            yield from handler(evidence)
+
+    def _see_process(self, evidence: Evidence) -> Iterator[Finding]:
+        self._greeted += 1
+        if evidence.body.get("of_the_job") is not True:
+            yield self._finding(
+                evidence,
+                f"process {evidence.pid} of account {evidence.uid} reported as part of the job but does not descend "
+                "from it",
+                techniques=("G4", "G11"),
+            )
+
+    def _see_silent(self, evidence: Evidence) -> Iterator[Finding]:
+        command = _words(evidence.body.get("cmdline"))
+        yield self._finding(
+            evidence,
+            f"Python process {evidence.pid} of the job never reported to the guard: {command or 'command unknown'}",
+            techniques=("G4", "G7"),
+            expected="a hello from every interpreter of the job",
+            found="none",
+        )
+
+    def _see_spawn(self, evidence: Evidence) -> Iterator[Finding]:
+        reason = _unguarded(evidence.body)
+        if reason is not None:
+            place = evidence.body.get("place")
+            yield self._finding(
+                evidence,
+                f"process {evidence.pid} started a Python interpreter that the guard cannot enter ({reason}): "
+                f"{_words(evidence.body.get('args'))}",
+                techniques=("G4", "G7"),
+                path=place if isinstance(place, str) else None,
+            )
+
+    def _see_gap(self, evidence: Evidence) -> Iterator[Finding]:
+        lost = evidence.body.get("lost")
+        if isinstance(lost, int):
+            message = f"{lost} records could not be stored: {evidence.body.get('reason')}"
+        else:
+            expected, found = evidence.body.get("expected_seq"), evidence.body.get("found_seq")
+            message = f"process {evidence.pid}: frames {expected} to {found} (exclusive) never arrived"
+        self._blind.append(message)
+        yield self._finding(evidence, message, outcome="not_checked")
+
+    def _see_malformed(self, evidence: Evidence) -> Iterator[Finding]:
+        yield self._finding(
+            evidence,
+            f"process {evidence.pid} sent a message that is not a frame",
+            techniques=("G4", "G7"),
+        )
+
+    def _see_refused(self, evidence: Evidence) -> Iterator[Finding]:
+        yield self._finding(evidence, f"a connection was refused: {evidence.body.get('reason')}", techniques=("G4",))
+
+    def _see_note(self, evidence: Evidence) -> Iterator[Finding]:
+        fault = evidence.body.get("fault")
+        if isinstance(fault, str):
+            self._blind.append(f"process {evidence.pid}: a check failed inside the guard ({fault[:120]})")
+        yield from ()
+
+    def _see_bye(self, evidence: Evidence) -> Iterator[Finding]:
+        dropped = evidence.body.get("dropped")
+        if isinstance(dropped, int) and dropped > 0:
+            self._blind.append(f"process {evidence.pid}: {dropped} frames were dropped while nobody read them")
+        yield from ()
+
+    def _see_end(self, evidence: Evidence) -> Iterator[Finding]:
+        self._ended = True
+        number = evidence.body.get("signal")
+        if isinstance(number, int):
+            self._blind.append(f"the command was ended by {signal_name(number)}; who sent it is not known")
+        yield from ()
+
+    def end(self) -> Iterator[Finding | LinkState]:
+        if not self._ended and self._last is not None:
+            yield self._finding(
+                self._last,
+                "the record stops without an end: the supervisor or its host went away, and what the command did "
+                "afterwards is not known",
+                techniques=("G7", "G4"),
+                expected="an end record",
+                found=f"record {self._last.n} ({self._last.kind}) is the last",
+            )
+        if not self._greeted:
+            self._blind.append("no interpreter of the job reported to the guard")
+        yield LinkState(link=self.name, held=self._greeted, broken=self._broken, blind=tuple(self._blind))
+
+    def _silence(self, before: Evidence, after: Evidence) -> Iterator[Finding]:
+        seconds = (after.at - before.at) / 1e9
+        yield self._finding(
+            after,
+            f"nothing was recorded for {seconds:.0f} s: the supervisor was stopped or the machine slept",
+            techniques=("G4", "G7"),
+            expected=f"a heartbeat every {self._heartbeat_ns / 1e9:.0f} s",
+            found=f"{seconds:.0f} s of silence before record {after.n}",
+        )
+
+    def _finding(self, evidence: Evidence, message: str, *, outcome: Any = "suspicious", **fields: Any) -> Finding:
+        self._broken += outcome != "not_checked"
+        return finding_from(self.name, outcome, message, evidence, run=self._run, **fields)
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9; `signal 77` for a number without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _unguarded(body: dict[str, Any]) -> str | None:
+    """Why the guard cannot enter the interpreter this record says is being started; None where it can."""
+    args = body.get("args")
+    if not isinstance(args, list) or not args or not all(isinstance(word, str) for word in args):
+        return None
+    program = str(body.get("program") or args[0]).rsplit("/", 1)[-1]
+    if not program.startswith(("python", "pypy")):
+        return None
+    for word in args[1:]:
+        if not word.startswith("-") or word in ("-c", "-m", "-"):
+            break
+        if not word.startswith("--") and ISOLATING_FLAGS & set(word[1:]):
+            return f"option {word}"
+    return "an environment without the guard's start-up path" if body.get("guarded_env") is False else None
+
+
+def _words(value: object) -> str:
+    return " ".join(str(word) for word in value)[:300] if isinstance(value, list) else ""

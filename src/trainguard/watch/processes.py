@@ -1,0 +1,159 @@
+"""Link *processes*, outer half: the job's process tree as the kernel shows it.
+
+Every Python interpreter of the job must say hello. This file finds those that do not: it walks /proc from the
+command down, four times a second, without privileges. What lives shorter than that is caught by the other half
+(the `spawn` records of guarded parents, watch/children.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PYTHON = re.compile(r"(python|pypy)[0-9.]*(t|d)?$")
+PROCESS_LIMIT = 65_536
+
+
+def become_subreaper() -> bool:
+    """Have orphans of the job reparented to us instead of init, so the tree stays whole. False where refused."""
+    return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+
+def facts(pid: int) -> dict[str, Any]:
+    """What the kernel says of a process: executable, command line, parent, start time, audit account and session.
+
+    Values that cannot be read are None: the process may be gone, or not ours.
+    """
+    return {
+        "exe": _link(pid, "exe"),
+        "cmdline": [part.decode(errors="replace") for part in _read(pid, "cmdline").split(b"\0")[:64] if part],
+        "ppid": parent(pid),
+        "start_ticks": _start_ticks(pid),
+        "loginuid": _number(pid, "loginuid"),
+        "session": _number(pid, "sessionid"),
+    }
+
+
+def parent(pid: int) -> int | None:
+    """Parent pid, or None when the process is gone."""
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else None
+
+
+def descends_from(pid: int, ancestor: int) -> bool:
+    """Whether `ancestor` is on the chain of parents of `pid`, now."""
+    seen = 0
+    current: int | None = pid
+    while current not in (None, 0) and seen < 256:
+        if current == ancestor:
+            return True
+        current, seen = parent(current), seen + 1
+    return False
+
+
+@dataclass(slots=True)
+class _Seen:
+    since: float
+    cmdline: list[str]
+    looks: int = 1
+    reported: bool = False
+
+
+@dataclass(slots=True)
+class Tree:
+    """Remembers which processes belong to the job, which of them are Python, and which said hello.
+
+    Each look lists /proc once and reads `stat` only of pids that are new, so a look costs about a millisecond.
+    Who belongs stays: a process whose parent ends is given to us, the subreaper, not to init.
+    """
+
+    grace_seconds: float
+    """How long an interpreter may run before its silence counts."""
+    _greeted: set[tuple[int, int | None]] = field(default_factory=set)
+    _seen: dict[tuple[int, int | None], _Seen] = field(default_factory=dict)
+    _known: set[int] = field(default_factory=set)
+    _members: set[int] = field(default_factory=set)
+
+    def greeted(self, pid: int) -> None:
+        """`pid` said hello; pids recur, so its start time goes with it."""
+        self._greeted.add((pid, _start_ticks(pid)))
+
+    def look(self, root: int, connected: set[int]) -> list[dict[str, Any]]:
+        """One look at the tree below and including `root`: the silent ones that became certain since the last."""
+        now = time.monotonic()
+        present: set[tuple[int, int | None]] = set()
+        certain = []
+        for pid in self._job(root):
+            identity = (pid, _start_ticks(pid))
+            present.add(identity)
+            if pid in connected or identity in self._greeted or not _is_python(pid):
+                self._seen.pop(identity, None)
+                continue
+            seen = self._seen.setdefault(identity, _Seen(now, facts(pid)["cmdline"]))
+            seen.looks += 1
+            if not seen.reported and now - seen.since > self.grace_seconds:
+                seen.reported = True
+                certain.append({"pid": pid, **facts(pid)})
+        certain.extend(self._vanished(present))
+        return certain
+
+    def _job(self, root: int) -> list[int]:
+        """Pids of the job now: `root`, what descends from it, and orphans that were given to us."""
+        listed = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+        self._known &= listed
+        self._members &= listed
+        self._members.add(root)
+        own = os.getpid()
+        for pid in sorted(listed - self._known)[:PROCESS_LIMIT]:
+            if pid != own and (parent(pid) in self._members or parent(pid) == own):
+                self._members.add(pid)
+        self._known = listed
+        return sorted(self._members)
+
+    def _vanished(self, present: set[tuple[int, int | None]]) -> list[dict[str, Any]]:
+        """Interpreters that ended without a hello. One look may catch a fork between fork and exec: two count."""
+        gone = [identity for identity in self._seen if identity not in present]
+        silent = []
+        for identity in gone:
+            seen = self._seen.pop(identity)
+            if seen.looks > 2 and not seen.reported and identity not in self._greeted:
+                silent.append({"pid": identity[0], "exe": None, "cmdline": seen.cmdline, "ended": True})
+        return silent
+
+
+def _is_python(pid: int) -> bool:
+    executable = _link(pid, "exe")
+    return (
+        executable is not None and _PYTHON.search(os.path.basename(executable.removesuffix(" (deleted)"))) is not None
+    )
+
+
+def _start_ticks(pid: int) -> int | None:
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[19]) if len(fields) > 19 else None
+
+
+def _number(pid: int, name: str) -> int | None:
+    text = _read(pid, name).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _link(pid: int, name: str) -> str | None:
+    try:
+        return str(Path(f"/proc/{pid}/{name}").readlink())
+    except OSError:
+        return None
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read(65536)
+    except OSError:
+        return b""

@@ -1,0 +1,362 @@
+"""The parent process of a guarded command: it starts it, listens, attests, and survives it.
+
+    command ── inherits stdin, stdout, stderr, the process group, limits; gets its signals; keeps its exit status
+       │  every Python interpreter in it connects here (client.py) and sends frames
+       ▼
+    supervisor ── adds pid, uid (SO_PEERCRED), process number, time ── recorder (spool, chain, seal, log)
+
+Rules it keeps: the command never waits for us, and nothing here ends the command. If we die, the sockets break and
+training goes on unrecorded; the record then has no end, which is itself a finding. Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainguard.errors import Misuse, Unavailable
+from trainguard.evidence import Evidence
+from trainguard.watch import processes
+
+BOOT = Path(__file__).parent / "boot"
+"""The folder with our sitecustomize.py, first on PYTHONPATH of the command."""
+
+CONNECTION_LIMIT = 8192
+FRAME_LIMIT_BYTES = 256 * 1024
+TICK_SECONDS = 0.25
+DRAIN_SECONDS = 2.0
+HELLO_GRACE_SECONDS = 8.0
+"""A Python interpreter of the job older than this must have said hello; start-up on a loaded machine takes 1-3 s."""
+
+FORWARDED = {
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCONT,
+    signal.SIGALRM,
+    signal.SIGWINCH,
+}
+"""Signals a scheduler, a shell or a person sends to the job's process; passed on to the command."""
+
+_SENT_BY_KERNEL = 0x80  # SI_KERNEL: from the terminal, so the command's process group has it already
+
+
+class Recorder(Protocol):
+    """Where records go. Never raises for a full disk; see archive.RunWriter."""
+
+    def add(self, kind: str, body: dict[str, Any], *, source: str = "supervisor", **fields: Any) -> Evidence | None: ...
+
+    def seal(self, *, final: bool = False) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What every guarded process is told in the welcome."""
+
+    links: str = "governed"
+    budget_percent: float = 1.0
+    credit_seconds: float = 1.0
+    always_steps: int = 20
+    tensors: int = 4
+    elements: int = 32
+    pycache: str = ""
+    """Folder of the private bytecode cache (mode 0700)."""
+    key: str = field(default_factory=lambda: secrets.token_hex(32))
+    """Secret of this run from which sample positions are drawn; never written to the record before the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How the command ended: exactly one of the two is not None."""
+
+    status: int | None
+    signal: int | None
+    wall_ns: int
+    cpu_ns: int
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One connected process."""
+
+    number: int
+    pid: int
+    uid: int
+    link: socket.socket
+    hello: dict[str, Any] | None = None
+    next_seq: int = 0
+    said_bye: bool = False
+    rank: int | None = None
+
+
+class Supervisor:
+    """Runs one command under watch. Use once: `Supervisor(...).run(command)`."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        settings: Settings,
+        *,
+        heartbeat_seconds: float = 10.0,
+        segment_seconds: float = 2.0,
+    ) -> None:
+        self.recorder = recorder
+        self.settings = settings
+        self._heartbeat_seconds = heartbeat_seconds
+        self._segment_seconds = segment_seconds
+        self._selector = selectors.DefaultSelector()
+        self._peers: dict[int, _Peer] = {}
+        self._numbers = 0
+        self._records = 0
+        self._tree = processes.Tree(grace_seconds=HELLO_GRACE_SECONDS)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._ended: tuple[int | None, int | None] | None = None
+        self._stop = threading.Event()
+
+    # -- the whole run --------------------------------------------------------------------------------------------
+
+    def run(self, command: Sequence[str], env: Mapping[str, str], *, cwd: str | None = None) -> Ended:
+        """Start `command` and watch it to its end. Raises Misuse when it cannot be started."""
+        folder = tempfile.mkdtemp(prefix="trainguard-")
+        listener = self._listen(str(Path(folder) / "s"))
+        processes.become_subreaper()
+        began, cpu = time.monotonic_ns(), _children_cpu_ns()
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        try:
+            self._child = _start(command, self._environment(env, str(Path(folder) / "s")), cwd, previous_mask)
+            threading.Thread(target=self._forward_signals, name="signals", daemon=True).start()
+            self._loop(self._child.pid)
+        finally:
+            self._stop.set()
+            listener.close()
+            self._selector.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+        status, number = self._ended if self._ended is not None else (None, signal.SIGKILL)
+        ended = Ended(status, number, time.monotonic_ns() - began, _children_cpu_ns() - cpu)
+        self._add(
+            "end",
+            {"status": status, "signal": number, "wall_ns": ended.wall_ns, "cpu_ns": ended.cpu_ns}
+            | {"key": self.settings.key},
+        )
+        return ended
+
+    def _listen(self, path: str) -> socket.socket:
+        try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            listener.bind(path)
+            listener.listen(256)
+        except OSError as error:
+            raise Unavailable(f"{path}: evidence socket cannot be made: {error.strerror}") from error
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        return listener
+
+    def _environment(self, env: Mapping[str, str], path: str) -> dict[str, str]:
+        """The command's environment: as given, with our boot folder first and bytecode in a private place."""
+        guarded = dict(env)
+        inherited = env.get("PYTHONPATH")
+        guarded["PYTHONPATH"] = f"{BOOT}{os.pathsep}{inherited}" if inherited else str(BOOT)
+        guarded["TRAINGUARD_SOCKET"] = path
+        if self.settings.pycache:
+            guarded["PYTHONPYCACHEPREFIX"] = self.settings.pycache
+        return guarded
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def _loop(self, child: int) -> None:
+        """Listen until the command has ended and what it sent before has been read."""
+        next_seal = next_heartbeat = next_look = time.monotonic()
+        deadline = None
+        while deadline is None or (self._peers and time.monotonic() < deadline):
+            events = self._selector.select(TICK_SECONDS if deadline is None else 0.02)
+            for key, _ in events:
+                key.data(key.fileobj)
+            now = time.monotonic()
+            if now >= next_look:
+                self._look(child)
+                next_look = now + TICK_SECONDS
+            if deadline is None and self._reap(child):
+                deadline = time.monotonic() + DRAIN_SECONDS
+            if deadline is not None and not events:
+                break
+            if now >= next_heartbeat:
+                self._add("heartbeat", {"processes": len(self._peers), "records": self._records})
+                next_heartbeat = now + self._heartbeat_seconds
+            if now >= next_seal:
+                self.recorder.seal()
+                next_seal = now + self._segment_seconds
+        for peer in list(self._peers.values()):
+            self._drop(peer)
+
+    def _look(self, child: int) -> None:
+        """Find Python processes of the job that never said hello."""
+        for silent in self._tree.look(child, {peer.pid for peer in self._peers.values()}):
+            self._add("silent", silent, pid=silent["pid"])
+
+    def _reap(self, child: int) -> bool:
+        """Collect ended children (orphans come to us as subreaper); True once the command itself has ended."""
+        while self._ended is None:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                break
+            if info is None:
+                break
+            if info.si_pid == child:
+                exited = info.si_code == os.CLD_EXITED
+                self._ended = (info.si_status, None) if exited else (None, info.si_status)
+        return self._ended is not None
+
+    def _forward_signals(self) -> None:
+        """Pass on what is sent to us. What the terminal sends reaches the command without our help."""
+        while not self._stop.is_set():
+            info = signal.sigtimedwait(FORWARDED, 0.2)
+            if info is None or info.si_code == _SENT_BY_KERNEL or self._child is None:
+                continue
+            self._add("signal", {"signal": info.si_signo, "from_pid": info.si_pid, "from_uid": info.si_uid})
+            try:
+                if self._ended is None:
+                    os.kill(self._child.pid, info.si_signo)
+            except ProcessLookupError:
+                pass
+
+    # -- connections ----------------------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            link, _ = listener.accept()
+        except OSError:
+            return
+        pid, uid, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if len(self._peers) >= CONNECTION_LIMIT:
+            self._add("refused", {"reason": f"more than {CONNECTION_LIMIT} connections"}, pid=pid, uid=uid)
+            link.close()
+            return
+        link.setblocking(False)
+        peer = _Peer(self._numbers, pid, uid, link)
+        self._numbers += 1
+        self._peers[link.fileno()] = peer
+        self._tree.greeted(pid)
+        self._selector.register(link, selectors.EVENT_READ, lambda _link: self._read(peer))
+
+    def _read(self, peer: _Peer) -> None:
+        """Take every message that waits on one connection."""
+        for _ in range(256):
+            try:
+                data = peer.link.recv(FRAME_LIMIT_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._drop(peer)
+                return
+            self._take(peer, data)
+
+    def _take(self, peer: _Peer, data: bytes) -> None:
+        """One frame: attest, number, record."""
+        try:
+            frame = json.loads(data)
+            kind, seq, body, step = frame["k"], frame["q"], frame["b"], frame.get("s")
+            fits = isinstance(kind, str) and isinstance(seq, int) and isinstance(body, dict) and kind.isidentifier()
+            fits = fits and (step is None or isinstance(step, int))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            fits = False
+        if not fits:
+            self._add("malformed", {"process": peer.number, "bytes": len(data)}, pid=peer.pid, uid=peer.uid)
+            return
+        if seq != peer.next_seq:
+            gap = {"expected_seq": peer.next_seq, "found_seq": seq}
+            self._add("gap", gap, process=peer.number, pid=peer.pid, rank=peer.rank)
+        peer.next_seq = seq + 1
+        if kind == "hello":
+            self._greet(peer, body)
+            return
+        peer.said_bye = peer.said_bye or kind == "bye"
+        self._add(
+            kind,
+            body,
+            source="process",
+            process=peer.number,
+            pid=peer.pid,
+            uid=peer.uid,
+            rank=peer.rank,
+            seq=seq,
+            step=step,
+        )
+
+    def _greet(self, peer: _Peer, hello: dict[str, Any]) -> None:
+        """Record who connected, claims beside facts, and answer with the welcome."""
+        if peer.hello is not None:
+            self._add("malformed", {"process": peer.number, "reason": "second hello"}, pid=peer.pid)
+            return
+        peer.hello = hello
+        peer.rank = _rank(hello)
+        facts = processes.facts(peer.pid)
+        body = {"hello": hello, **facts, "of_the_job": processes.descends_from(peer.pid, os.getpid())}
+        self._add("process", body, process=peer.number, pid=peer.pid, uid=peer.uid, rank=peer.rank)
+        welcome = {name: getattr(self.settings, name) for name in Settings.__dataclass_fields__}
+        try:
+            peer.link.send(json.dumps(welcome | {"process": peer.number}).encode())
+        except OSError:
+            self._drop(peer)
+
+    def _drop(self, peer: _Peer) -> None:
+        if self._peers.pop(peer.link.fileno(), None) is None:
+            return
+        self._selector.unregister(peer.link)
+        peer.link.close()
+        body = {"said_bye": peer.said_bye, "frames": peer.next_seq, "greeted": peer.hello is not None}
+        self._add("exit", body, process=peer.number, pid=peer.pid, uid=peer.uid, rank=peer.rank)
+
+    def _add(self, kind: str, body: dict[str, Any], **fields: Any) -> None:
+        self.recorder.add(kind, body, **fields)
+        self._records += 1
+
+
+def _start(
+    command: Sequence[str], env: Mapping[str, str], cwd: str | None, mask: set[signal.Signals] | Any
+) -> subprocess.Popen[bytes]:
+    """The command as a child with our caller's signal mask. Raises Misuse when it cannot be started."""
+    try:
+        return subprocess.Popen(
+            list(command),
+            env=dict(env),
+            cwd=cwd,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+        )
+    except FileNotFoundError as error:
+        raise Misuse(f"{command[0]}: no such command", next_step="check its spelling and PATH") from error
+    except PermissionError as error:
+        raise Misuse(f"{command[0]}: not executable", next_step="name an interpreter, such as: python FILE") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"{command[0]}: cannot be started: {error}") from error
+
+
+def _rank(hello: Mapping[str, Any]) -> int | None:
+    env = hello.get("env")
+    text = env.get("RANK") if isinstance(env, dict) else None
+    return int(text) if isinstance(text, str) and text.isdigit() and len(text) < 8 else None
+
+
+def _children_cpu_ns() -> int:
+    usage = os.times()
+    return int((usage.children_user + usage.children_system) * 1e9)
