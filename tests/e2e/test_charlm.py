@@ -61,7 +61,7 @@ def test_the_loss_falls(whole: Run) -> None:
     assert len(held_out) == STEPS // 10
     assert seen[-1] < math.log(96) - 1
     assert seen[-1] < seen[0] - 0.5
-    assert held_out[-1] < held_out[0] - 0.2
+    assert held_out[-1] < held_out[0] - 0.1
     assert whole.output.partition("\n\n")[2].startswith("The ")
 
 
