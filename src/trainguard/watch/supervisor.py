@@ -11,6 +11,7 @@ training goes on unrecorded; the record then has no end, which is itself a findi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -19,11 +20,10 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,29 +126,30 @@ class Supervisor:
         self._numbers = 0
         self._records = 0
         self._tree = processes.Tree(grace_seconds=HELLO_GRACE_SECONDS)
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: int | None = None
         self._ended: tuple[int | None, int | None] | None = None
         self._stop = threading.Event()
 
     # -- the whole run --------------------------------------------------------------------------------------------
 
-    def run(self, command: Sequence[str], env: Mapping[str, str], *, cwd: str | None = None) -> Ended:
-        """Start `command` and watch it to its end. Raises Misuse when it cannot be started."""
+    def run(self, command: Sequence[str], env: Mapping[str, str], *, mask: Iterable[int] = ()) -> Ended:
+        """Start `command` and watch it to its end. Raises Misuse when it cannot be started.
+
+        mask: signals blocked in the command. The caller has FORWARDED blocked in every thread (`blocked_signals`).
+        """
         folder = tempfile.mkdtemp(prefix="trainguard-")
         listener = self._listen(str(Path(folder) / "s"))
         processes.become_subreaper()
         began, cpu = time.monotonic_ns(), _children_cpu_ns()
-        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         try:
-            self._child = _start(command, self._environment(env, str(Path(folder) / "s")), cwd, previous_mask)
+            self._child = _start(command, self._environment(env, str(Path(folder) / "s")), mask)
             threading.Thread(target=self._forward_signals, name="signals", daemon=True).start()
-            self._loop(self._child.pid)
+            self._loop(self._child)
         finally:
             self._stop.set()
             listener.close()
             self._selector.close()
             shutil.rmtree(folder, ignore_errors=True)
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         status, number = self._ended if self._ended is not None else (None, signal.SIGKILL)
         ended = Ended(status, number, time.monotonic_ns() - began, _children_cpu_ns() - cpu)
         self._add(
@@ -234,7 +235,7 @@ class Supervisor:
             self._add("signal", {"signal": info.si_signo, "from_pid": info.si_pid, "from_uid": info.si_uid})
             try:
                 if self._ended is None:
-                    os.kill(self._child.pid, info.si_signo)
+                    os.kill(self._child, info.si_signo)
             except ProcessLookupError:
                 pass
 
@@ -332,22 +333,26 @@ class Supervisor:
         self._records += 1
 
 
-def _start(
-    command: Sequence[str], env: Mapping[str, str], cwd: str | None, mask: set[signal.Signals] | Any
-) -> subprocess.Popen[bytes]:
-    """The command as a child with our caller's signal mask. Raises Misuse when it cannot be started."""
+@contextlib.contextmanager
+def blocked_signals() -> Iterator[set[int]]:
+    """Block FORWARDED here and in threads started within, so that they wait for `_forward_signals`; yields the old mask."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     try:
-        return subprocess.Popen(
-            list(command),
-            env=dict(env),
-            cwd=cwd,
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
-        )
+        yield {int(number) for number in previous}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _start(command: Sequence[str], env: Mapping[str, str], mask: Iterable[int]) -> int:
+    """The command's pid. It gets `mask`, and the default for the signals Python itself ignores."""
+    ignored = [signal.SIGPIPE, signal.SIGXFSZ]
+    try:
+        return os.posix_spawnp(command[0], list(command), dict(env), setsigmask=list(mask), setsigdef=ignored)
     except FileNotFoundError as error:
         raise Misuse(f"{command[0]}: no such command", next_step="check its spelling and PATH") from error
     except PermissionError as error:
         raise Misuse(f"{command[0]}: not executable", next_step="name an interpreter, such as: python FILE") from error
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError) as error:
         raise Unavailable(f"{command[0]}: cannot be started: {error}") from error
 
 

@@ -1,0 +1,252 @@
+"""One guarded run, put together: measure → start → watch → seal → judge. The only place where both banks meet.
+
+session = Session(home, command, policy=…, lock=…, name=…)
+outcome = session.run()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from trainguard import __version__
+from trainguard.appraise.engine import Appraiser
+from trainguard.appraise.interface import Context
+from trainguard.appraise.judge import judge_run
+from trainguard.appraise.verdict import Verdict
+from trainguard.archive import RunWriter
+from trainguard.envelope import load_or_create_key
+from trainguard.errors import TrainguardError
+from trainguard.evidence import Evidence
+from trainguard.finding import Finding
+from trainguard.home import Home
+from trainguard.lockfile import Lock
+from trainguard.log import Log
+from trainguard.measure import measure
+from trainguard.policy import Policy
+from trainguard.watch.supervisor import Ended, Settings, Supervisor, blocked_signals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What `trainguard run` has to show."""
+
+    run: str
+    ended: Ended | None
+    """How the command ended; None when it was not started because preflight failed under --gate."""
+    verdict: Verdict
+
+
+class Session:
+    """Everything one `trainguard run` needs. `notify(finding)` is called as findings become certain, in a thread."""
+
+    def __init__(
+        self,
+        home: Home,
+        command: Sequence[str],
+        *,
+        policy: Policy,
+        lock: Lock | None,
+        name: str | None = None,
+        gate: bool = False,
+        notify: Callable[[Finding], None] = lambda _finding: None,
+    ) -> None:
+        self._home = home
+        self._command = list(command)
+        self._policy = policy
+        self._lock = lock
+        self._gate = gate
+        self._notify = notify
+        self.run_id = run_id(name)
+
+    def run(self) -> Outcome:
+        """Run the command under watch. Raises TrainguardError before it is started; never afterwards."""
+        self._home.prepare()
+        log = Log.open(self._home.log, self._home.keys / "log.key")
+        try:
+            return self._recorded(log)
+        finally:
+            log.close()
+
+    def _recorded(self, log: Log) -> Outcome:
+        key = load_or_create_key(self._home.keys / "attestation.pem")
+        writer = RunWriter(self._home, self.run_id, log, key)
+        try:
+            recorder = _Observed(writer)
+            policy = self._home.store_blob(msgspec.json.encode(self._policy))
+            lock = self._home.store_blob(self._lock.data) if self._lock is not None else None
+            start = self._start(policy, lock)
+            writer.begin(start)
+            judge = _LiveJudge(Context(run=self.run_id, policy=self._policy, blob=self._home.blob), self._notify)
+            recorder.observer = judge.feed
+            recorder.add("start", start)
+            self._measure(recorder, lock)
+            refused = self._gate and judge.violated
+            ended = None if refused else self._watch(recorder, judge)
+            judge.close()
+            writer.seal(final=True)
+        finally:
+            writer.close()
+        log.publish()
+        return Outcome(run=self.run_id, ended=ended, verdict=judge_run(self._home, self.run_id))
+
+    def _start(self, policy: str, lock: str | None) -> dict[str, Any]:
+        return {
+            "command": self._command,
+            "cwd": str(Path.cwd()),
+            "host": platform.node(),
+            "boot_id": _read_line("/proc/sys/kernel/random/boot_id"),
+            "kernel": platform.release(),
+            "account": {
+                "uid": os.getuid(),
+                "name": _account_name(),
+                "loginuid": _read_line("/proc/self/loginuid"),
+                "session": _read_line("/proc/self/sessionid"),
+            },
+            "trainguard": __version__,
+            "policy": policy,
+            "lock": lock,
+            "settings": {"links": self._policy.links},
+        }
+
+    def _measure(self, recorder: _Observed, lock: str | None) -> None:
+        """Measure what is about to run. What cannot be measured is a record too, and ends as blind."""
+        try:
+            measurement = measure(self._command, cwd=Path.cwd(), env=dict(os.environ), cache=self._home.cache)
+            blob = self._home.store_blob(measurement.encode())
+        except TrainguardError as error:
+            recorder.add("unmeasured", {"reason": str(error)})
+            return
+        recorder.add("measurement", {"blob": blob, "lock": lock, "attempt": 0})
+
+    def _watch(self, recorder: _Observed, judge: _LiveJudge) -> Ended:
+        policy = self._policy
+        settings = Settings(
+            links=policy.links,
+            budget_percent=policy.budget_percent,
+            credit_seconds=policy.credit_seconds,
+            always_steps=policy.always_steps,
+            tensors=policy.tensors,
+            elements=policy.elements,
+            pycache=str(_private_folder(self._home.cache / "bytecode")),
+        )
+        supervisor = Supervisor(
+            recorder,
+            settings,
+            heartbeat_seconds=policy.heartbeat_seconds,
+            segment_seconds=policy.segment_seconds,
+        )
+        with blocked_signals() as mask:
+            judge.start()
+            return supervisor.run(self._command, os.environ, mask=mask)
+
+
+class _Observed:
+    """A recorder that also shows every record to the live judge."""
+
+    def __init__(self, writer: RunWriter) -> None:
+        self._writer = writer
+        self.observer: Callable[[Evidence], None] = lambda _evidence: None
+
+    def add(self, kind: str, body: dict[str, Any], *, source: str = "supervisor", **fields: Any) -> Evidence | None:
+        record = self._writer.add(kind, body, source=source, **fields)
+        if record is not None:
+            self.observer(record)
+        return record
+
+    def seal(self, *, final: bool = False) -> int | None:
+        return self._writer.seal(final=final)
+
+
+class _LiveJudge:
+    """Appraises records in a thread while the run goes on, so that a finding is heard when it happens.
+
+    Its findings are for the ear only: the verdict is drawn afterwards from what the log proves.
+    """
+
+    QUEUE_LIMIT = 100_000
+
+    def __init__(self, context: Context, notify: Callable[[Finding], None]) -> None:
+        self._appraiser = Appraiser(context)
+        self._notify = notify
+        self._queue: queue.Queue[Evidence | None] = queue.Queue(self.QUEUE_LIMIT)
+        self._thread: threading.Thread | None = None
+
+    def feed(self, evidence: Evidence) -> None:
+        """Judge `evidence` now, or soon once the thread runs; a full queue drops it, the verdict does not need it."""
+        if self._thread is None:
+            self._judge(evidence)
+            return
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(evidence)
+
+    def start(self) -> None:
+        """From now on judge in a thread, so that the supervisor never waits."""
+        self._thread = threading.Thread(target=self._work, name="judge", daemon=True)
+        self._thread.start()
+
+    @property
+    def violated(self) -> bool:
+        """Whether something is violated by now."""
+        return any(finding.outcome == "violated" for finding in self._appraiser.findings)
+
+    def close(self) -> None:
+        """Finish what is queued."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout=60)
+
+    def _work(self) -> None:
+        while (evidence := self._queue.get()) is not None:
+            self._judge(evidence)
+
+    def _judge(self, evidence: Evidence) -> None:
+        for finding in self._appraiser.see(evidence):
+            self._notify(finding)
+
+
+def run_id(name: str | None) -> str:
+    """A new run's id: its name if it was given one, else date, time and six random hex digits."""
+    return name or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+
+
+def _private_folder(path: Path) -> Path:
+    """`path`, made if need be, ours alone. A folder that others can write is not used."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        return path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+    return path
+
+
+def _account_name() -> str | None:
+    try:
+        import pwd
+
+        return pwd.getpwuid(os.getuid()).pw_name
+    except (ImportError, KeyError):
+        return None
+
+
+def _read_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"trainguard: {message}", file=sys.stderr)
