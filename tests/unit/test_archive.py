@@ -127,9 +127,7 @@ def test_a_run_id_is_used_once(home: Home, log: Log) -> None:
         writer(home, log)
 
 
-def test_a_full_disk_loses_records_and_says_how_many(
-    home: Home, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_loses_records_and_says_how_many(home: Home, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing raises into the supervisor; the gap is in the record once there is room again."""
     made = writer(home, log)
     made.add("note", {"number": 0})
