@@ -18,13 +18,14 @@ from trainguard.home import Home
 from trainguard.policy import Policy
 
 
-def judge_run(home: Home, run: str, *, policy: Policy | None = None) -> Verdict:
+def judge_run(home: Home, run: str, *, policy: Policy | None = None, leaves: LogLeaves | None = None) -> Verdict:
     """The verdict on `run`, by `policy` or by the one it was recorded under.
 
+    leaves: the log's statements where the caller has read them already, to judge many runs with one reading.
     Raises Misuse when there is no such run or no log, Unavailable when they cannot be read.
     """
     try:
-        leaves = LogLeaves(home)
+        leaves = leaves if leaves is not None else LogLeaves(home)
     except VerificationError as error:
         return broken_evidence(run, error)
     reader = RunReader(home, run, leaves=leaves)

@@ -1,0 +1,50 @@
+"""`trainguard verdict RUN`: the four-valued verdict, drawn anew from the log."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+
+from trainguard.cli._view import show
+from trainguard.errors import Misuse
+from trainguard.home import Home
+from trainguard.policy import load_policy
+
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+
+@click.command("verdict")
+@click.option("--policy", "policy_path", type=click.Path(path_type=Path), help="Judge by this policy (TOML) instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict document.")
+@click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
+@click.argument("run")
+def command(policy_path: Path | None, as_json: bool, quiet: bool, run: str) -> int:
+    """Verdict on RUN: its id, a unique beginning of it, or `latest`.
+
+    Exit status: 0 VERIFIED, 1 TAINTED, 3 SUSPECT or UNKNOWN.
+    """
+    from trainguard.appraise.judge import judge_run
+
+    home = Home.find()
+    policy = load_policy(policy_path) if policy_path is not None else None
+    verdict = judge_run(home, named_run(home, run), policy=policy)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
+    elif not quiet:
+        from trainguard.render.terminal import verdict_view
+
+        show(lambda ascii_only: verdict_view(verdict, ascii_only=ascii_only))
+    return verdict.exit_status
+
+
+def named_run(home: Home, run: str) -> str:
+    """The id of the run that `run` names. Raises Misuse, with a hint where it is a file."""
+    if "/" in run or (Path(run).suffix in CHECKPOINT_SUFFIXES and not (home.runs / run).is_dir()):
+        raise Misuse(
+            f"{run}: expected a run, found a path; a checkpoint's verdict is the verdict of the run that wrote it",
+            next_step="name the run: trainguard runs lists them; vet the file itself with: trainguard scan",
+        )
+    return home.find_run(run)
