@@ -1,77 +1,377 @@
 """The step engine: sees every optimizer step through torch's public global hooks and asks each link what it saw.
 
 A *link* is one relation of a training step that can be checked (DESIGN: the chain of links). Each is a class in
-its own file, listed in `LINKS`; for every step it returns a small JSON value, which goes out as one frame:
+its own file, listed in `links.LINKS`; for every step it returns a small JSON value, which goes out as one frame:
 
     kind "step", step = number of the optimizer step in this process (from 1), body =
-      {"opt": index of the optimizer, "wall_ns": time since the previous step began, "own_ns": time of our own,
-       "checked": bool, "<link name>": value, …}
+      {"opt": index of the optimizer, "index": step of that optimizer (from 1), "wall_ns": time since the previous
+       step began, "own_ns": time of our own, "checked": bool, "level": the governor's, "<link name>": value, …}
 
 `checked` false means the governor skipped the step (budget) and only the links with `every_step` spoke.
+Values of the links of this product are described in spec/evidence.md, "Step frames".
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
+import threading
 import time
-from typing import Any, Dict, List, Optional
+import weakref
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import links as _links
+from . import roots, sample
 from .client import Client
+from .governor import Governor
+
+clock = time.perf_counter_ns
+
+
+class Entry:
+    """One parameter of an optimizer."""
+
+    __slots__ = ("group", "name", "numel", "param", "position", "reason")
+
+    def __init__(self, param: Any, group: int, position: int, name: str) -> None:
+        self.param = param
+        self.group = group
+        """Index of its parameter group."""
+        self.position = position
+        """Index among all parameters of the optimizer."""
+        self.name = name
+        self.numel = int(sample.plain(param.detach()).numel())
+        self.reason = sample.why_not(param)
+        """Why it cannot be sampled, or None."""
+
+
+class Track:
+    """What the engine remembers of one optimizer between its steps."""
+
+    def __init__(self, optimizer: Any, opt: int) -> None:
+        self.ref = weakref.ref(optimizer)
+        self.opt = opt
+        """Index of the optimizer in this process, in order of first step."""
+        self.count = 0
+        """Steps it made so far."""
+        self.signature: Any = None
+        self.entries: List[Entry] = []
+        self.without_grad: frozenset[int] = frozenset()
+        """Positions of parameters that had no gradient when last looked at; these are not drawn."""
+        self.next_full = True
+        self.next_sample: Optional[List[Tuple[Entry, sample.Place]]] = None
+        """What the next step will sample, fixed beforehand so that gradient hooks can be armed for it."""
+        self.permutations: Dict[int, List[int]] = {}
+        self.shares: List[int] = []
+        """Indices of other optimizers that hold some of the same parameters."""
+        self.memory: Dict[str, Any] = {}
+        """Each link's own values for this optimizer, by link name."""
 
 
 class Step:
-    """What a link is given, twice: before the update and after it."""
+    """What a link is given: before the update, when the gradients are final, and after the update."""
 
-    __slots__ = ("full", "number", "opt", "optimizer", "rng", "scratch", "settings", "torch")
+    __slots__ = (
+        "block",
+        "engine",
+        "full",
+        "index",
+        "number",
+        "opt",
+        "optimizer",
+        "own_ns",
+        "ready",
+        "rng",
+        "sample",
+        "scratch",
+        "settings",
+        "torch",
+        "track",
+        "wall_ns",
+    )
 
-    def __init__(
-        self,
-        number: int,
-        optimizer: Any,
-        opt: int,
-        torch: Any,
-        rng: random.Random,
-        settings: Dict[str, Any],
-        full: bool,
-    ) -> None:
+    def __init__(self, engine: "Engine", optimizer: Any, track: Track, number: int) -> None:
+        self.engine = engine
         self.number = number
         """Optimizer step in this process, from 1."""
         self.optimizer = optimizer
-        self.opt = opt
-        """Index of the optimizer in this process, in order of first step."""
-        self.torch = torch
-        self.rng = rng
+        self.track = track
+        self.opt = track.opt
+        self.index = track.count
+        """Step of this optimizer, from 1."""
+        self.torch = engine.torch
+        self.rng: random.Random = engine.rng
         """Private random.Random, keyed by the supervisor: the only source of sample positions."""
-        self.settings = settings
+        self.settings = engine.settings
         self.scratch: Dict[str, Any] = {}
         """A link's own values carried from `before` to `after`, by link name."""
-        self.full = full
+        self.full = track.next_full
         """Whether this step is checked in full or only by the links that always speak."""
+        self.sample: List[Tuple[Entry, sample.Place]] = []
+        """Tensors and places that this step samples; empty unless `full`."""
+        self.ready = False
+        """Whether the gradients were final when we looked (false while a closure is still to run)."""
+        self.own_ns = 0
+        self.wall_ns = 0
 
 
 class Engine:
-    """Holds the links of one process. One step at a time; nested steps (SAM, LBFGS closures) count as their own."""
+    """Holds the links of one process. Nested steps (SAM, closures) count as their own."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.settings = client.settings
         self.torch = sys.modules["torch"]
-        self.rng = random.Random(bytes.fromhex(client.settings["key"]))
+        self.rng = random.Random(bytes.fromhex(client.settings["key"]) + b"engine")
+        self.tensors = max(1, int(client.settings.get("tensors", 4)))
+        self.elements = max(2, int(client.settings.get("elements", 32)))
+        self.governor = Governor(client.settings, clock())
         self.steps = 0
-        self.optimizers: List[Any] = []
-        self.own_ns = 0
-        self.began_ns = time.monotonic_ns()
-        self.last_ns: Optional[int] = None
-        self.open_steps: List[Step] = []
+        self.tracks: Dict[int, Track] = {}
+        """id of a live optimizer → what we remember of it."""
+        self.opts = 0
+        self.last_ns = 0
+        self.local = threading.local()
+        self.lock = threading.Lock()
+        self.names: Dict[int, str] = {}
+        self.unsent_ns = 0
+        """Own time spent after a frame was built; booked with the next one."""
         self.links: List[Any] = [link(client) for link in _links.LINKS]
+        self.always = [link for link in self.links if link.every_step]
+        self.readers = [link for link in self.links if hasattr(link, "ready")]
+        self.idlers = [link for link in self.links if hasattr(link, "between")]
+
+    # -- hooks ------------------------------------------------------------------------------------------------
+
+    def before(self, optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+        """The pre-hook: nothing of the update has happened yet. May return arguments with the closure wrapped."""
+        start = clock()
+        track = self.track(optimizer)
+        with self.lock:
+            self.steps += 1
+            track.count += 1
+            step = Step(self, optimizer, track, self.steps)
+            step.wall_ns = start - self.last_ns if self.last_ns else 0
+            self.last_ns = start
+        self._refresh(track, optimizer)
+        if step.full:
+            step.sample = track.next_sample if track.next_sample is not None else self.draw_sample(track, step.index)
+        stack = self._stack(optimizer)
+        stack.append(step)
+        for link in self.links if step.full else self.always:
+            self._call(link, "before", step)
+        changed = None
+        if step.full:
+            changed = self._with_closure(step, args, kwargs)
+            if changed is None:
+                self.ready(step)
+        step.own_ns += clock() - start
+        return changed
+
+    def ready(self, step: Step) -> None:
+        """The gradients are final: called at once, or after every run of a closure."""
+        step.ready = True
+        for link in self.readers:
+            self._call(link, "ready", step)
+
+    def after(self, optimizer: Any) -> None:
+        """The post-hook: the update has been made."""
+        start = clock()
+        stack = self._stack(None)
+        if not stack or stack[-1].optimizer is not optimizer:
+            return
+        step = stack.pop()
+        self.plan(step.track, start)
+        body: Dict[str, Any] = {"opt": step.opt, "index": step.index, "wall_ns": step.wall_ns, "own_ns": 0}
+        body["checked"] = step.full
+        body["level"] = self.governor.level
+        for link in self.links if step.full else self.always:
+            value = self._call(link, "after", step)
+            if value is not None:
+                body[link.name] = value
+        middle = clock()
+        step.own_ns += middle - start + self.unsent_ns
+        body["own_ns"] = step.own_ns
+        self.client.send("step", body, step.number)
+        if self.idlers and self.governor.balance_ns(middle) > 0:
+            self._idle(step)
+        self.governor.spend(step.own_ns, step.wall_ns, step.full)
+        self.unsent_ns = clock() - middle
+
+    # -- planning ---------------------------------------------------------------------------------------------
+
+    def plan(self, track: Track, now_ns: int) -> None:
+        """Decide whether the next step of this optimizer is checked and what it samples."""
+        index = track.count + 1
+        track.next_full = self.governor.wants(track.opt, index, now_ns)
+        track.next_sample = self.draw_sample(track, index) if track.next_full else None
+
+    def draw_sample(self, track: Track, index: int) -> List[Tuple[Entry, sample.Place]]:
+        """The next tensors of the secret rotation and a secret place in each; equal on ranks with equal tensors.
+
+        Every permutation covers all tensors, so none waits for more than two rounds of ceil(T / k) checked steps.
+        """
+        pool = [e for e in track.entries if e.reason is None and e.position not in track.without_grad]
+        if not pool:
+            pool = [e for e in track.entries if e.reason is None]
+        if not pool:
+            return []
+        count = min(self.tensors, len(pool))
+        first = self.governor.block(index) * count
+        chosen: List[Tuple[Entry, sample.Place]] = []
+        for turn in range(first, first + count):
+            entry = pool[self._permutation(track, turn // len(pool), len(pool))[turn % len(pool)]]
+            number = self.governor.draw(b"place", track.opt, index, turn)
+            chosen.append((entry, sample.place(entry.numel, self.elements, number)))
+        return chosen
+
+    def _permutation(self, track: Track, epoch: int, size: int) -> List[int]:
+        known = track.permutations.get(epoch)
+        if known is None or len(known) != size:
+            seed = self.governor.draw(b"permutation", track.opt, epoch, size)
+            known = list(range(size))
+            random.Random(seed).shuffle(known)
+            track.permutations = {epoch: known}
+        return known
+
+    # -- optimizers -------------------------------------------------------------------------------------------
+
+    def track(self, optimizer: Any) -> Track:
+        """What we remember of this optimizer; made at its first step."""
+        known = self.tracks.get(id(optimizer))
+        if known is not None and known.ref() is optimizer:
+            return known
+        with self.lock:
+            track = Track(optimizer, self.opts)
+            self.opts += 1
+            self.tracks[id(optimizer)] = track
+        return track
+
+    def _refresh(self, track: Track, optimizer: Any) -> None:
+        """Rebuild the table of parameters when a group was added, removed or changed in number."""
+        signature = [(id(group["params"]), len(group["params"])) for group in optimizer.param_groups]
+        if signature == track.signature:
+            return
+        self.names = roots.names()
+        entries: List[Entry] = []
+        for number, group in enumerate(optimizer.param_groups):
+            given = group.get("param_names")
+            for offset, param in enumerate(group["params"]):
+                fallback = given[offset] if given and offset < len(given) else "param[%d]" % len(entries)
+                entries.append(Entry(param, number, len(entries), self.names.get(id(param), fallback)))
+        track.entries = entries
+        track.signature = signature
+        track.permutations = {}
+        track.next_sample = None
+        self._find_shared(track)
+
+    def _find_shared(self, track: Track) -> None:
+        own = {id(entry.param) for entry in track.entries}
+        for other in list(self.tracks.values()):
+            if other is track or other.ref() is None:
+                continue
+            if any(id(entry.param) in own for entry in other.entries):
+                if other.opt not in track.shares:
+                    track.shares.append(other.opt)
+                if track.opt not in other.shares:
+                    other.shares.append(track.opt)
+
+    # -- helpers ----------------------------------------------------------------------------------------------
+
+    def _with_closure(self, step: Step, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+        """Arguments in which the closure also tells us when the gradients are final; None when there is none."""
+        if callable(kwargs.get("closure")):
+            return args, dict(kwargs, closure=self._wrapped(step, kwargs["closure"]))
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._wrapped(step, args[1]), *args[2:]), kwargs
+        return None
+
+    def _wrapped(self, step: Step, closure: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(closure)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            value = closure(*args, **kwargs)
+            start = clock()
+            try:
+                self.ready(step)
+            except Exception as error:
+                self.client.fault("engine.ready", error)
+            step.own_ns += clock() - start
+            return value
+
+        return watched
+
+    def _stack(self, optimizer: Any) -> List[Step]:
+        """Open steps of this thread; those that `optimizer` left behind by an exception are dropped."""
+        stack: Optional[List[Step]] = getattr(self.local, "stack", None)
+        if stack is None:
+            stack = self.local.stack = []
+        while optimizer is not None and stack and stack[-1].optimizer is optimizer:
+            stack.pop()
+        return stack
+
+    def _call(self, link: Any, phase: str, step: Step) -> Any:
+        try:
+            return getattr(link, phase)(step)
+        except Exception as error:
+            self.client.fault("link.%s.%s" % (link.name, phase), error)
+            return None
+
+    def _idle(self, step: Step) -> None:
+        for link in self.idlers:
+            value = self._call(link, "between", step)
+            if value is not None:
+                self.client.send("link", {"link": link.name, "value": value}, step.number)
+
+
+_engine: Optional[Engine] = None
+
+
+def current() -> Optional[Engine]:
+    """The engine of this process, once torch has been imported."""
+    return _engine
 
 
 def attach(client: Client) -> None:
     """Register the global optimizer hooks; called once torch has been imported."""
-    raise NotImplementedError
+    global _engine
+    if _engine is not None:
+        return
+    torch = sys.modules["torch"]
+    roots.install(torch)
+    _engine = Engine(client)
+    optimizer = torch.optim.optimizer
+    optimizer.register_optimizer_step_pre_hook(_before)
+    optimizer.register_optimizer_step_post_hook(_after)
 
 
 def forked(client: Client) -> None:
-    """In a forked child: start counting anew under the child's own connection."""
+    """In a forked child: start counting anew under the child's own connection; a child that never steps is silent."""
+    global _engine
+    if _engine is None:
+        return
+    for link in _engine.links:
+        if hasattr(link, "forked"):
+            link.forked()
+    _engine = Engine(client) if client.alive and "key" in client.settings else None
+
+
+def _before(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    engine = _engine
+    if engine is None or not engine.client.alive:
+        return None
+    try:
+        return engine.before(optimizer, args, kwargs)
+    except Exception as error:
+        engine.client.fault("engine.before", error)
+        return None
+
+
+def _after(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+    engine = _engine
+    if engine is None:
+        return
+    try:
+        engine.after(optimizer)
+    except Exception as error:
+        engine.client.fault("engine.after", error)

@@ -1,4 +1,19 @@
-"""The links of a step, in causal order. A visible tuple: nothing registers itself."""
+"""The links of a step, in causal order. A visible tuple: nothing registers itself.
+
+A link is a class made once per process with the client, and then called for every step, or only for steps that
+are checked in full:
+
+    name: str                     key of its value in the step frame
+    every_step: bool              False: called only when `step.full`
+    before(step) -> None          at the start of optimizer.step(), before anything of the update happened
+    after(step) -> JSON | None    the update has been made; what it returns goes into the frame
+    ready(step) -> None           optional, full steps only: the gradients are final (after the closure, if any)
+    between(step) -> JSON | None  optional: after the frame is out, when the budget has room (sweeps); what it returns
+                                  goes out as a frame of kind "link", body {"link": name, "value": value}
+    forked() -> None              optional: forget what belongs to the parent process
+
+`step` is engine.Step. An exception in any of them is counted by the client and the step goes on.
+"""
 
 from __future__ import annotations
 
