@@ -29,6 +29,18 @@ def install(report: Callable[[str, BaseException], None]) -> None:
         sys.addaudithook(_hook)
 
 
+def entered() -> bool:
+    """Begin work of our own in this thread: its audit events are not handled. Give the result to `left`."""
+    before = getattr(_inside, "busy", False)
+    _inside.busy = True
+    return before
+
+
+def left(before: bool) -> None:
+    """End work begun with `entered`."""
+    _inside.busy = before
+
+
 def _hook(event: str, args: Tuple[Any, ...]) -> None:
     handlers = _handlers.get(event)
     if handlers is None or getattr(_inside, "busy", False):

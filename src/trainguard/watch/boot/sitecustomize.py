@@ -19,10 +19,15 @@ def _start_guard():
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules["_trainguard"] = module
-    spec.loader.exec_module(module)
-    from _trainguard import bootstrap
+    # Bytecode of what we import goes to the private cache even where the job writes none, never beside the source.
+    write, sys.dont_write_bytecode = sys.dont_write_bytecode, not getattr(sys, "pycache_prefix", None)
+    try:
+        spec.loader.exec_module(module)
+        from _trainguard import bootstrap
 
-    bootstrap.start()
+        bootstrap.start()
+    finally:
+        sys.dont_write_bytecode = write
 
 
 def _chain():
