@@ -49,7 +49,7 @@ def load_signer(key_path: Path, origin: str) -> Signer:
         raise MalformedEvidence(f"{key_path}: expected an Ed25519 private key in PEM: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise MalformedEvidence(f"{key_path}: expected an Ed25519 private key, found another kind")
-    return Signer(name=origin, key=key)
+    return Signer.of(origin, key)
 
 
 def create_signer(disk: Disk, key_path: Path, origin: str) -> Signer:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ SIGNATURE_LIMIT = 100
 NAME_LIMIT_BYTES = 255
 """Key names and origins: the longest that C2SP witnesses take."""
 _DASH = "\u2014 "
+_NAME = re.compile(r"[^\s+\x00-\x1f]+")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +87,20 @@ class Verifier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signer:
-    """A private note key."""
+    """A private note key. Make it with `Signer.of`."""
 
-    name: str
+    verifier: Verifier
+    """Its public half, and the name it signs under."""
     key: Ed25519PrivateKey
 
+    @classmethod
+    def of(cls, name: str, key: Ed25519PrivateKey) -> Signer:
+        raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        return cls(verifier=Verifier(name=name, public_key=raw), key=key)
+
     @property
-    def verifier(self) -> Verifier:
-        raw = self.key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-        return Verifier(name=self.name, public_key=raw)
+    def name(self) -> str:
+        return self.verifier.name
 
 
 def key_id(name: str, public_key: bytes) -> int:
@@ -102,14 +110,10 @@ def key_id(name: str, public_key: bytes) -> int:
 
 def check_name(name: str) -> None:
     """Raise MalformedEvidence unless `name` can name a key: not empty, no space, no plus, no control character."""
-    if not name or len(name.encode()) > NAME_LIMIT_BYTES or any(_bad_in_name(char) for char in name):
+    if not _NAME.fullmatch(name) or len(name.encode()) > NAME_LIMIT_BYTES:
         raise MalformedEvidence(
             f"key name {name[:80]!r}: expected 1 to {NAME_LIMIT_BYTES} bytes with no space, '+' or control character"
         )
-
-
-def _bad_in_name(char: str) -> bool:
-    return char == "+" or char.isspace() or ord(char) < 0x20
 
 
 def parse_vkey(text: str) -> Verifier:
@@ -145,7 +149,7 @@ def parse_note(data: bytes, *, where: str) -> Note:
         whole = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise MalformedEvidence(f"{where}: note is not UTF-8 at byte {error.start}") from error
-    if any(char < " " and char != "\n" for char in whole):
+    if _CONTROL.search(whole):
         raise MalformedEvidence(f"{where}: control character in a note")
     text, blank, tail = whole.rpartition("\n\n")
     if not blank or not text or not tail.endswith("\n"):

@@ -34,7 +34,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -80,7 +80,7 @@ class _Batch:
     entries: Sequence[bytes]
     first: int = -1
     failure: BaseException | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    done: bool = False
 
 
 class Log:
@@ -134,7 +134,7 @@ class Log:
         with self._queue_lock:
             self._queue.append(batch)
         with self._commit_lock:
-            if not batch.done.is_set():
+            if not batch.done:
                 with self._queue_lock:
                     batches, self._queue = self._queue, []
                 self._commit_together(batches)
@@ -355,7 +355,7 @@ class Log:
         finally:
             for batch in batches:
                 batch.failure = failure
-                batch.done.set()
+                batch.done = True
 
     def _commit(self, entries: list[bytes]) -> None:
         """Write records for `entries` and make them durable: the one place where an append waits for the disk."""
