@@ -60,15 +60,21 @@ def finding_from(
     expected: str | None = None,
     found: str | None = None,
 ) -> Finding:
-    """A finding about `records`: rank and step come from the last of them unless `step` is given."""
+    """A finding about `records`: rank and step come from the last of them unless `step` is given.
+
+    A step of a process without a rank is rank 0's: a job of one process.
+    """
     last = records[-1] if records else None
+    rank = last.rank if last else None
+    if rank is None and last is not None and last.step is not None:
+        rank = 0
     return Finding(
         check=check,
         outcome=outcome,
         techniques=techniques,
         subject=Subject(
             run=run,
-            rank=last.rank if last else None,
+            rank=rank,
             step=step if step is not None else (last.step if last else None),
             tensor=tensor,
             path=path,
