@@ -87,7 +87,7 @@ class RunWriter:
                 line, chain = encode_line(record, self._chain)
                 self._write(line)
             except (OSError, MalformedEvidence):
-                self.lost += 1
+                self.lost += kind != "gap"
                 return None
             if kind == "gap":
                 self.lost = 0
