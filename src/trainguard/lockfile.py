@@ -39,6 +39,9 @@ LOCK_NAME = "trainguard.lock"
 LOCK_LIMIT_BYTES = 64 << 20
 """33,000 files make about 5 MB."""
 
+INSTALLER_FILES = (".dist-info/RECORD", ".dist-info/INSTALLER", ".dist-info/REQUESTED", ".dist-info/direct_url.json")
+"""Ends of paths that installers write as they like: two honest installs of one package differ in them."""
+
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of what a lock consists of: immutable, and nothing in it that a reader would pass over."""
@@ -55,8 +58,8 @@ class Tree(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Path below the root → `<sha256> <size in bytes>`, or `-> <target>` for a symbolic link."""
     bytecode: dict[str, str] = {}
     """Path of a `.pyc` → `<sha256 of what follows its 16-byte header> <state>`. States: live (Python would run it
-    instead of the source), stale (it would be written anew), checked and unchecked (validated by source hash, or
-    never), sourceless (importable without any source), other (of another Python, or without its source: never run)."""
+    instead of the source), checked and unchecked (validated by a hash of the source, or never; PEP 552), sourceless
+    (importable without any source). Those that Python would not run are left out: stale, orphaned, of another tag."""
     recompiled: dict[str, str] = {}
     """Path of a live `.pyc` that was compared with its source → same, differs or unreadable."""
 
