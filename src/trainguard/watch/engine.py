@@ -73,9 +73,9 @@ class Step:
     """What a link is given: before the update, when the gradients are final, and after the update."""
 
     __slots__ = (
-        "block",
         "engine",
         "full",
+        "grads",
         "index",
         "number",
         "opt",
@@ -110,6 +110,8 @@ class Step:
         """Whether this step is checked in full or only by the links that always speak."""
         self.sample: List[Tuple[Entry, sample.Place]] = []
         """Tensors and places that this step samples; empty unless `full`."""
+        self.grads: List[Any] = []
+        """`.grad` of every entry of the track, once final; empty unless `full`."""
         self.ready = False
         """Whether the gradients were final when we looked (false while a closure is still to run)."""
         self.own_ns = 0
@@ -172,6 +174,12 @@ class Engine:
     def ready(self, step: Step) -> None:
         """The gradients are final: called at once, or after every run of a closure."""
         step.ready = True
+        track = step.track
+        step.grads = [entry.param.grad for entry in track.entries]
+        missing = frozenset(i for i, grad in enumerate(step.grads) if grad is None)
+        if missing != track.without_grad:
+            track.without_grad = missing
+            track.permutations = {}
         for link in self.readers:
             self._call(link, "ready", step)
 
@@ -340,7 +348,7 @@ def attach(client: Client) -> None:
     torch = sys.modules["torch"]
     roots.install(torch)
     _engine = Engine(client)
-    optimizer = torch.optim.optimizer
+    optimizer = sys.modules["torch.optim.optimizer"]  # torch.optim deletes the names of its submodules
     optimizer.register_optimizer_step_pre_hook(_before)
     optimizer.register_optimizer_step_post_hook(_after)
 
