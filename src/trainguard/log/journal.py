@@ -167,6 +167,8 @@ def read_segment(log: Path, first: int, *, start: int = 0, sync: bool = False) -
         raise Unavailable(f"{path}: journal cannot be read: {error.strerror}") from error
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         try:
+            if file.seek(0, os.SEEK_END) < start:
+                raise MalformedEvidence(f"{path}: expected {start} bytes or more, found {file.tell()}")
             file.seek(start)
             data = _read(file.fileno(), SEGMENT_LIMIT_BYTES - start)
             if sync:
