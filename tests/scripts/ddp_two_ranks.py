@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="batches; every third waits for the next one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if "RANK" not in os.environ:
