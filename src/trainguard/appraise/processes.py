@@ -107,6 +107,9 @@ class Processes:
 
     def _see_end(self, evidence: Evidence) -> Iterator[Finding]:
         self._ended = True
+        not_started = evidence.body.get("not_started")
+        if isinstance(not_started, str):
+            self._blind.append(f"the command was not started: {not_started}")
         number = evidence.body.get("signal")
         if isinstance(number, int):
             self._blind.append(f"the command was ended by {signal_name(number)}; who sent it is not known")
@@ -122,7 +125,7 @@ class Processes:
                 expected="an end record",
                 found=f"record {self._last.n} ({self._last.kind}) is the last",
             )
-        if not self._greeted:
+        if not self._greeted and not self._blind:
             self._blind.append("no interpreter of the job reported to the guard")
         yield LinkState(link=self.name, held=self._greeted, broken=self._broken, blind=tuple(self._blind))
 

@@ -93,10 +93,11 @@ class Session:
             recorder.observer = judge.feed
             recorder.add("start", start)
             self._measure(recorder, lock)
-            refused = self._gate and judge.violated
-            ended = None if refused else self._watch(recorder, judge)
-            judge.close()
-            writer.seal(final=True)
+            try:
+                ended = self._watch_unless_refused(recorder, judge)
+            finally:
+                judge.close()
+                writer.seal(final=True)
         finally:
             writer.close()
         log.publish()
@@ -130,6 +131,17 @@ class Session:
             recorder.add("unmeasured", {"reason": str(error)})
             return
         recorder.add("measurement", {"blob": blob, "lock": lock, "attempt": 0})
+
+    def _watch_unless_refused(self, recorder: _Observed, judge: _LiveJudge) -> Ended | None:
+        """How the command ended; None when preflight refused it. A command that is not started is on record as such."""
+        if self._gate and judge.violated:
+            recorder.add("end", {"not_started": "preflight found differences from the lock (--gate)"})
+            return None
+        try:
+            return self._watch(recorder, judge)
+        except TrainguardError as error:
+            recorder.add("end", {"not_started": str(error)})
+            raise
 
     def _watch(self, recorder: _Observed, judge: _LiveJudge) -> Ended:
         policy = self._policy

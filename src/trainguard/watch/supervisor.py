@@ -12,6 +12,7 @@ training goes on unrecorded; the record then has no end, which is itself a findi
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -353,6 +354,11 @@ def _start(command: Sequence[str], env: Mapping[str, str], mask: Iterable[int]) 
     except PermissionError as error:
         raise Misuse(f"{command[0]}: not executable", next_step="name an interpreter, such as: python FILE") from error
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENOEXEC:
+            raise Misuse(
+                f"{command[0]}: not a program: expected a binary or a script that begins with '#!'",
+                next_step=f"name its interpreter, such as: sh {command[0]}",
+            ) from error
         raise Unavailable(f"{command[0]}: cannot be started: {error}") from error
 
 

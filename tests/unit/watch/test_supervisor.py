@@ -73,6 +73,14 @@ def test_a_file_that_is_not_executable_is_a_usage_error(tmp_path: Path) -> None:
         watch(str(tmp_path / "x.py"))
 
 
+def test_a_script_without_an_interpreter_line_is_a_usage_error(tmp_path: Path) -> None:
+    """A shell would guess `sh`; we say what is missing."""
+    (tmp_path / "x").write_text("echo hello\n")
+    (tmp_path / "x").chmod(0o755)
+    with pytest.raises(Misuse, match="not a program"):
+        watch(str(tmp_path / "x"))
+
+
 def test_forked_children_and_child_interpreters_say_hello() -> None:
     """Every interpreter of the job is its own process in the record."""
     _, records = watch(
