@@ -19,4 +19,14 @@ from __future__ import annotations
 
 from typing import Any, Tuple
 
-LINKS: Tuple[Any, ...] = ()
+from . import gradients, hyperparameters, optimizer, rng, weights
+from .inputs import InputsLink
+
+LINKS: Tuple[Any, ...] = (
+    InputsLink,
+    rng.Rng,
+    gradients.Gradients,
+    hyperparameters.Hyperparameters,
+    optimizer.Optimizer,
+    weights.Weights,
+)

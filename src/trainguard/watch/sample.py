@@ -51,18 +51,45 @@ def why_not(tensor: Any) -> Optional[str]:
     return None
 
 
-def gather(torch: Any, views: List[Any]) -> Any:
-    """One tensor with all the views' values, on their device (on the CPU when they live on several)."""
-    device = views[0].device
-    for item in views:
-        if item.device != device:
-            views = [each.cpu() for each in views]
-            break
-    return torch.cat(views)
+class Gathered:
+    """Values of many views, copied on their devices; `raw` fetches them. The order of the views is kept."""
+
+    __slots__ = ("order", "parts")
+
+    def __init__(self, torch: Any, views: List[Any]) -> None:
+        device = views[0].device
+        self.order: Optional[List[Tuple[int, int]]] = None
+        """(part, length) of every view, when they live on several devices."""
+        if all(item.device == device for item in views):
+            self.parts = [torch.cat(views)]
+            return
+        devices: List[Any] = []
+        shares: List[List[Any]] = []
+        self.order = []
+        for item in views:
+            if item.device not in devices:
+                devices.append(item.device)
+                shares.append([])
+            part = devices.index(item.device)
+            shares[part].append(item)
+            self.order.append((part, item.numel()))
+        self.parts = [torch.cat(share) for share in shares]
+
+    def raw(self, torch: Any) -> Tuple[str, bytes]:
+        """("<f" or "<d", little-endian bytes) of all values. Waits once for every device."""
+        if self.order is None:
+            return raw(torch, self.parts[0])
+        parts = [part.cpu() for part in self.parts]
+        used = [0] * len(parts)
+        pieces = []
+        for part, length in self.order:
+            pieces.append(parts[part][used[part] : used[part] + length])
+            used[part] += length
+        return raw(torch, torch.cat(pieces))
 
 
 def raw(torch: Any, values: Any) -> Tuple[str, bytes]:
-    """("<f" or "<d", the little-endian bytes) of a flat floating tensor. The one place that waits for a device."""
+    """("<f" or "<d", the little-endian bytes) of a flat floating tensor. Waits for its device."""
     if values.dtype != torch.float64 and values.dtype != torch.float32:
         values = values.float()
     values = values.cpu()
@@ -70,7 +97,6 @@ def raw(torch: Any, values: Any) -> Tuple[str, bytes]:
     return ("<f" if size == 4 else "<d", ctypes.string_at(values.data_ptr(), values.numel() * size))
 
 
-def blob(torch: Any, values: Any) -> Dict[str, str]:
-    """The JSON form of a flat floating tensor."""
-    kind, data = raw(torch, values)
+def blob(kind: str, data: bytes) -> Dict[str, str]:
+    """The JSON form of what `raw` gives."""
     return {"f": kind, "b": base64.b64encode(data).decode("ascii")}

@@ -1,0 +1,225 @@
+"""Link *hyperparameters*: what every parameter group says, at every step, and who changed it.
+
+Value of the link in a step frame (absent when nothing changed; spec/evidence.md "hyperparameters"):
+
+    {"groups": [{name: value, …, "n": tensors}]   all of it: first step, every 256th, and when groups come or go
+     "class": …                                    with `groups`
+     "changed": [[group, name, value]]             otherwise: what differs from the step before
+     "inside": [[group, name, value]]              what differs after the update from before it
+     "schedulers": [[class, steps it made, [last rates]]]   when one acts on this optimizer, with every change
+     "writers": {name: ["file:line", …]}           once, at the first change that no scheduler explains
+     "census": {"total", "frozen": [names], "without_grad": [names], "outside": [names], "counts": [3 numbers]}}
+                                                   in checked steps, when it differs from the last one sent
+
+Values: numbers, booleans, strings and null as they are; sequences as lists; a tensor of one element on the CPU as
+its number; non-finite numbers as "nan", "inf", "-inf"; anything else as {"type": name}.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
+
+from . import roots, writers
+from .client import Client
+
+if TYPE_CHECKING:
+    from .engine import Step, Track
+
+REPEAT_STEPS = 256
+NAMES_LIMIT = 32
+SEARCH_LIMIT = 3
+"""Times that the heap is searched for a scheduler, per optimizer: 10 to 50 ms each."""
+
+
+class Hyperparameters:
+    """Reads every group before the update and again after it."""
+
+    name = "hyperparameters"
+    every_step = True
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.sent_writers = False
+
+    def before(self, step: Step) -> None:
+        """Compare every group with what it said at the step before."""
+        memory = step.track.memory.setdefault(self.name, {"last": [], "searches": 0, "schedulers": []})
+        now = [frozen(group) for group in step.optimizer.param_groups]
+        last = memory["last"]
+        memory["last"] = now
+        if now == last and step.index % REPEAT_STEPS and not self._schedulers_moved(memory):
+            step.scratch[self.name] = None
+            return
+        value: Dict[str, Any] = {}
+        changed = [] if len(now) != len(last) else _changed(step.optimizer.param_groups, now, last)
+        if not last or len(now) != len(last) or step.index % REPEAT_STEPS == 0:
+            value["groups"] = [scalars(group) for group in step.optimizer.param_groups]
+            value["class"] = type(step.optimizer).__module__ + "." + type(step.optimizer).__qualname__
+        if changed:
+            value["changed"] = changed
+        self._explain(step, memory, value, changed)
+        step.scratch[self.name] = value
+
+    def after(self, step: Step) -> Any:
+        """Compare again; in checked steps, count the parameters that take no part."""
+        memory = step.track.memory[self.name]
+        value: Optional[Dict[str, Any]] = step.scratch.get(self.name)
+        groups = step.optimizer.param_groups
+        now = [frozen(group) for group in groups]
+        if now != memory["last"]:
+            value = value or {}
+            if len(now) == len(memory["last"]):
+                value["inside"] = _changed(groups, now, memory["last"])
+            memory["last"] = now
+        if step.ready:
+            census = _census(step)
+            if census != memory.get("census"):
+                memory["census"] = census
+                value = value or {}
+                value["census"] = census
+        return value
+
+    def _explain(self, step: Step, memory: Dict[str, Any], value: Dict[str, Any], changed: List[Any]) -> None:
+        first = step.index == 1 and "step" in vars(step.optimizer)
+        if (first or changed) and not memory["schedulers"] and memory["searches"] < SEARCH_LIMIT:
+            memory["searches"] += 1
+            memory["schedulers"] = _find_schedulers(step.torch, step.optimizer)
+        reports = [_report(ref()) for ref in memory["schedulers"] if ref() is not None]
+        if reports:
+            value["schedulers"] = reports
+        if changed and not reports and not self.sent_writers:
+            self.sent_writers = True
+            value["writers"] = writers.places()
+
+    def _schedulers_moved(self, memory: Dict[str, Any]) -> bool:
+        counts = [getattr(ref(), "_step_count", None) for ref in memory["schedulers"]]
+        moved = counts != memory.get("counts")
+        memory["counts"] = counts
+        return moved
+
+
+def frozen(group: Dict[str, Any]) -> Dict[str, Any]:
+    """What of a group can change, in a form that `==` compares exactly and cheaply."""
+    out: Dict[str, Any] = {"params": len(group["params"])}
+    for key, value in group.items():
+        kind = type(value)
+        if kind is float or kind is bool or kind is int or value is None or kind is str:
+            out[key] = value
+        elif kind is tuple or kind is list:
+            if key != "params" and key != "param_names":
+                out[key] = tuple(value) if not any(hasattr(v, "_version") for v in value) else tuple(map(_plain, value))
+        elif hasattr(value, "_version"):
+            out[key] = _plain(value)
+    return out
+
+
+def scalars(group: Dict[str, Any]) -> Dict[str, Any]:
+    """All hyper-parameters of a group as JSON values, and `n`, how many tensors it holds."""
+    out = {str(key): _json(value) for key, value in group.items() if key not in ("params", "param_names")}
+    out["n"] = len(group["params"])
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """A tensor's number where it is on the CPU; elsewhere its version, for reading it would wait for the device."""
+    if not hasattr(value, "_version"):
+        return value
+    if value.numel() == 1 and value.device.type == "cpu":
+        return value.item()
+    return (id(value), value._version)
+
+
+def _json(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return value if math.isfinite(value) else repr(float(value))
+    if isinstance(value, (list, tuple)):
+        return [_json(each) for each in value[:16]]
+    if hasattr(value, "_version") and value.numel() == 1 and value.is_floating_point():
+        return _json(value.item())
+    return {"type": type(value).__name__}
+
+
+def _changed(groups: List[Any], now: List[Dict[str, Any]], last: List[Dict[str, Any]]) -> List[List[Any]]:
+    out: List[List[Any]] = []
+    for number, (new, old) in enumerate(zip(now, last)):
+        if new == old:
+            continue
+        for key in {**old, **new}:
+            if new.get(key) != old.get(key) or (key in new) != (key in old):
+                value = new["params"] if key == "params" else _json(groups[number].get(key))
+                out.append([number, "n" if key == "params" else str(key), value])
+    return out
+
+
+def _find_schedulers(torch: Any, optimizer: Any) -> List[Any]:
+    """Weak references to torch schedulers that act on this optimizer's groups, by one look over the heap."""
+    module = torch.optim.lr_scheduler
+    kinds = _subclasses(module.LRScheduler)
+    found = [item for item in gc.get_objects() if type(item) in kinds]
+    mine = [
+        item
+        for item in found
+        if getattr(getattr(item, "optimizer", None), "param_groups", None) is optimizer.param_groups
+    ]
+    return [weakref.ref(item) for item in mine[:16]]
+
+
+def _subclasses(kind: Any) -> Any:
+    known = {kind}
+    waiting = [kind]
+    while waiting:
+        for each in waiting.pop().__subclasses__():
+            if each not in known:
+                known.add(each)
+                waiting.append(each)
+    return known
+
+
+def _report(scheduler: Any) -> List[Any]:
+    kind = type(scheduler)
+    last = getattr(scheduler, "_last_lr", None) or []
+    return [
+        "%s.%s" % (kind.__module__, kind.__qualname__),
+        getattr(scheduler, "_step_count", None) if isinstance(getattr(scheduler, "_step_count", None), int) else None,
+        [_json(value) for value in list(last)[:64]],
+    ]
+
+
+def _census(step: Step) -> Dict[str, Any]:
+    """Which parameters take no part in this step: frozen, without gradient, or in no optimizer."""
+    track: Track = step.track
+    frozen_names: List[str] = []
+    without: List[str] = []
+    for entry in track.entries:
+        if not entry.param.requires_grad:
+            frozen_names.append(entry.name)
+        elif entry.position in track.without_grad:
+            without.append(entry.name)
+    outside = _outside(step)
+    return {
+        "total": len(track.entries),
+        "frozen": frozen_names[:NAMES_LIMIT],
+        "without_grad": without[:NAMES_LIMIT],
+        "outside": outside[:NAMES_LIMIT],
+        "counts": [len(frozen_names), len(without), len(outside)],
+    }
+
+
+def _outside(step: Step) -> List[str]:
+    """Trainable parameters of the job's models that no optimizer holds; looked for at the first steps only."""
+    memory = step.track.memory
+    if step.index in (2, 20) or "outside" not in memory:
+        held = {id(entry.param) for track in list(step.engine.tracks.values()) for entry in track.entries}
+        names: List[str] = []
+        for root in roots.roots():
+            for name, parameter in root.named_parameters():
+                if parameter.requires_grad and id(parameter) not in held:
+                    names.append(name)
+        memory["outside"] = names
+    result: List[str] = memory["outside"]
+    return result

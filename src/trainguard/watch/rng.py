@@ -1,0 +1,160 @@
+"""Link *rng*: where the random streams stand at every step, and every time somebody seeds them again.
+
+Value of the link in a step frame (spec/evidence.md "rng"):
+
+    {"seed": torch.initial_seed(), only when it differs from the last one sent
+     "torch": digest of the CPU generator's state before the step,
+     "after": the same after the step, in checked steps,
+     "cuda": [[device, seed, offset]], where CUDA is in use, in checked steps
+     "numpy", "python": digests of the global generators, in checked steps, where the modules are loaded
+     "dropout": whether a module in training mode draws random numbers, in checked steps
+     "seeded": ["file:line:function", …] stack, innermost first, of the last torch.manual_seed since the step before}
+
+Digests are 8 bytes of BLAKE2b as hex (for `python` a 64-bit hash of the state): they are compared for equality only.
+
+Where a call of `torch.manual_seed` came from is known without wrapping it: as long as an accelerator is not in use,
+torch itself keeps the stack of the last seeding call, to repeat it when the device wakes up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
+
+from . import roots
+from .client import Client
+
+if TYPE_CHECKING:
+    from .engine import Step
+
+DRAWING = ("Dropout", "AlphaDropout", "FeatureAlphaDropout", "Dropout1d", "Dropout2d", "Dropout3d", "RReLU")
+FRAMES_LIMIT = 6
+
+
+class Rng:
+    """Reads generator states; draws from none."""
+
+    name = "rng"
+    every_step = True
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.seed: Optional[int] = None
+        self.calls: Dict[str, Any] = {}
+        self.dropout: Optional[bool] = None
+
+    def before(self, step: Step) -> None:
+        """The state that this step will draw from."""
+        torch = step.torch
+        value: Dict[str, Any] = {"torch": _digest(torch.default_generator)}
+        seed = torch.default_generator.initial_seed()
+        if seed != self.seed:
+            self.seed = seed
+            value["seed"] = seed
+        place = self._seeding_call(torch)
+        if place is not None:
+            value["seeded"] = place
+        if step.full:
+            self._others(step, value)
+        step.scratch[self.name] = value
+
+    def after(self, step: Step) -> Any:
+        """The state that it left behind."""
+        value = step.scratch.get(self.name)
+        if value is not None and step.full:
+            value["after"] = _digest(step.torch.default_generator)
+        return value
+
+    def _others(self, step: Step, value: Dict[str, Any]) -> None:
+        torch = step.torch
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            value["cuda"] = [
+                [index, str(each.initial_seed()), each.get_offset()]
+                for index, each in enumerate(torch.cuda.default_generators)
+                if index == torch.cuda.current_device()
+            ]
+        value["numpy"] = _numpy()
+        value["python"] = _python()
+        if self.dropout is None or step.index % 64 == 0:
+            self.dropout = any(_draws(module) for root in roots.roots() for module in root.modules())
+        value["dropout"] = self.dropout
+
+    def _seeding_call(self, torch: Any) -> Any:
+        """Where the generators were last seeded, if that happened since the step before."""
+        place = None
+        for name in ("cuda", "xpu"):
+            tracker = getattr(sys.modules.get("torch." + name), "_lazy_seed_tracker", None)
+            call = getattr(tracker, "manual_seed_all_cb", None)
+            if call is not None and call is not self.calls.get(name):
+                self.calls[name] = call
+                place = _place(call[1])
+        return place
+
+    def forked(self) -> None:
+        """Nothing is shared with the parent process."""
+
+
+def _digest(generator: Any) -> str:
+    state = generator.get_state()
+    return hashlib.blake2b(ctypes.string_at(state.data_ptr(), state.numel()), digest_size=8).hexdigest()
+
+
+def _numpy() -> Optional[str]:
+    module = sys.modules.get("numpy.random")
+    if module is None:
+        return None
+    state = module.get_state(legacy=False)
+    inner = state["state"]
+    if not isinstance(inner, dict) or "key" not in inner:
+        return None
+    return hashlib.blake2b(inner["key"].tobytes() + str(inner["pos"]).encode(), digest_size=8).hexdigest()
+
+
+def _python() -> Optional[str]:
+    module = sys.modules.get("random")
+    if module is None:
+        return None
+    return "%016x" % (hash(module.getstate()[1]) & 0xFFFFFFFFFFFFFFFF)
+
+
+def _draws(module: Any) -> bool:
+    if not module.training:
+        return False
+    if type(module).__name__ in DRAWING:
+        return bool(getattr(module, "p", 1.0))
+    rate = module.__dict__.get("dropout")
+    return isinstance(rate, float) and rate > 0.0
+
+
+def _place(stack: List[str]) -> List[str]:
+    """`file:line:function` of the innermost frames outside torch's own seeding code, innermost first."""
+    out: List[str] = []
+    for text in reversed(stack):
+        head = text.strip().split("\n", 1)[0]
+        parts = head.split('"')
+        if len(parts) < 3 or _of_torch_seeding(parts[1]):
+            continue
+        rest = parts[2].split(",")
+        line = rest[1].strip()[5:] if len(rest) > 1 else "?"
+        function = rest[2].strip()[3:] if len(rest) > 2 else "?"
+        out.append("%s:%s:%s" % (parts[1], line, function))
+        if len(out) == FRAMES_LIMIT:
+            break
+    return out
+
+
+def _of_torch_seeding(path: str) -> bool:
+    torch = sys.modules["torch"]
+    folder = os.path.dirname(str(torch.__file__))
+    return path in (
+        os.path.join(folder, "random.py"),
+        os.path.join(folder, "cuda", "__init__.py"),
+        os.path.join(folder, "cuda", "random.py"),
+        os.path.join(folder, "xpu", "__init__.py"),
+        os.path.join(folder, "xpu", "random.py"),
+        os.path.join(folder, "_dynamo", "eval_frame.py"),
+        os.path.join(folder, "_compile.py"),
+    )
