@@ -90,7 +90,9 @@ def audit(log: Path, verifier: Verifier, progress: Callable[[int, int], None] | 
 def _list(log: Path) -> list[Tile]:
     """The tiles that lie under `tile/`. Raises MalformedEvidence for anything in the log that is not of it."""
     try:
-        for entry in os.scandir(log):
+        with os.scandir(log) as listing:
+            entries = list(listing)
+        for entry in entries:
             if entry.name not in NAMES or entry.is_symlink():
                 raise MalformedEvidence(f"{log / entry.name[:80]}: not part of a log")
             if entry.name in _EMPTY and entry.stat().st_size:

@@ -73,3 +73,11 @@ def read_edge(log: Path, verifier: Verifier) -> Edge | None:
     except FileNotFoundError:
         return None
     return parse_edge(data, verifier, where=str(path)) if data else None
+
+
+def find_edge(log: Path, verifier: Verifier) -> Edge | None:
+    """The edge of a log, or None where there is none that holds: it is a cache, and the audit names a damaged one."""
+    try:
+        return read_edge(log, verifier)
+    except VerificationError:
+        return None

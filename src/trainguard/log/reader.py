@@ -23,6 +23,7 @@ from typing import TypeVar
 from trainguard.errors import Misuse, Unavailable, VerificationError
 from trainguard.log import audit, journal, tiles
 from trainguard.log.audit import Audit
+from trainguard.log.edge import find_edge
 from trainguard.log.journal import Position, Record
 from trainguard.log.keys import load_verifier
 from trainguard.log.merkle import consistency_path, inclusion_path, leaf_hash, perfect_root, root_at, verify_inclusion
@@ -155,6 +156,7 @@ def _check(tree: Tree, index: int, entry: bytes, log: Path) -> None:
 
 def _load(log: Path, verifier: Verifier) -> _Snapshot:
     """Published tiles, then the journal after them; the last record's signed head must have that root."""
+    edge = find_edge(log, verifier)
     published = read_published(log, verifier)
     tree = Tree(log, published)
     records: list[Position] = []
@@ -170,8 +172,9 @@ def _load(log: Path, verifier: Verifier) -> _Snapshot:
     head = published if last is None else verify_tree_head(last.note, verifier, where=f"{log / 'journal'}: last record")
     if head is None:
         raise Unavailable(f"{log}: there is no log here", next_step="a first run or append makes one")
-    if head.size < tree.published:
-        raise rolled_back(log, head.size, tree.published, "checkpoint")
+    for name, signed in (("checkpoint", tree.published), ("edge", edge.head.size if edge else 0)):
+        if signed > head.size:
+            raise rolled_back(log, head.size, signed, name)
     if (head.size, head.root) != (tree.size, tree.frontier.root()):
         raise VerificationError(f"{log / 'journal'}: {tree.size} entries do not have the root of the last signed head")
     return _Snapshot(head, tree, records)

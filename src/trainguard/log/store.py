@@ -42,7 +42,7 @@ from trainguard.errors import Misuse, TrainguardError, Unavailable, Verification
 from trainguard.log import journal, tiles
 from trainguard.log.disk import DISK, Disk, locked, make_folders, sync_folder, write_all
 from trainguard.log.edge import NAME as EDGE_NAME
-from trainguard.log.edge import Edge, encode_edge, read_edge
+from trainguard.log.edge import Edge, encode_edge, find_edge
 from trainguard.log.journal import Position, Record, Tail
 from trainguard.log.keys import create_signer, load_signer, write_vkey
 from trainguard.log.merkle import EMPTY_ROOT, Frontier, leaf_hash
@@ -227,7 +227,7 @@ class Log:
     def _load(self) -> _State | None:
         """The state, from the disk alone: from the edge or else from the published tiles (rule 4). None: no log yet."""
         published = read_published(self._path, self._verifier)
-        edge = self._edge()
+        edge = find_edge(self._path, self._verifier)
         state = self._from_edge(edge, published) or self._from_tiles(published)
         found = 0 if state is None else state.head.size
         for name, signed in (("checkpoint", published), ("edge", edge.head if edge else None)):
@@ -242,13 +242,6 @@ class Log:
         self._cut_torn()
         self._disk.fdatasync(self._descriptor)
         self._durable, self._doubtful = state.offset, False
-
-    def _edge(self) -> Edge | None:
-        """The edge; one that is damaged is as good as none here, and `LogReader.verify` names it."""
-        try:
-            return read_edge(self._path, self._verifier)
-        except VerificationError:
-            return None
 
     def _from_edge(self, edge: Edge | None, published: TreeHead | None) -> _State | None:
         """The state, replaying the journal from the edge; None where the edge does not help."""

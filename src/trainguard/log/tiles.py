@@ -75,7 +75,7 @@ def parse_path(path: str) -> Tile:
         kind, index, width = match.groups()
         level = ENTRIES if kind == "entries" else int(kind)
         tile = Tile(level, int(index.replace("x", "").replace("/", "")), int(width or TILE_WIDTH))
-        if tile.path == path:
+        if tile.path == path and tile.width <= TILE_WIDTH:
             return tile
     raise MalformedEvidence(f"{path[:120]}: expected the path of a tile or entry bundle")
 
