@@ -176,14 +176,17 @@ class Code:
             self.client.send("code", {"files": files}, self.step)
 
     def tick(self) -> None:
-        """At a step boundary: modules that came by other ways, one file's hash still owed, and the queue."""
+        """At a step boundary: modules that came by other ways, and the queue."""
         self.walk_modules()
+        if self._pending and time.monotonic() - self._since > BATCH_SECONDS:
+            self.flush()
+
+    def hash_one(self) -> None:
+        """When there is time: the hash of one native module that was reported without."""
         if self._unhashed:
             path = self._unhashed.pop(0)
             self.known[path] = file_sha256(path)
             self.add(path, self.known[path], "", "hash of " + _EXTENSION)
-        if self._pending:
-            self.flush()
 
     def forked(self) -> None:
         """In a forked child: the parent reports what it had queued; from here on everything goes out at once."""
@@ -267,10 +270,9 @@ class Code:
         """Code without a file: `exec` of a string, frozen modules, generated functions."""
         if caller is not None:
             maker = caller.f_code
-            if maker.co_filename.startswith(self._libraries):
-                names = maker.co_names
-                if "exec" in names or "eval" in names or maker.co_name == "_call_with_frames_removed":
-                    return  # namedtuple, dataclasses, torch.fx and their like; their own code is verified
+            executes = any("exec" in name or "eval" in name for name in maker.co_names) or _imports(caller)
+            if executes and maker.co_filename.startswith(self._libraries):
+                return  # namedtuple, dataclasses, torch.fx and their like; their own code is verified
         elif filename.startswith("<frozen"):
             return
         self._report(code, filename, caller, None, None, self._source(filename))
