@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ PREDICATE = "measurement/v1"
 LOCK_NAME = "trainguard.lock"
 LOCK_LIMIT_BYTES = 64 << 20
 """33,000 files make about 5 MB."""
+CONTENTS_LIMIT_BYTES = 256 << 20
 
 INSTALLER_FILES = (".dist-info/RECORD", ".dist-info/INSTALLER", ".dist-info/REQUESTED", ".dist-info/direct_url.json")
 """Ends of paths that installers write as they like: two honest installs of one package differ in them."""
@@ -178,8 +180,10 @@ class Cache(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: str
     path: str
-    owner: int
     mode: int
+    """Permission bits."""
+    foreign: bool = False
+    """Whether it belongs to an account that is neither the job's nor root."""
     files: dict[str, str] = {}
     """As in `Tree`; only for code that is kept by name (remote modules), else empty."""
 
@@ -212,12 +216,21 @@ class Measurement(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
     numeric: Numeric | None = None
     caches: tuple[Cache, ...] = ()
     declared: Declared = Declared()
+    bytecode: str = "new"
+    """Which `.pyc` were compiled again: new (those that differ from the lock, if there was one), all, or inert (none,
+    because the job was given a private bytecode folder)."""
     notes: tuple[str, ...] = ()
     """What could not be measured and why, one sentence each. A note is never green."""
 
     def encode(self) -> bytes:
         """The bytes that are hashed, stored and signed."""
         return msgspec.json.encode(self, order="sorted")
+
+    @property
+    def file_count(self) -> int:
+        """Files that were measured, bytecode aside."""
+        files = sum(len(tree.files) for tree in self.trees.values())
+        return files + sum(len(package.files) for package in self.distributions.values())
 
     @property
     def digest(self) -> str:
@@ -358,6 +371,26 @@ def read_lock(path: Path) -> Lock:
     except OSError as error:
         raise Unavailable(f"{path}: lock cannot be read: {error.strerror}") from error
     return parse_lock(data, where=str(path))
+
+
+def pack_contents(texts: Mapping[str, bytes]) -> bytes:
+    """A pack of file contents by SHA-256: zlib-compressed MessagePack."""
+    return zlib.compress(msgspec.msgpack.encode(dict(texts)), level=1)
+
+
+def unpack_contents(data: bytes, *, where: str) -> dict[str, bytes]:
+    """The contents in a pack; the inverse of `pack_contents`. Each must still be checked against its digest.
+
+    Raises MalformedEvidence for bytes that are no pack or unfold to more than 256 MiB.
+    """
+    machine = zlib.decompressobj()
+    try:
+        raw = machine.decompress(data, CONTENTS_LIMIT_BYTES)
+        if machine.unconsumed_tail:
+            raise MalformedEvidence(f"{where}: pack unfolds to more than {CONTENTS_LIMIT_BYTES} bytes")
+        return msgspec.msgpack.decode(raw, type=dict[str, bytes])
+    except (zlib.error, msgspec.DecodeError) as error:
+        raise MalformedEvidence(f"{where}: not a pack of file contents: {error}") from error
 
 
 def _bounded(data: bytes, where: str) -> None:

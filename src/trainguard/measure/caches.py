@@ -19,7 +19,7 @@ LIMITS = Limits(files=20_000, bytes=1 << 30, depth=12)
 
 
 def measure_caches(env: Mapping[str, str], walker: Walker) -> Iterator[Cache]:
-    """The caches that exist, with owner (uid) and permission bits."""
+    """The caches that exist, with permission bits and whether another account owns them."""
     for name, folder, by_name in _folders(env):
         try:
             info = folder.stat()
@@ -31,7 +31,8 @@ def measure_caches(env: Mapping[str, str], walker: Walker) -> Iterator[Cache]:
         if by_name:
             found = walker.tree(folder, fresh=True, limits=LIMITS, want=lambda path, _size: path.endswith(".py"))
             files = found.files
-        yield Cache(name=name, path=str(folder), owner=info.st_uid, mode=stat.S_IMODE(info.st_mode), files=files)
+        foreign = info.st_uid not in (0, os.getuid())
+        yield Cache(name=name, path=str(folder), mode=stat.S_IMODE(info.st_mode), foreign=foreign, files=files)
 
 
 def _folders(env: Mapping[str, str]) -> list[tuple[str, Path, bool]]:

@@ -137,6 +137,7 @@ def _measured(
         numeric=flags,
         caches=tuple(caches.measure_caches(env, walker)),
         declared=declared,
+        bytecode=compare_bytecode,
         notes=tuple(dict.fromkeys(job.notes)),
     )
     stat_cache.save()
