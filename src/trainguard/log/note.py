@@ -70,7 +70,7 @@ class Verifier:
     """32 bytes, RFC 8032."""
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        check_name(self.name, where="vkey")
         if len(self.public_key) != 32:
             raise MalformedEvidence(f"vkey: expected a public key of 32 bytes, found {len(self.public_key)}")
 
@@ -108,11 +108,12 @@ def key_id(name: str, public_key: bytes) -> int:
     return int.from_bytes(hashlib.sha256(name.encode() + b"\n" + ED25519 + public_key).digest()[:4], "big")
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, *, where: str = "key name") -> None:
     """Raise MalformedEvidence unless `name` can name a key: not empty, no space, no plus, no control character."""
     if not _NAME.fullmatch(name) or len(name.encode()) > NAME_LIMIT_BYTES:
         raise MalformedEvidence(
-            f"key name {name[:80]!r}: expected 1 to {NAME_LIMIT_BYTES} bytes with no space, '+' or control character"
+            f"{where}: expected a name of 1 to {NAME_LIMIT_BYTES} bytes with no space, '+' or "
+            f"control character, found {name[:80]!r}"
         )
 
 
@@ -164,7 +165,7 @@ def _parse_signature(line: str, where: str) -> Signature:
     name, space, encoded = line.removeprefix(_DASH).partition(" ")
     if not line.startswith(_DASH) or not space:
         raise MalformedEvidence(f"{where}: expected '— <key name> <base64>', found {line[:80]!r}")
-    check_name(name)
+    check_name(name, where=f"{where}: key name")
     data = decode_base64(encoded, where=f"{where}: signature of {name[:80]}")
     if len(data) < 5:
         raise MalformedEvidence(f"{where}: signature of {name[:80]}: expected 5 bytes or more, found {len(data)}")
