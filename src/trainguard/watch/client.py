@@ -18,6 +18,8 @@ import sys
 import time
 from typing import Any, Dict, List, Optional
 
+_encode = json.JSONEncoder(separators=(",", ":"), default=str, check_circular=False).encode
+
 FRAME_LIMIT_BYTES = 160 * 1024
 """Below the kernel's default socket buffer (net.core.wmem_default, 212,992 bytes)."""
 
@@ -137,7 +139,7 @@ class Client:
             frame["s"] = step
         if seq is None:
             self.seq += 1
-        return json.dumps(frame, separators=(",", ":"), default=str).encode()
+        return _encode(frame).encode()
 
     def _push(self) -> None:
         while self.queue and self.socket is not None:

@@ -32,7 +32,7 @@ clock = time.perf_counter_ns
 class Entry:
     """One parameter of an optimizer."""
 
-    __slots__ = ("group", "name", "numel", "param", "position", "reason")
+    __slots__ = ("facts", "group", "name", "numel", "param", "position", "reason", "state_keys", "state_of")
 
     def __init__(self, param: Any, group: int, position: int, name: str) -> None:
         self.param = param
@@ -44,6 +44,11 @@ class Entry:
         self.numel = int(sample.plain(param.detach()).numel())
         self.reason = sample.why_not(param)
         """Why it cannot be sampled, or None."""
+        self.facts = [name, group, position, self.numel, str(param.dtype)[6:], param.device.type]
+        """What a frame says of it."""
+        self.state_of: Any = None
+        """The optimizer's state of it when last looked at, and what its entries are (optimizer._shape_of)."""
+        self.state_keys: List[Tuple[Any, int]] = []
 
 
 class Track:
@@ -62,6 +67,8 @@ class Track:
         self.next_full = True
         self.next_sample: Optional[List[Tuple[Entry, sample.Place]]] = None
         """What the next step will sample, fixed beforehand so that gradient hooks can be armed for it."""
+        self.pool: List[Entry] = []
+        """Entries that can be drawn; empty when it has to be made anew."""
         self.permutations: Dict[int, List[int]] = {}
         self.shares: List[int] = []
         """Indices of other optimizers that hold some of the same parameters."""
@@ -161,13 +168,14 @@ class Engine:
             step.sample = track.next_sample if track.next_sample is not None else self.draw_sample(track, step.index)
         stack = self._stack(optimizer)
         stack.append(step)
-        for link in self.links if step.full else self.always:
-            self._call(link, "before", step)
         changed = None
-        if step.full:
-            changed = self._with_closure(step, args, kwargs)
-            if changed is None:
-                self.ready(step)
+        with self.torch.no_grad():
+            for link in self.links if step.full else self.always:
+                self._call(link, "before", step)
+            if step.full:
+                changed = self._with_closure(step, args, kwargs)
+                if changed is None:
+                    self.ready(step)
         step.own_ns += clock() - start
         return changed
 
@@ -179,7 +187,7 @@ class Engine:
         missing = frozenset(i for i, grad in enumerate(step.grads) if grad is None)
         if missing != track.without_grad:
             track.without_grad = missing
-            track.permutations = {}
+            track.pool = []
         for link in self.readers:
             self._call(link, "ready", step)
 
@@ -194,10 +202,11 @@ class Engine:
         body: Dict[str, Any] = {"opt": step.opt, "index": step.index, "wall_ns": step.wall_ns, "own_ns": 0}
         body["checked"] = step.full
         body["level"] = self.governor.level
-        for link in self.links if step.full else self.always:
-            value = self._call(link, "after", step)
-            if value is not None:
-                body[link.name] = value
+        with self.torch.no_grad():
+            for link in self.links if step.full else self.always:
+                value = self._call(link, "after", step)
+                if value is not None:
+                    body[link.name] = value
         middle = clock()
         step.own_ns += middle - start + self.unsent_ns
         body["own_ns"] = step.own_ns
@@ -220,17 +229,18 @@ class Engine:
 
         Every permutation covers all tensors, so none waits for more than two rounds of ceil(T / k) checked steps.
         """
-        pool = [e for e in track.entries if e.reason is None and e.position not in track.without_grad]
+        pool = track.pool
         if not pool:
-            pool = [e for e in track.entries if e.reason is None]
+            usable = [e for e in track.entries if e.reason is None]
+            pool = track.pool = [e for e in usable if e.position not in track.without_grad] or usable
         if not pool:
             return []
         count = min(self.tensors, len(pool))
         first = self.governor.block(index) * count
+        numbers = self.governor.draws(b"place", count, track.opt, index)
         chosen: List[Tuple[Entry, sample.Place]] = []
-        for turn in range(first, first + count):
+        for turn, number in zip(range(first, first + count), numbers):
             entry = pool[self._permutation(track, turn // len(pool), len(pool))[turn % len(pool)]]
-            number = self.governor.draw(b"place", track.opt, index, turn)
             chosen.append((entry, sample.place(entry.numel, self.elements, number)))
         return chosen
 
@@ -270,7 +280,8 @@ class Engine:
                 entries.append(Entry(param, number, len(entries), self.names.get(id(param), fallback)))
         track.entries = entries
         track.signature = signature
-        track.permutations = {}
+        track.pool = []
+        track.memory.pop("left_out", None)
         track.next_sample = None
         self._find_shared(track)
 
@@ -301,7 +312,8 @@ class Engine:
             value = closure(*args, **kwargs)
             start = clock()
             try:
-                self.ready(step)
+                with self.torch.no_grad():
+                    self.ready(step)
             except Exception as error:
                 self.client.fault("engine.ready", error)
             step.own_ns += clock() - start

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 TOP_LEVEL = 6
 """At least one step in 64 is checked in full, even where that costs more than the budget."""
@@ -76,6 +76,15 @@ class Governor:
         """A secret number of 128 bits, the same in every process of the run."""
         data = label + struct.pack("<%dq" % len(numbers), *numbers)
         return int.from_bytes(hashlib.blake2b(data, key=self.key, digest_size=16).digest(), "little")
+
+    def draws(self, label: bytes, count: int, *numbers: int) -> List[int]:
+        """`count` such numbers."""
+        data = label + struct.pack("<%dq" % len(numbers), *numbers)
+        out: List[int] = []
+        for turn in range(0, count, 4):
+            block = hashlib.blake2b(data + turn.to_bytes(4, "little"), key=self.key).digest()
+            out.extend(int.from_bytes(block[start : start + 16], "little") for start in (0, 16, 32, 48))
+        return out[:count]
 
     def _adjust(self, now_ns: int) -> None:
         balance = self.balance_ns(now_ns)

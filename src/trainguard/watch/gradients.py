@@ -6,10 +6,13 @@ optimizer used is in link *optimizer*, same tensors and places.
 
 Value of the link (only in checked steps; spec/evidence.md "gradients"):
 
-    {"armed": bool, "calls": [times backward added to tensor i since the last step], "local": blob of the tensors
-     with calls > 0, in order, "norm": total 2-norm of the gradients used | null, "tensors_with_grad": n,
-     "zero": [names of tensors whose whole gradient is zero, at most 32], "sharded": bool,
-     "scale": the GradScaler's scale | null, "world": world size}
+    {"armed": bool, "calls": [times backward added to tensor i of link *optimizer* since the last step],
+     "world": world size, "scale": the GradScaler's scale, where one calls the step,
+     "norm": total 2-norm of the gradients used, "zero": [names of tensors whose whole gradient is zero, at most 32],
+     "sharded": true where the tensors are shards and the norm is of this rank's shards only}
+
+The norm is measured at every checked step from the first one on that changed a gradient after backward (a clip),
+and at every 8th before that. The copies themselves travel in link *optimizer* (`local`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from .engine import Entry, Step
 
 NAMES_LIMIT = 32
+NORM_EVERY = 8
 
 
 class _Watch:
@@ -64,6 +68,18 @@ class _Watch:
             self.values[number] = sample.view(self.torch, sample.plain(grad), self.chosen[number][1]).clone()
         self.calls[number] += 1
 
+    def changed(self, step: Step) -> bool:
+        """Whether a gradient to be used differs from its copy (reads only CPU tensors; True where it cannot tell)."""
+        for value, (entry, where) in zip(self.values, self.chosen):
+            grad = step.grads[entry.position]
+            if value is None or grad is None:
+                continue
+            if value.device.type != "cpu" or sample.why_not(grad) is not None:
+                return True
+            if not self.torch.equal(value, sample.view(self.torch, sample.plain(grad), where)):
+                return True
+        return False
+
     def remove(self) -> None:
         """Take the hooks off again."""
         for handle in self.handles:
@@ -86,20 +102,15 @@ class Gradients:
         """Nothing yet: gradients may still be computed by a closure."""
 
     def ready(self, step: Step) -> None:
-        """Measure the norm of the gradients about to be used, on their device."""
-        torch = step.torch
-        grads = [sample.plain(g) for g in step.grads if g is not None and sample.why_not(g) is None]
-        sharded = any(hasattr(g, "to_local") for g in step.grads if g is not None)
-        norms = None
-        if grads:
-            with torch.no_grad():
-                norms = _norms(torch, grads)
+        """Hand the copies to link *optimizer*; measure the norm of the gradients about to be used."""
         watch = self.watches.get(step.opt)
-        seen = None
-        if watch is not None and any(watch.calls):
-            with torch.no_grad():
-                seen = sample.Gathered(torch, [value for value in watch.values if value is not None])
-        step.scratch[self.name] = (norms, sharded, seen, list(watch.calls) if watch is not None else [], _scale())
+        if watch is not None and watch.chosen is step.sample:
+            step.scratch["local"] = watch.values
+        memory = step.track.memory.setdefault(self.name, {"changed": False})
+        if not memory["changed"]:
+            memory["changed"] = watch is not None and watch.changed(step)
+        if memory["changed"] or step.index % NORM_EVERY == 1:
+            step.scratch[self.name] = _measure(step)
 
     def after(self, step: Step) -> Any:
         """Report; take the hooks off, and arm those of the next step if it will be checked."""
@@ -109,36 +120,46 @@ class Gradients:
         chosen = step.track.next_sample
         if chosen:
             self.watches[step.opt] = _Watch(step.torch, chosen, self.client.fault)
-        found = step.scratch.get(self.name)
-        if found is None:
+        if not step.ready:
             return None
-        norms, sharded, seen, calls, scale = found
-        value: Dict[str, Any] = {"armed": watch is not None, "calls": calls, "sharded": sharded, "scale": scale}
-        value["norm"], value["zero"], value["tensors_with_grad"] = self._norm(step, norms)
-        if seen is not None:
-            value["local"] = sample.blob(*seen.raw(step.torch))
-        value["world"] = _world(step.torch)
+        value: Dict[str, Any] = {"armed": watch is not None, "world": _world(step.torch)}
+        if watch is not None:
+            value["calls"] = watch.calls
+        scale = step.scratch.get("scale")
+        if scale is not None:
+            value["scale"] = scale
+        measured = step.scratch.get(self.name)
+        if measured is not None:
+            _report(step, measured, value)
         return value
-
-    def _norm(self, step: Step, norms: Any) -> Tuple[Any, List[str], int]:
-        if norms is None:
-            return None, [], 0
-        values = norms.cpu().tolist()
-        total = math.hypot(*values)
-        zero: List[str] = []
-        if 0.0 in values:
-            owners = [
-                entry.name
-                for entry, grad in zip(step.track.entries, step.grads)
-                if grad is not None and sample.why_not(grad) is None
-            ]
-            zero = [name for name, norm in zip(owners, values) if norm == 0.0][:NAMES_LIMIT]
-        return (total if math.isfinite(total) else repr(total)), zero, len(values)
 
     def forked(self) -> None:
         """Take the parent's hooks off this child's copies of the tensors."""
         for watch in self.watches.values():
             watch.remove()
+
+
+def _measure(step: Step) -> Any:
+    """(norms of all gradients on their device, their entries' positions, whether they are shards), or None."""
+    step.scratch["scale"] = _scale()
+    positions = [i for i, grad in enumerate(step.grads) if grad is not None and sample.why_not(grad) is None]
+    if not positions:
+        return None
+    grads = [step.grads[i] for i in positions]
+    sharded = hasattr(grads[0], "to_local")
+    return _norms(step.torch, [sample.plain(grad) for grad in grads] if sharded else grads), positions, sharded
+
+
+def _report(step: Step, measured: Any, value: Dict[str, Any]) -> None:
+    norms, positions, sharded = measured
+    values = norms.cpu().tolist()
+    total = math.hypot(*values)
+    value["norm"] = total if math.isfinite(total) else repr(total)
+    if sharded:
+        value["sharded"] = True
+    if 0.0 in values:
+        entries = step.track.entries
+        value["zero"] = [entries[i].name for i, norm in zip(positions, values) if norm == 0.0][:NAMES_LIMIT]
 
 
 def _norms(torch: Any, grads: List[Any]) -> Any:

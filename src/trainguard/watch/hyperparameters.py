@@ -46,17 +46,19 @@ class Hyperparameters:
 
     def before(self, step: Step) -> None:
         """Compare every group with what it said at the step before."""
-        memory = step.track.memory.setdefault(self.name, {"last": [], "searches": 0, "schedulers": []})
+        memory = step.track.memory.setdefault(self.name, {"last": [], "json": [], "searches": 0, "schedulers": []})
         now = [frozen(group) for group in step.optimizer.param_groups]
         last = memory["last"]
         memory["last"] = now
+        if now != last:
+            memory["json"] = [scalars(group) for group in step.optimizer.param_groups]
         if now == last and step.index % REPEAT_STEPS and not self._schedulers_moved(memory):
             step.scratch[self.name] = None
             return
         value: Dict[str, Any] = {}
         changed = [] if len(now) != len(last) else _changed(step.optimizer.param_groups, now, last)
         if not last or len(now) != len(last) or step.index % REPEAT_STEPS == 0:
-            value["groups"] = [scalars(group) for group in step.optimizer.param_groups]
+            value["groups"] = memory["json"]
             value["class"] = type(step.optimizer).__module__ + "." + type(step.optimizer).__qualname__
         if changed:
             value["changed"] = changed
@@ -74,7 +76,9 @@ class Hyperparameters:
             if len(now) == len(memory["last"]):
                 value["inside"] = _changed(groups, now, memory["last"])
             memory["last"] = now
-        if step.ready:
+            memory["json"] = [scalars(group) for group in groups]
+        if step.ready and (step.index < 4 or step.index % 4 == 0 or step.track.without_grad != memory.get("without")):
+            memory["without"] = step.track.without_grad
             census = _census(step)
             if census != memory.get("census"):
                 memory["census"] = census

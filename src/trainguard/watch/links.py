@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any, Tuple
 
-from . import gradients, hyperparameters, optimizer, rng, weights
+from . import gradients, hyperparameters, optimizer, rng, surface, weights
 from .inputs import InputsLink
 
 LINKS: Tuple[Any, ...] = (
@@ -29,4 +29,5 @@ LINKS: Tuple[Any, ...] = (
     hyperparameters.Hyperparameters,
     optimizer.Optimizer,
     weights.Weights,
+    surface.Surface,
 )

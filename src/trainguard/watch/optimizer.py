@@ -2,20 +2,23 @@
 
 Value of the link in a step frame (only in checked steps; spec/evidence.md "optimizer"):
 
-    {"class": "torch.optim.adamw.AdamW", "base": …, "step_of": …, "hyper": {group: {name: value}}, "extra": [name],
-     "before": blob, "after": blob, "left_out": {reason: tensors},
-     "tensors": [{"name", "group", "position", "numel", "dtype", "device", "at": [offset, stride, count],
-                  "grad": true | reason, "before": [[state key, length]], "after": [[state key, length]]}]}
+    {"class": [class, nearest base class in torch.optim | null, function that step() is],
+     "hyper": {group: {name: value}}, "extra": [name], "left_out": {reason: tensors},
+     "tensors": [[name, group, position, numel, dtype, device]], "at": [[offset, stride, count]],
+     "grad": [true | reason], "local": [bool], "state": [[state key]], "state_after": [[state key]],
+     "before": blob, "after": blob}
 
-`before` holds the extra scalars (`grad_scale`, `found_inf`), then for every tensor the weight, the gradient (where
-`grad` is true) and the state before; `after` the weight and the state after. The judge recomputes the update.
+`before` holds the extra scalars (`grad_scale`, `found_inf`), then for every tensor: the weight, the gradient (where
+`grad` is true), the gradient right after backward (where `local` is true; link *gradients*) and each state entry;
+`after` holds the weight and each state entry. A piece has `count` values, a state entry named in SCALARS has one.
+The judge recomputes the update.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from . import hyperparameters, sample
+from . import sample
 from .client import Client
 
 if TYPE_CHECKING:
@@ -42,39 +45,44 @@ class Optimizer:
         if not step.sample:
             return
         torch = step.torch
-        with torch.no_grad():
-            views, extra = _extra(step)
-            tensors = []
-            for entry, where in step.sample:
-                described, more = _tensor(step, entry, where)
-                tensors.append(described)
-                views.extend(more)
-            step.scratch[self.name] = (tensors, extra, sample.Gathered(torch, views))
+        views, extra = _extra(step)
+        locals_ = step.scratch.get("local") or [None] * len(step.sample)
+        value: Dict[str, Any] = {"extra": extra, "grad": [], "local": [], "state": []}
+        for (entry, where), local in zip(step.sample, locals_):
+            views.append(sample.view(torch, sample.plain(entry.param), where))
+            grad = step.grads[entry.position]
+            reason = "none" if grad is None else sample.why_not(grad)
+            value["grad"].append(reason or True)
+            if reason is None:
+                views.append(sample.view(torch, sample.plain(grad), where))
+            value["local"].append(local is not None)
+            if local is not None:
+                views.append(local)
+            value["state"].append(_state(step, entry, where, views))
+        step.scratch[self.name] = (value, sample.Gathered(torch, views))
 
     def after(self, step: Step) -> Any:
         """Read what came out; wait for the device once."""
         found = step.scratch.get(self.name)
         if found is None:
-            return {"class": class_of(step.optimizer), "tensors": []} if not step.sample else None
-        tensors, extra, first = found
+            return {"class": _identity(step), "left_out": _left_out(step), "tensors": []} if not step.sample else None
+        value, first = found
         torch = step.torch
-        with torch.no_grad():
-            views: List[Any] = []
-            for (entry, where), described in zip(step.sample, tensors):
-                views.append(sample.view(torch, sample.plain(entry.param), where))
-                described["after"] = _state(step, entry, where, views)
-            second = sample.Gathered(torch, views)
-            before, after = first.raw(torch), second.raw(torch)
-        groups = {described["group"] for described in tensors}
-        return {
-            **_identity(step),
-            "hyper": {str(group): hyperparameters.scalars(step.optimizer.param_groups[group]) for group in groups},
-            "extra": extra,
-            "before": sample.blob(*before),
-            "after": sample.blob(*after),
-            "left_out": _left_out(step),
-            "tensors": tensors,
-        }
+        views: List[Any] = []
+        value["state_after"] = states = []
+        for entry, where in step.sample:
+            views.append(sample.view(torch, sample.plain(entry.param), where))
+            states.append(_state(step, entry, where, views))
+        second = sample.Gathered(torch, views)
+        known = step.track.memory["hyperparameters"]["json"]
+        value["class"] = _identity(step)
+        value["tensors"] = [entry.facts for entry, _ in step.sample]
+        value["at"] = [where for _, where in step.sample]
+        value["hyper"] = {str(entry.group): known[entry.group] for entry, _ in step.sample}
+        value["left_out"] = _left_out(step)
+        value["before"] = sample.blob(*first.raw(torch))
+        value["after"] = sample.blob(*second.raw(torch))
+        return value
 
 
 def _extra(step: Step) -> Tuple[List[Any], List[str]]:
@@ -87,55 +95,48 @@ def _extra(step: Step) -> Tuple[List[Any], List[str]]:
     return views, names
 
 
-def _tensor(step: Step, entry: Entry, where: sample.Place) -> Tuple[Dict[str, Any], List[Any]]:
+def _state(step: Step, entry: Entry, where: sample.Place, views: List[Any]) -> List[str]:
+    """Append views of this parameter's optimizer state; returns their keys, in order."""
+    held = step.optimizer.state.get(entry.param)
+    if not held:
+        return []
     torch = step.torch
-    param = entry.param
-    described: Dict[str, Any] = {
-        "name": entry.name,
-        "group": entry.group,
-        "position": entry.position,
-        "numel": entry.numel,
-        "dtype": str(param.dtype)[6:],
-        "device": param.device.type,
-        "at": where,
-    }
-    views = [sample.view(torch, sample.plain(param), where)]
-    grad = param.grad
-    reason = "none" if grad is None else sample.why_not(grad)
-    described["grad"] = reason or True
-    if reason is None:
-        views.append(sample.view(torch, sample.plain(grad), where))
-    described["before"] = _state(step, entry, where, views)
-    return described, views
-
-
-def _state(step: Step, entry: Entry, where: sample.Place, views: List[Any]) -> List[Tuple[str, int]]:
-    """Append views of this parameter's optimizer state; returns (key, length) of each, in order."""
-    torch = step.torch
-    keys: List[Tuple[str, int]] = []
-    for key, value in (step.optimizer.state.get(entry.param) or {}).items():
-        if not isinstance(value, torch.Tensor):
-            if key in SCALARS and isinstance(value, (int, float)):
-                views.append(torch.tensor([float(value)], dtype=torch.float64, device="cpu"))
-                keys.append((key, 1))
+    if entry.state_of is not held or len(entry.state_keys) != len(held):
+        entry.state_of = held
+        entry.state_keys = [(key, _shape_of(torch, entry, key, value)) for key, value in held.items()]
+    keys: List[str] = []
+    for key, shape in entry.state_keys:
+        if shape == 0:
             continue
-        if key in SCALARS and value.numel() == 1:
+        value = held[key]
+        if value is None:
+            continue
+        if shape == 3:
+            views.append(torch.tensor([float(value)], dtype=torch.float64, device="cpu"))
+        elif shape == 2:
             views.append(sample.plain(value.detach()).reshape(1))
-            keys.append((key, 1))
-        elif value.shape == entry.param.shape and sample.why_not(value) is None:
+        else:
             views.append(sample.view(torch, sample.plain(value), where))
-            keys.append((str(key), where[2]))
+        keys.append(str(key))
     return keys
 
 
-def _identity(step: Step) -> Dict[str, Any]:
+def _shape_of(torch: Any, entry: Entry, key: Any, value: Any) -> int:
+    """1: as large as the parameter; 2: one number; 3: a Python number; 0: none of these."""
+    if not isinstance(value, torch.Tensor):
+        return 3 if key in SCALARS and isinstance(value, (int, float)) else 0
+    if key in SCALARS and value.numel() == 1 and value.is_floating_point():
+        return 2
+    return 1 if value.shape == entry.param.shape and sample.why_not(value) is None else 0
+
+
+def _identity(step: Step) -> List[Optional[str]]:
     memory = step.track.memory
-    known = memory.get("identity")
+    known: Optional[List[Optional[str]]] = memory.get("identity")
     if known is None:
         kind = type(step.optimizer)
-        known = {"class": class_of(step.optimizer), "base": _base(kind), "step_of": _step_of(kind)}
-        memory["identity"] = known
-    return dict(known)
+        known = memory["identity"] = [class_of(step.optimizer), _base(kind), _step_of(kind)]
+    return known
 
 
 def class_of(optimizer: Any) -> str:
@@ -162,8 +163,9 @@ def _step_of(kind: Any) -> str:
 
 
 def _left_out(step: Step) -> Dict[str, int]:
-    counted: Dict[str, int] = step.track.memory.setdefault("left_out", {})
-    if not counted:
+    counted: Optional[Dict[str, int]] = step.track.memory.get("left_out")
+    if counted is None:
+        counted = step.track.memory["left_out"] = {}
         for entry in step.track.entries:
             if entry.reason is not None:
                 counted[entry.reason] = counted.get(entry.reason, 0) + 1

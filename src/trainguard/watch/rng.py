@@ -4,10 +4,10 @@ Value of the link in a step frame (spec/evidence.md "rng"):
 
     {"seed": torch.initial_seed(), only when it differs from the last one sent
      "torch": digest of the CPU generator's state before the step,
-     "after": the same after the step, in checked steps,
      "cuda": [[device, seed, offset]], where CUDA is in use, in checked steps
-     "numpy", "python": digests of the global generators, in checked steps, where the modules are loaded
-     "dropout": whether a module in training mode draws random numbers, in checked steps
+     "after": `torch` once more after the step,
+     "numpy", "python": digests of the global generators, where the modules are loaded,
+     "dropout": whether a module in training mode draws random numbers: these four in every 8th checked step
      "seeded": ["file:line:function", …] stack, innermost first, of the last torch.manual_seed since the step before}
 
 Digests are 8 bytes of BLAKE2b as hex (for `python` a 64-bit hash of the state): they are compared for equality only.
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DRAWING = ("Dropout", "AlphaDropout", "FeatureAlphaDropout", "Dropout1d", "Dropout2d", "Dropout3d", "RReLU")
 FRAMES_LIMIT = 6
+OTHERS_EVERY = 8
 
 
 class Rng:
@@ -58,27 +59,22 @@ class Rng:
         if place is not None:
             value["seeded"] = place
         if step.full:
-            self._others(step, value)
+            _cuda(torch, value)
+            if step.index % OTHERS_EVERY == 1:
+                self._others(step, value)
         step.scratch[self.name] = value
 
     def after(self, step: Step) -> Any:
         """The state that it left behind."""
         value = step.scratch.get(self.name)
-        if value is not None and step.full:
+        if value is not None and "python" in value:
             value["after"] = _digest(step.torch.default_generator)
         return value
 
     def _others(self, step: Step, value: Dict[str, Any]) -> None:
-        torch = step.torch
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            value["cuda"] = [
-                [index, str(each.initial_seed()), each.get_offset()]
-                for index, each in enumerate(torch.cuda.default_generators)
-                if index == torch.cuda.current_device()
-            ]
         value["numpy"] = _numpy()
         value["python"] = _python()
-        if self.dropout is None or step.index % 64 == 0:
+        if self.dropout is None or step.index % 64 == 1:
             self.dropout = any(_draws(module) for root in roots.roots() for module in root.modules())
         value["dropout"] = self.dropout
 
@@ -100,6 +96,13 @@ class Rng:
 def _digest(generator: Any) -> str:
     state = generator.get_state()
     return hashlib.blake2b(ctypes.string_at(state.data_ptr(), state.numel()), digest_size=8).hexdigest()
+
+
+def _cuda(torch: Any, value: Dict[str, Any]) -> None:
+    if torch.cuda.is_initialized():
+        index = torch.cuda.current_device()
+        each = torch.cuda.default_generators[index]
+        value["cuda"] = [[index, str(each.initial_seed()), each.get_offset()]]
 
 
 def _numpy() -> Optional[str]:

@@ -24,6 +24,12 @@ def place(numel: int, count: int, number: int) -> Place:
     return (high % (numel - stride * (count - 1)), stride, count)
 
 
+def run(numel: int, count: int, number: int) -> Place:
+    """`count` neighbours out of `numel` elements: cheaper to read than scattered ones, fit for equality."""
+    count = min(numel, count)
+    return (number % (numel - count + 1), 1, count)
+
+
 def plain(tensor: Any) -> Any:
     """The tensor itself, or the local shard of a DTensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

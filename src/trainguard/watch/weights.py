@@ -1,6 +1,6 @@
 """Link *weights*: between two steps of an optimizer, its weights and its state stay as the update left them.
 
-After a step whose successor will be checked, a few elements of every tensor and of its optimizer state are read;
+After a step whose successor will be checked, a run of elements of every tensor and of its optimizer state is read;
 before that successor the same elements are read again. Nobody but the optimizer may have changed them.
 
 Value of the link (spec/evidence.md "weights"):
@@ -21,6 +21,7 @@ optimizer, and never while another mode is active or a model is compiled.
 from __future__ import annotations
 
 import hashlib
+import operator
 import sys
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 TENSORS_LIMIT = 128
 """Tensors per sample; where an optimizer holds more, they take turns."""
-VALUES_TARGET = 4096
+VALUES_TARGET = 2048
 ROUNDS = 32
 """Samples taken at the same places before new places are drawn (making views costs more than reading them)."""
 ARM_LIMIT = 4
@@ -54,40 +55,32 @@ class _Snapshot:
         self.digest = ""
         self.slots: List[Tuple[Entry, str, sample.Place]] = []
         """What each view shows: entry, "weight" or state key, place."""
-        self.sources: List[Tuple[Any, Optional[str]]] = []
-        """(param, None) or (state dict of the param, key): where the tensor of the slot is found again."""
+        self.params: List[Any] = []
+        self.held: List[Tuple[Dict[Any, Any], Any]] = []
+        """(a parameter's state, key), for every slot that shows state; these come after the weights."""
         for entry, where in chosen:
-            self._add(entry, "weight", where, entry.param, None)
+            self.slots.append((entry, "weight", where))
+            self.params.append(entry.param)
+        for entry, where in chosen:
             held = optimizer.state.get(entry.param) or {}
             for key, value in held.items():
-                if not isinstance(value, torch.Tensor):
-                    continue
-                if key in SCALARS and value.numel() == 1 and value.is_floating_point():
-                    self._add(entry, key, (0, 1, 1), held, key)
-                elif value.shape == entry.param.shape and sample.why_not(value) is None:
-                    self._add(entry, str(key), where, held, key)
+                if isinstance(value, torch.Tensor) and key not in SCALARS and value.shape == entry.param.shape:
+                    if sample.why_not(value) is None:
+                        self.slots.append((entry, str(key), where))
+                        self.held.append((held, key))
         self._look(torch)
 
-    def _add(self, entry: Entry, what: str, where: sample.Place, source: Any, key: Optional[str]) -> None:
-        self.slots.append((entry, what, where))
-        self.sources.append((source, key))
-
-    def tensors(self) -> List[Any]:
-        """The tensors of all slots as they are now."""
-        return [sample.plain(source if key is None else source[key]) for source, key in self.sources]
-
     def _look(self, torch: Any) -> None:
-        tensors = self.tensors()
-        self.pointers = [tensor.data_ptr() for tensor in tensors]
-        self.views = [
-            sample.plain(tensor.detach()).reshape(1) if slot[2] == (0, 1, 1) else sample.view(torch, tensor, slot[2])
-            for tensor, slot in zip(tensors, self.slots)
-        ]
+        self.pointers = list(map(torch.Tensor.data_ptr, self.params))
+        self.values = [held[key] for held, key in self.held]
+        tensors = [sample.plain(tensor) for tensor in self.params + self.values]
+        self.views = [sample.view(torch, tensor, slot[2]) for tensor, slot in zip(tensors, self.slots)]
         self.copied = any(not tensor.is_contiguous() for tensor in tensors)
 
     def read(self, torch: Any) -> Tuple[str, bytes]:
         """The values now. Looks again where a tensor's memory has moved or where looking makes a copy."""
-        if self.copied or [tensor.data_ptr() for tensor in self.tensors()] != self.pointers:
+        moved = self.copied or list(map(torch.Tensor.data_ptr, self.params)) != self.pointers
+        if moved or not all(map(operator.is_, [held[key] for held, key in self.held], self.values)):
             self._look(torch)
         return sample.Gathered(torch, self.views).raw(torch)
 
@@ -113,8 +106,7 @@ class Weights:
         snapshot: Optional[_Snapshot] = memory["pending"]
         memory["pending"] = None
         if step.full and snapshot is not None:
-            with step.torch.no_grad():
-                self._compare(step, snapshot, value)
+            self._compare(step, snapshot, value)
         step.scratch[self.name] = value
         for other in step.track.shares:
             _forget(step, other)
@@ -128,8 +120,7 @@ class Weights:
         if memory["off"] is not None:
             return {"off": memory["off"]} if step.full else None
         if step.track.next_full:
-            with step.torch.no_grad():
-                self._take(step, memory, value)
+            self._take(step, memory, value)
             self._arm(step, memory, value)
         for other in step.track.shares:
             _forget(step, other)
@@ -204,11 +195,11 @@ def _choose(step: Step) -> List[Tuple[Entry, sample.Place]]:
     if not count:
         return []
     draw = step.engine.governor.draw
-    elements = max(4, min(64, VALUES_TARGET // count))
+    elements = max(8, min(64, VALUES_TARGET // count))
     first = draw(b"window", step.opt, step.index) % len(pool)
     chosen = [pool[(first + turn) % len(pool)] for turn in range(count)]
     return [
-        (entry, sample.place(entry.numel, elements, draw(b"weight", step.opt, step.index, entry.position)))
+        (entry, sample.run(entry.numel, elements, draw(b"weight", step.opt, step.index, entry.position)))
         for entry in chosen
     ]
 
