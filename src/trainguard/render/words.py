@@ -151,8 +151,9 @@ def next_steps(verdict: Verdict) -> Iterator[tuple[str, str]]:
 
 
 def plural(number: int, noun: str) -> str:
-    """`1 step`, `1,024 steps`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    """`1 step`, `1,024 steps`, `2 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def duration(nanoseconds: float) -> str:
