@@ -29,7 +29,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-from . import audit
+from . import audit, facts
 from .client import Client
 
 BATCH_BYTES = 90_000
@@ -104,6 +104,8 @@ class Code:
             code = loader.source_to_code(data, path)
             if plain:
                 self._keep(digest, code)
+                if name.startswith(CRITICAL):
+                    self._keep(digest + ".facts", facts.read(data))
         path = os.path.abspath(path)
         self._expected[id(code)] = code
         self.known[path] = digest
@@ -114,10 +116,39 @@ class Code:
 
     def _cached(self, digest: str, path: str) -> Any:
         """The code object for source `digest` from the private cache, or None."""
+        code = self._entry(digest)
+        if not isinstance(code, _CodeType):
+            return None
+        import _imp
+
+        _imp._fix_co_filename(code, path)  # type: ignore[attr-defined]
+        return code
+
+    def facts(self, path: str) -> Optional[Dict[str, Any]]:
+        """What the source of the loaded file `path` says of its functions (facts.read), or None."""
+        digest = self.known.get(path)
+        found = self._entry(digest + ".facts") if digest is not None else None
+        return found if isinstance(found, dict) else None
+
+    def code_of(self, path: str) -> Any:
+        """The code object of the whole module that was loaded from `path`, or None where it cannot be had."""
+        digest = self.known.get(path)
+        if path in self.kept or digest is None:
+            return self.kept.get(path)
+        code = self._cached(digest, path)
+        if code is None:
+            data = _read(path)
+            if data is not None and hashlib.sha256(data).hexdigest() == digest:
+                code = compile(data, path, "exec", dont_inherit=True)
+        self.kept[path] = code
+        return code
+
+    def _entry(self, name: str) -> Any:
+        """The value of one cache entry; None when there is none that only this account can have written."""
         if self.folder is None:
             return None
         try:
-            descriptor = os.open(self.folder + digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(self.folder + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             return None
         try:
@@ -130,30 +161,24 @@ class Code:
         if len(data) != status.st_size:
             return None
         try:
-            code = marshal.loads(data)  # noqa: S302 - our own file, owner and mode checked above
+            return marshal.loads(data)  # noqa: S302 - our own file, owner and mode checked above
         except (EOFError, ValueError, TypeError):
             return None  # a torn entry; it is written again
-        import _imp
 
-        if not isinstance(code, _CodeType):
-            return None
-        _imp._fix_co_filename(code, path)  # type: ignore[attr-defined]
-        return code
-
-    def _keep(self, digest: str, code: Any) -> None:
+    def _keep(self, name: str, value: Any) -> None:
         """Write a cache entry: temporary name, then rename, so a reader sees all of it or nothing."""
         if self.folder is None:
             return
-        temporary = "%s.%s.%d" % (self.folder, digest, os.getpid())
+        temporary = "%s.%s.%d" % (self.folder, name, os.getpid())
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                data, view = marshal.dumps(code), 0
+                data, view = marshal.dumps(value), 0
                 while view < len(data):
                     view += os.write(descriptor, data[view:])
             finally:
                 os.close(descriptor)
-            os.replace(temporary, self.folder + digest)
+            os.replace(temporary, self.folder + name)
         except OSError:
             pass  # a full disk costs time at the next start, nothing else
 
