@@ -1,0 +1,142 @@
+"""JSON beside a model: configs that name code (Hugging Face and friends), and JSON that names none.
+
+Loaders turn these texts into imports:
+
+  auto_map, custom_pipelines, custom_generate      transformers: Python files of the folder or of another repository
+  attn_implementation, _attn_implementation…       transformers: "owner/kernel" downloads and imports (CVE-2026-4372)
+  auto_mapping.parent_library                      peft: importlib.import_module
+  _target_                                         hydra, OmegaConf, torchtune: any callable
+  modules.json `type`, model_index.json            sentence-transformers, diffusers: classes by name
+  chat_template and other templates                Jinja, see templates.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainguard.scan.formats import jsons, templates
+from trainguard.scan.formats.interface import Job
+from trainguard.scan.verdict import Verdict
+
+CODE_KEYS = frozenset(("auto_map", "custom_pipelines", "custom_generate", "custom_pipeline", "trust_remote_code"))
+TARGET_KEYS = frozenset(
+    ("_target_", "_partial_target_", "__target__", "class_path", "py_class", "py/object", "py/reduce")
+)
+ATTENTION_KEYS = frozenset(("attn_implementation", "_attn_implementation", "_attn_implementation_internal"))
+TEMPLATE_KEYS = frozenset(("chat_template", "default_chat_template", "template", "template_string"))
+INTERESTING = CODE_KEYS | TARGET_KEYS | ATTENTION_KEYS | {"parent_library"}
+LIBRARIES = frozenset(
+    f"transformers.models.{name}.modeling_{name}"
+    for name in ("bert", "roberta", "llama", "mistral", "qwen2", "gpt2", "t5", "vit", "clip", "whisper", "gemma", "phi")
+)
+PIPELINE_LIBRARIES = frozenset(("diffusers", "transformers", "stable_diffusion", "onnxruntime.training"))
+SENTENCE_TYPES = frozenset(
+    f"sentence_transformers.{path}.{name}"
+    for path in ("models", "sentence_transformer.modules", "base.modules")
+    for name in (
+        "Transformer",
+        "Pooling",
+        "Normalize",
+        "Dense",
+        "Dropout",
+        "LayerNorm",
+        "CNN",
+        "LSTM",
+        "BoW",
+        "WordEmbeddings",
+    )
+)
+
+
+def judge(job: Job, data: bytes | None) -> tuple[str, str]:
+    """Judge JSON text; None when it is too long to hold, then only its keys are read."""
+    try:
+        value = jsons.parse(data, job.policy) if data is not None else None
+    except jsons.TooBig:
+        value = None
+    except jsons.BadJson as error:
+        job.unsafe("json", str(error))
+        return "json", "json"
+    if value is None:
+        _judge_keys(job)
+    else:
+        _judge_value(job, value)
+    return "json", "json"
+
+
+def _judge_keys(job: Job) -> None:
+    for key in jsons.keys(job.source):
+        if key in INTERESTING:
+            job.unknown("config", f"{key!a}: names code, in a file too large to read whole")
+            return
+        job.meter.check_time()
+
+
+def _judge_value(job: Job, value: Any) -> None:
+    for key, inner in jsons.walk(value):
+        if key in CODE_KEYS and inner not in (None, False, [], {}, ""):
+            _code(job, key, inner)
+        elif key in TARGET_KEYS and isinstance(inner, str):
+            job.note(
+                Verdict.UNKNOWN, "config", f"{key}: names {inner[:120]!a} to be called", global_name=inner, use="call"
+            )
+        elif key in ATTENTION_KEYS and isinstance(inner, str) and ("/" in inner or ":" in inner):
+            job.unsafe("config", f"{key}: {inner[:120]!a} downloads and imports code")
+        elif key == "parent_library" and isinstance(inner, str) and inner not in LIBRARIES:
+            job.note(Verdict.UNKNOWN, "config", f"{key}: imports {inner[:120]!a}", global_name=inner, use="value")
+        elif key in TEMPLATE_KEYS:
+            _templates(job, key, inner)
+    _class_tables(job, value)
+
+
+def _code(job: Job, key: str, inner: Any) -> None:
+    """A config that names Python files: theirs must be known, a repository elsewhere is unsafe."""
+    if key == "trust_remote_code":
+        job.unsafe("config", "trust_remote_code is set in the file: it would switch the loader's own check off")
+        return
+    names = sorted({text for text in _texts(inner) if text})
+    for name in names[:8]:
+        if "--" in name or "/" in name:
+            job.unsafe("config", f"{key}: {name[:120]!a} is code from another repository")
+        else:
+            job.note(
+                Verdict.UNKNOWN,
+                "config",
+                f"{key}: names {name[:120]!a}, a file to import",
+                global_name=name,
+                use="value",
+            )
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in _texts(item)]
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
+
+
+def _templates(job: Job, key: str, inner: Any) -> None:
+    for text in _texts(inner):
+        why = templates.problem(text)
+        if why:
+            job.unsafe("template", f"{key}: {why}")
+
+
+def _class_tables(job: Job, value: Any) -> None:
+    """modules.json and model_index.json, known by their shape."""
+    if isinstance(value, list):
+        for item in value:
+            kind = item.get("type") if isinstance(item, dict) and {"idx", "name", "path"} <= set(item) else None
+            if isinstance(kind, str) and kind not in SENTENCE_TYPES:
+                job.note(Verdict.UNKNOWN, "config", f"type: imports {kind[:120]!a}", global_name=kind, use="call")
+    elif isinstance(value, dict) and "_class_name" in value and "_diffusers_version" in value:
+        for key, pair in value.items():
+            if _is_class(pair) and pair[0] not in PIPELINE_LIBRARIES:
+                name = f"{pair[0]}.{pair[1]}"
+                job.note(Verdict.UNKNOWN, "config", f"{key}: imports {name[:120]!a}", global_name=name, use="call")
+
+
+def _is_class(value: Any) -> bool:
+    """A [library, class] pair of a pipeline index."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)

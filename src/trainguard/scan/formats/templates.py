@@ -1,0 +1,36 @@
+"""Chat templates: Jinja programs that travel in configs and GGUF files and run at every prompt.
+
+transformers renders them in a sandbox, other runtimes have not (CVE-2024-34359). No ordinary template reaches for an
+underscore attribute, another template, or the names Jinja's escapes begin from; one that does is refused.
+"""
+
+from __future__ import annotations
+
+import re
+
+BLOCK = re.compile(r"\{\{(.*?)\}\}|\{%(.*?)%\}", re.DOTALL)
+STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+TEMPLATE_BYTES = 1 << 20
+RULES = (
+    (re.compile(r"\.\s*_"), "reaches for an underscore attribute"),
+    (re.compile(r"\|\s*attr\b"), "uses the attr filter"),
+    (re.compile(r"\b(?:lipsum|cycler|joiner|self|request|__\w+|eval|exec|open|globals|getattr|popen)\b"), "names {}"),
+    (re.compile(r"^[-+]?\s*(?:include|import|from|extends)\b"), "loads another template"),
+)
+DUNDER_TEXT = re.compile(r"__[a-z]+|\\x5f|\\137|\\u005f|_\s*'\s*[~+]|_\s*\"\s*[~+]", re.IGNORECASE)
+
+
+def problem(template: str) -> str | None:
+    """Why this template is refused, or None."""
+    if len(template) > TEMPLATE_BYTES:
+        return f"template of {len(template)} characters, limit {TEMPLATE_BYTES}"
+    for match in BLOCK.finditer(template):
+        block = match[1] or match[2] or ""
+        bare = STRING.sub(" '' ", block).strip()
+        for rule, why in RULES:
+            found = rule.search(bare)
+            if found:
+                return why.format(found[0].strip())
+        if "[" in bare and any(DUNDER_TEXT.search(text[0]) for text in STRING.finditer(block)):
+            return "looks an underscore attribute up by text"
+    return None

@@ -1,0 +1,94 @@
+"""Text: JSON goes to hf.py; Python source is code that a loader may import; templates are looked at; prose is inert."""
+
+from __future__ import annotations
+
+import codecs
+
+from trainguard.scan.formats import hf, templates
+from trainguard.scan.formats.interface import Job
+from trainguard.scan.source import Source
+
+STEP_BYTES = 1 << 20
+CONTROLS = bytes(set(range(32)) - {9, 10, 12, 13}) + b"\x7f"
+IMPORTED = (".py", ".pth", ".pyw", ".pyi", ".start")
+"""Names that make the import system or the start of an interpreter read a text file."""
+RUN = (".sh", ".bash", ".bat", ".cmd", ".ps1")
+
+
+def looks_like_text(head: bytes) -> bool:
+    """Whether the first bytes are UTF-8 without control characters (a sequence cut at the end is fine)."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return head.translate(None, CONTROLS) == head
+
+
+def is_text(source: Source) -> bool:
+    """Whether everything is."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for offset in range(0, source.size, STEP_BYTES):
+            chunk = source.read(offset, STEP_BYTES)
+            if len(chunk.translate(None, CONTROLS)) != len(chunk):
+                return False
+            decoder.decode(chunk, final=offset + STEP_BYTES >= source.size)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def judge(job: Job) -> tuple[str, str]:
+    """Judge a text file."""
+    start = job.source.read(0, 4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:1] in (b"{", b"["):
+        data = job.source.read(0, job.source.size) if job.source.size <= job.policy.json_bytes else None
+        if start[:1] == b"{" and start[1:].lstrip()[:1] not in (b'"', b"}"):
+            return _prose(job)
+        if _is_lines(start, data):
+            return _lines(job)
+        return hf.judge(job, data)
+    return _prose(job)
+
+
+def _is_lines(start: bytes, data: bytes | None) -> bool:
+    """JSON Lines: the first line is complete and something follows it."""
+    first, newline, rest = start.partition(b"\n")
+    closed = first.rstrip()[-1:] in (b"}", b"]") and first.count(b"{") == first.count(b"}")
+    return bool(newline) and closed and first[:1] == b"{" and rest.lstrip()[:1] == b"{" and data is not None
+
+
+def _lines(job: Job) -> tuple[str, str]:
+    hf.judge(job, None)
+    return "jsonl", "json"
+
+
+def _prose(job: Job) -> tuple[str, str]:
+    name = job.name.lower()
+    if name.endswith(IMPORTED):
+        job.unknown("source", "Python source beside a model: a loader may import it; read it, or leave it out")
+        return "python", "import"
+    if name.endswith(RUN):
+        job.unknown("source", "a script beside a model")
+        return "script", "none"
+    if name.endswith((".jinja", ".jinja2", ".j2")):
+        why = templates.problem(job.source.read(0, templates.TEMPLATE_BYTES + 1).decode("utf-8", "replace"))
+        if why:
+            job.unsafe("template", why)
+        return "template", "jinja"
+    if name.endswith((".yaml", ".yml")):
+        _yaml(job)
+        return "yaml", "yaml"
+    return "text", "none"
+
+
+def _yaml(job: Job) -> None:
+    """YAML tags that name Python objects run code in yaml.load; hydra's `_target_` names a callable."""
+    text = job.source.read(0, job.policy.json_bytes)
+    for mark in (b"!!python/", b"tag:yaml.org,2002:python/"):
+        if mark in text:
+            job.unsafe("config", f"{mark.decode()} tag: yaml.load would make any Python object", text.index(mark))
+            return
+    for mark in (b"_target_:", b"class_path:"):
+        if mark in text:
+            job.unknown("config", f"{mark.decode()} names something to be called", text.index(mark))

@@ -1,0 +1,331 @@
+"""ZIP, read by our own strict reader (APPNOTE 6.3.10), and who reads which zip.
+
+Readers disagree on malformed archives: torch's (miniz) finds a member by the first matching name regardless of case,
+Python's by the last exact one; one believes local headers, another the central directory. So only archives on which no
+two readers can disagree are opened:
+
+    [local header, name, extra][data][descriptor?] … without gaps · central directory · zip64 end? · end · EOF
+
+every local header repeats its central entry, names are unique regardless of case, nothing overlaps, no byte is left
+over. Encrypted or split archives and methods other than stored and deflate are refused.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trainguard.scan.budget import OverBudget
+from trainguard.scan.formats import compressed
+from trainguard.scan.formats.interface import Format, Job
+from trainguard.scan.source import BytesSource, PartSource, Source
+from trainguard.scan.verdict import Verdict
+
+LOCAL = struct.Struct("<IHHHHHIIIHH")
+CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+END = struct.Struct("<IHHHHIIH")
+END64 = struct.Struct("<IQHHIIQQQQ")
+LOCATOR = struct.Struct("<IIQI")
+FULL4 = 0xFFFFFFFF
+STORED, DEFLATED = 0, 8
+DESCRIPTOR = 1 << 3
+ZIP64, UNICODE_NAME = 0x0001, 0x7075
+"""Extra fields: wide sizes; a second name that only some readers use (Info-ZIP Unicode Path)."""
+NAME_BYTES = 4096
+SYMLINK = 0o120000
+CENTRAL_BYTES = 64 << 20
+"""A central directory is read in one piece up to this; 100,000 torch members need 9 MiB."""
+
+
+class BadZip(Exception):
+    """The archive is not one that every reader reads alike; says why and where."""
+
+    def __init__(self, what: str, offset: int | None = None) -> None:
+        super().__init__(what)
+        self.offset = offset
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of an archive."""
+
+    name: str
+    method: int
+    crc: int
+    packed: int
+    """Bytes in the archive."""
+    size: int
+    """Bytes when unpacked."""
+    data: int
+    """Offset of the packed bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    offset: int
+    mode: int
+
+
+def read_members(source: Source, *, start: int = 0, end: int | None = None, limit: int) -> list[Member]:
+    """Members of the archive that fills [start, end) exactly, in file order. Raises BadZip, OverBudget past `limit`."""
+    stop = source.size if end is None else end
+    base, count, directory, size = find_directory(source, stop)
+    if base != start:
+        raise BadZip(
+            f"archive begins at byte {base}, expected {start}: bytes in front of a zip hide another format", base
+        )
+    if count > limit:
+        raise OverBudget(f"{count} members in one archive, limit {limit}")
+    if size > CENTRAL_BYTES:
+        raise OverBudget(f"zip directory of {size} bytes, limit {CENTRAL_BYTES}")
+    entries = _entries(source.read(directory, size), count, directory)
+    _check_names(entries)
+    entries.sort(key=lambda entry: entry.offset)
+    return _members(source, entries, start, directory)
+
+
+def find_directory(source: Source, end: int) -> tuple[int, int, int, int]:
+    """(archive start, members, directory offset, directory bytes) from the end record that ends at `end`."""
+    if end < END.size:
+        raise BadZip("too short for a zip")
+    tail = source.read(end - END.size, END.size)
+    if tail[:4] != b"PK\5\6":
+        raise BadZip("end record is not the last thing in the archive", end - END.size)
+    _, disk, first_disk, here, count, size, offset, comment = END.unpack(tail)
+    directory_end = end - END.size
+    if comment or disk not in (0, 0xFFFF) or first_disk not in (0, 0xFFFF) or here != count:
+        raise BadZip("split archive, or a comment after the end record", end - END.size)
+    locator = source.read(directory_end - LOCATOR.size, LOCATOR.size) if directory_end >= LOCATOR.size else b""
+    if locator[:4] == b"PK\6\7":
+        directory_end -= LOCATOR.size + END64.size
+        record = source.read(directory_end, END64.size) if directory_end >= 0 else b""
+        if len(record) != END64.size or record[:4] != b"PK\6\6":
+            raise BadZip("zip64 end record is not where its locator must have it", directory_end)
+        _, length, _, _, disk, first_disk, here8, count8, size8, offset8 = END64.unpack(record)
+        told = LOCATOR.unpack(locator)
+        if length != END64.size - 12 or disk or first_disk or here8 != count8 or told[1] != 0 or told[3] > 1:
+            raise BadZip("zip64 end record of an unknown shape", directory_end)
+        for narrow, wide, full in ((count, count8, 0xFFFF), (size, size8, FULL4), (offset, offset8, FULL4)):
+            if narrow not in (wide, full):
+                raise BadZip("the two end records disagree", directory_end)
+        count, size, offset = count8, size8, offset8
+        base = directory_end - size - offset
+        if told[2] != offset + size:
+            raise BadZip("zip64 locator points elsewhere", directory_end)
+    elif FULL4 in (size, offset):
+        raise BadZip("zip64 sizes without a zip64 record", end - END.size)
+    else:
+        base = directory_end - size - offset
+    if base < 0:
+        raise BadZip("directory lies outside the archive", end - END.size)
+    return base, count, base + offset, size
+
+
+def _entries(directory: bytes, count: int, where: int) -> list[_Entry]:
+    entries: list[_Entry] = []
+    position = 0
+    while position < len(directory):
+        if len(directory) - position < CENTRAL.size:
+            raise BadZip("directory ends in the middle of an entry", where + position)
+        (signature, made_by, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment, disk) = (
+            CENTRAL.unpack_from(directory, position)[:14]
+        )
+        external, offset = struct.unpack_from("<II", directory, position + 38)
+        if signature != 0x02014B50 or disk not in (0, 0xFFFF) or comment:
+            raise BadZip("directory entry of an unknown shape", where + position)
+        begin = position + CENTRAL.size
+        name = directory[begin : begin + name_length]
+        extra = directory[begin + name_length : begin + name_length + extra_length]
+        position = begin + name_length + extra_length
+        if position > len(directory) or not name or name_length > NAME_BYTES:
+            raise BadZip("directory entry runs past the directory", where + begin)
+        if extra and any(kind == UNICODE_NAME for kind, _ in _extras(extra)):
+            raise BadZip(f"member {name[:80]!r}: a second name in its extra fields", where + begin)
+        size, packed, offset = _zip64(extra, size, packed, offset)
+        mode = external >> 16 if made_by >> 8 == 3 else 0
+        entries.append(_Entry(name, flags, method, crc, packed, size, offset, mode))
+    if len(entries) != count:
+        raise BadZip(f"directory has {len(entries)} entries, its end record says {count}", where)
+    return entries
+
+
+def _extras(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    """(kind, content) of the extra fields of one header, up to what no longer fits."""
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, position)
+        yield kind, extra[position + 4 : position + 4 + length]
+        position += 4 + length
+
+
+def _zip64(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:
+    """Sizes and offset, from the zip64 extra field where the entry says 'see there'."""
+    wanted = [value == FULL4 for value in (size, packed, offset)]
+    if not any(wanted):
+        return size, packed, offset
+    content = next((content for kind, content in _extras(extra) if kind == ZIP64), b"")
+    if len(content) < 8 * sum(wanted):
+        raise BadZip("zip64 sizes without a zip64 field")
+    wide = iter(struct.unpack_from(f"<{sum(wanted)}Q", content))
+    values = [next(wide) if missing else value for missing, value in zip(wanted, (size, packed, offset), strict=True)]
+    return values[0], values[1], values[2]
+
+
+def _check_names(entries: list[_Entry]) -> None:
+    seen: set[str] = set()
+    for entry in entries:
+        try:
+            name = entry.name.decode("utf-8" if entry.flags & 0x800 else "cp437")
+        except UnicodeDecodeError as error:
+            raise BadZip("a member name that is not UTF-8", entry.offset) from error
+        folded = name.casefold()
+        if folded in seen:
+            raise BadZip(f"member {name!a} twice (readers take different ones)", entry.offset)
+        seen.add(folded)
+        parts = name.rstrip("/").split("/")
+        if "\\" in name or "\0" in name or name.startswith("/") or ".." in parts or "" in parts:
+            raise BadZip(f"member {name!a}: not a plain relative name", entry.offset)
+
+
+def _members(source: Source, entries: list[_Entry], start: int, directory: int) -> list[Member]:
+    """Walk the local headers in order: each must repeat its entry and begin where the one before ended."""
+    members: list[Member] = []
+    position = start
+    for index, entry in enumerate(entries):
+        following = start + entries[index + 1].offset if index + 1 < len(entries) else directory
+        if start + entry.offset != position:
+            raise BadZip(
+                f"member {entry.name[:80]!r} begins at byte {start + entry.offset}, expected {position}", position
+            )
+        data = _check_local(source, entry, position)
+        position = data + entry.packed
+        if position > directory:
+            raise BadZip(f"member {entry.name[:80]!r} runs into the directory", position)
+        if entry.flags & DESCRIPTOR:
+            position += _descriptor(source, entry, position, following)
+        name = entry.name.decode("utf-8" if entry.flags & 0x800 else "cp437")
+        if not name.endswith("/"):
+            members.append(Member(name, entry.method, entry.crc, entry.packed, entry.size, data))
+        elif entry.size:
+            raise BadZip(f"folder {name!a} with content", position)
+    if position != directory:
+        raise BadZip(f"{directory - position} bytes between the last member and the directory", position)
+    return members
+
+
+def _check_local(source: Source, entry: _Entry, position: int) -> int:
+    """Offset of the member's data, after the local header was compared with the directory entry."""
+    head = source.read(position, LOCAL.size + len(entry.name))
+    if len(head) < LOCAL.size or head[:4] != b"PK\3\4":
+        raise BadZip("no local header where the directory says", position)
+    _, _, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(head)
+    if head[LOCAL.size :] != entry.name or name_length != len(entry.name):
+        raise BadZip(f"local header names {head[LOCAL.size :][:80]!r}, directory {entry.name[:80]!r}", position)
+    if flags != entry.flags or method != entry.method:
+        raise BadZip(f"member {entry.name[:80]!r}: local header and directory disagree on flags or method", position)
+    if flags & ~(DESCRIPTOR | 0x800 | 0x6):
+        raise BadZip(f"member {entry.name[:80]!r}: encrypted or patched", position)
+    if method not in (STORED, DEFLATED) or (method == STORED and entry.packed != entry.size):
+        raise BadZip(f"member {entry.name[:80]!r}: compression method {method}, expected stored or deflate", position)
+    if entry.mode & 0o170000 == SYMLINK:
+        raise BadZip(f"member {entry.name[:80]!r}: a symbolic link", position)
+    data: int = position + LOCAL.size + name_length + extra_length
+    if FULL4 in (packed, size) and extra_length:
+        extra = source.read(position + LOCAL.size + name_length, extra_length)
+        size, packed, _ = _zip64(extra, size, packed, 0)
+    told = (crc, packed, size)
+    there = (entry.crc, entry.packed, entry.size)
+    if told != there and not (flags & DESCRIPTOR and told == (0, 0, 0)):
+        raise BadZip(f"member {entry.name[:80]!r}: local header and directory disagree on size or checksum", position)
+    return data
+
+
+def _descriptor(source: Source, entry: _Entry, position: int, following: int) -> int:
+    """Length of the data descriptor, whose values must be the directory's."""
+    raw = source.read(position, 24)
+    for signature in (b"PK\7\x08", b""):
+        for shape in ("<IQQ", "<III"):
+            length = len(signature) + struct.calcsize(shape)
+            if position + length != following or not raw.startswith(signature):
+                continue
+            if struct.unpack_from(shape, raw, len(signature)) == (entry.crc, entry.packed, entry.size):
+                return length
+    raise BadZip(f"member {entry.name[:80]!r}: descriptor disagrees with the directory", position)
+
+
+def open_member(job: Job, member: Member) -> Source:
+    """The unpacked content. Stored members stay where they are; others are inflated within the budget."""
+    if member.method == STORED:
+        return PartSource(job.source, member.data, member.size)
+    part = PartSource(job.source, member.data, member.packed)
+    data, left = compressed.inflate(zlib.decompressobj(-15), part, job.meter)
+    if left or len(data) != member.size:
+        raise BadZip(f"member {member.name!a} unfolds to {len(data)} bytes, expected {member.size}", member.data)
+    if zlib.crc32(data) != member.crc:
+        raise BadZip(f"member {member.name!a}: wrong checksum", member.data)
+    return BytesSource(data)
+
+
+def check_crc(source: Source, member: Member) -> None:
+    """Raise BadZip unless the (stored) content has the member's CRC-32: readers refuse or warn, depending on which."""
+    crc, step = 0, 1 << 20
+    for offset in range(0, source.size, step):
+        crc = zlib.crc32(source.read(offset, step), crc)
+    if crc != member.crc:
+        raise BadZip(f"member {member.name!a}: wrong checksum", member.data)
+
+
+def sniff(head: bytes, source: Source) -> bool:
+    """A local header at the start, or the end record of an empty archive."""
+    return head[:4] in (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
+
+
+def judge(job: Job) -> tuple[str, str]:
+    """Find out who reads this archive and judge it as that reader would."""
+    from trainguard.scan.formats import dcp, keras, skops, torch_zip
+
+    try:
+        members = read_members(job.source, limit=job.policy.members)
+    except BadZip as error:
+        if dcp.is_tiled(job.source):
+            return dcp.judge_tiles(job)
+        job.unsafe("zip", str(error), error.offset)
+        return "zip", "none"
+    names = {member.name for member in members}
+    if any(name.casefold().rsplit("/", 1)[-1] in ("data.pkl", "constants.pkl") for name in names):
+        return torch_zip.judge(job, members)
+    if "schema.json" in names:
+        return skops.judge(job, members)
+    if {"config.json", "metadata.json"} <= names:
+        return keras.judge_zip(job, members)
+    _judge_members(job, members)
+    arrays = bool(names) and all(name.endswith(".npy") for name in names)
+    return ("npz", "numpy") if arrays else ("zip", "none")
+
+
+def judge_member(job: Job, member: Member) -> tuple[str, str]:
+    """Judge one member like a file; notes what is wrong with its packing."""
+    try:
+        return job.judge_inside(member.name, open_member(job, member))
+    except (BadZip, compressed.BadStream) as error:
+        job.unsafe("zip", str(error), member.data)
+    except OverBudget as error:
+        job.note(Verdict.ERROR, "budget", f"{member.name}: {error}; not read further", offset=member.data)
+    return "none", "none"
+
+
+def _judge_members(job: Job, members: list[Member]) -> None:
+    for member in members:
+        judge_member(job, member)
+        job.meter.check_time()
+
+
+ZIP = Format(name="zip", loader="none", sniff=sniff, judge=judge)

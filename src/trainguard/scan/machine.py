@@ -1,0 +1,1021 @@
+"""The pickle machine: what an unpickler would do with a stream, worked out without doing any of it.
+
+Every opcode of protocols 0 to 5, with the real stack, marks, memo and frames (PEP 307, 3154, 574; CPython
+`Lib/pickle.py` and `Modules/_pickle.c`). Nothing is imported, called, hashed or compared on behalf of the stream; names
+stay names and results of calls are stand-ins. Decisions fall at the opcode, not on the final object, so a discarded
+result is judged like a kept one:
+
+  GLOBAL, STACK_GLOBAL, INST   the name is looked up in the lists, after Python 2 names are mapped as `find_class` does
+  REDUCE, NEWOBJ(_EX), OBJ     the listed name's rule judges the arguments
+  BUILD                        only on objects a listed name made, by the name's state rule
+  APPEND(S), SETITEM(S), …     only into real containers and listed container classes
+  PERSID, BINPERSID            only where the loader knows them, only in torch's exact shape
+  EXT1, EXT2, EXT4             refused: they name code by number
+
+Unlisted names make the stream unknown and simulation goes on, so that a report names all of them; everything that is
+malformed, hidden or against a rule makes it unsafe and ends it. A computed name is unsafe.
+
+What must hold: a stream that this machine calls safe makes CPython's C and Python unpicklers resolve exactly the
+globals and persistent ids recorded here, in this order, and stop at the same byte (bench/fuzz_scan.py).
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import codecs
+import pickletools
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trainguard.scan.budget import Meter, OverBudget
+from trainguard.scan.rules.arrays import ArrayState, DType, count_of
+from trainguard.scan.rules.interface import Refused, describe
+from trainguard.scan.rules.plain import instantiate
+from trainguard.scan.rules.tensors import persistent_storage
+from trainguard.scan.source import BytesSource, PartSource, Source
+from trainguard.scan.trust import Trust
+from trainguard.scan.values import (
+    Bag,
+    Global,
+    Map,
+    Object,
+    Span,
+    Storage,
+    Value,
+    is_constant,
+)
+
+WHOLE_BYTES = 16 << 20
+"""Streams up to this size are held in one piece."""
+WINDOW_BYTES = 4 << 20
+"""Longer ones are read through a window of this size."""
+MARGIN_BYTES = 1 << 10
+"""Bytes that are always there at an opcode, so that short arguments need no check (255 and a length at most)."""
+SLICE_BYTES = 1 << 16
+"""The budget is settled at least this often."""
+LINE_BYTES = 1 << 16
+"""Longest text argument of a protocol 0 opcode that is kept; longer ones are refused."""
+MEMO_GAP = 1 << 16
+"""A memo index may lie this far beyond the memo; the C unpickler allocates up to the index."""
+KEY_DEPTH = 8
+"""Tuples in tuples as a dict key; hashing recurses in C without a limit."""
+HIGHEST_PROTOCOL = 5
+
+HOLE = object()
+"""A memo slot nobody wrote."""
+
+_U4 = struct.Struct("<I").unpack_from
+_U8 = struct.Struct("<Q").unpack_from
+_I4 = struct.Struct("<i").unpack_from
+_U2 = struct.Struct("<H").unpack_from
+_F8 = struct.Struct(">d").unpack_from
+
+INTEGER = re.compile(rb"-?(0|[1-9][0-9]*)")
+NUMBER = re.compile(rb"[-+]?([0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|inf|nan)")
+"""What `repr` writes, which both unpicklers read alike; they differ on other spellings (octal, underscores, blanks)."""
+
+SIMPLE_KEYS = frozenset((str, int, bytes, bool, float, type(None)))
+ARRAY_WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a run of the machine saw, for the report and for the second opinion."""
+
+    globals: list[tuple[str, str]] = field(default_factory=list)
+    """(module, name) of every find_class call, mapped, in order."""
+    raw_globals: list[tuple[str, str]] = field(default_factory=list)
+    """The same as written in the stream; find_class is given these and maps them itself."""
+    persistent: int = 0
+    """Calls of persistent_load."""
+    end: int = 0
+    """Offset after STOP, or where the machine gave up."""
+    finished: bool = False
+    """Whether STOP was reached."""
+    called: bool = False
+    """Whether anything was called, instantiated or given state."""
+    value: Value = None
+    """The stand-in of the object the stream builds."""
+    inline_arrays: int = 0
+    """joblib arrays that lay between the opcodes."""
+    storages: dict[str, int] = field(default_factory=dict)
+    """Storage key → bytes, as the persistent ids say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """Who would read this stream, as far as that changes what the opcodes mean."""
+
+    name: str
+    """pickle, torch or joblib."""
+    storage_parts: int = 0
+    """Parts of a persistent id: 5 for a torch zip, 6 for torch legacy, 0 for none."""
+    inline_arrays: bool = False
+    """joblib: array bytes follow the BUILD of a NumpyArrayWrapper."""
+
+
+PICKLE = Loader(name="pickle")
+TORCH_ZIP = Loader(name="torch", storage_parts=5)
+TORCH_LEGACY = Loader(name="torch", storage_parts=6)
+JOBLIB = Loader(name="joblib", inline_arrays=True)
+
+UnlistedNote = Callable[[Global, str, int], None]
+"""(global, use, offset): an unlisted name was used."""
+
+
+class Malformed(Refused):
+    """The stream breaks the pickle format."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("stream", what)
+
+
+class Machine:
+    """One pickle stream in `source` from `start`. `run` once; then read `trace` and `position`."""
+
+    def __init__(
+        self,
+        source: Source,
+        start: int,
+        *,
+        loader: Loader,
+        trust: Trust,
+        meter: Meter,
+        on_unlisted: UnlistedNote,
+        on_nested: Callable[[Source, int], None],
+    ) -> None:
+        """on_nested is given a torch file that lies inside an argument (bytes, offset) and judges it."""
+        self.source = source
+        self.trace = Trace(end=start)
+        self._loader = loader
+        self._trust = trust
+        self._meter = meter
+        self._on_unlisted = on_unlisted
+        self._on_nested = on_nested
+        self._keep = meter.policy.constant_bytes
+        self._base = start
+        """Absolute offset of the window's first byte."""
+        self._data = b""
+        self._pos = 0
+        self._limit = 0
+        """Window position at which the loop must call `_boundary`."""
+        self._frame_end = 0
+        """Absolute end of the current frame; 0 outside frames."""
+        self._stack: list[Value] = []
+        self._marks: list[int] = []
+        self._fence = 0
+        self._memo: list[Value] = []
+        self._holes = 0
+        self._protocol = 0
+        self._known: dict[tuple[str, str], Global] = {}
+        self._sealed: list[Value] = []
+        self._steps = 0
+        self._made = 0
+        self._settled_steps = 0
+        self._settled_made = 0
+
+    # What rules may ask ------------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Absolute offset behind the last byte taken."""
+        return self._base + self._pos
+
+    @property
+    def steps(self) -> int:
+        """Opcodes taken so far."""
+        return self._steps
+
+    def spend(self, *, values: int) -> None:
+        """Charge `values` containers to the budget."""
+        self._made += values
+
+    def unlisted(self, name: Global, use: str) -> None:
+        """Note that an unlisted name is used as `value`, `instance` or `call`; stronger uses replace weaker ones."""
+        order = ("", "value", "instance", "call")
+        if order.index(use) > order.index(name.use):
+            name.use = use
+            self._on_unlisted(name, use, self.position)
+
+    def storage(self, key: str, item_bytes: int, numel: int) -> Storage:
+        """A storage stand-in; the same key must always mean the same number of bytes."""
+        size = item_bytes * numel
+        if self.trace.storages.setdefault(key, size) != size:
+            raise Refused("geometry", f"storage {key!a}: {size} bytes here, {self.trace.storages[key]} bytes before")
+        self._made += 1
+        return Storage(key, item_bytes, numel)
+
+    def seal(self, value: Value) -> None:
+        """Refuse later changes to a list or Map a rule relied on."""
+        self._sealed.append(value)
+
+    def nested(self, value: Value) -> None:
+        """Judge bytes that a listed call will load as a torch file."""
+        if type(value) is Span:
+            self._on_nested(PartSource(self.source, value.offset, value.length), value.offset)
+        else:
+            self._on_nested(BytesSource(value), self.position)
+
+    def check_keys(self, keys: Value) -> None:
+        """Raise unless every key is one whose hash neither recurses deeply nor runs code of the stream."""
+        if not {type(key) for key in keys} <= SIMPLE_KEYS:
+            for key in keys:
+                self._check_key(key, KEY_DEPTH)
+
+    def _check_key(self, key: Value, depth: int) -> None:
+        if type(key) in (tuple, Bag):
+            if not depth:
+                raise Refused("key", f"dict key: tuples nested more than {KEY_DEPTH} deep")
+            for item in key:
+                self._check_key(item, depth - 1)
+        elif not (is_constant(key) or isinstance(key, Global | Object | Storage)):
+            raise Malformed(f"dict key: expected something hashable, found {describe(key)}")
+
+    # The loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Trace:
+        """Work through the stream to its STOP.
+
+        Raises Refused (and Malformed) with what is wrong, OverBudget past a limit; `trace` and `position` then say
+        how far it came.
+        """
+        try:
+            self._load(self._base)
+            self._loop()
+            self._settle()
+        except IndexError as error:
+            raise Malformed(f"ends in the middle of an opcode, at byte {self.position}") from error
+        except struct.error as error:
+            raise Malformed(f"ends in the middle of an opcode, at byte {self.position}") from error
+        except UnicodeDecodeError as error:
+            raise Malformed(f"text that is not UTF-8, at byte {self.position}") from error
+        except RecursionError as error:
+            raise OverBudget("values nested too deeply") from error
+        finally:
+            self.trace.end = self.position
+        return self.trace
+
+    def _loop(self) -> None:
+        """Dispatch opcodes until STOP.
+
+        The opcodes that make up nearly all of a checkpoint stand here with everything in local variables: 3 million
+        of them must pass in a second. All others are methods in `OPCODES`; before one is called the locals are
+        stored, and loaded again after it.
+        """
+        data, pos, limit, stack, memo = self._data, self._pos, self._limit, self._stack, self._memo
+        fence, keep, steps, made = self._fence, self._keep, 0, 0
+        others = OPCODES
+        append = stack.append
+        while True:
+            if pos >= limit:
+                self._pos = pos
+                self._steps += steps
+                self._made += made
+                steps = made = 0
+                self._boundary()
+                data, pos, limit = self._data, self._pos, self._limit
+            op = data[pos]
+            pos += 1
+            steps += 1
+            if op == 0x71 or op == 0x72 or op == 0x94:  # BINPUT, LONG_BINPUT, MEMOIZE
+                if len(stack) <= fence:
+                    self._pos = pos
+                    raise Malformed("memoizes from an empty stack")
+                if op == 0x71:
+                    index = data[pos]
+                    pos += 1
+                elif op == 0x72:
+                    index = _U4(data, pos)[0]
+                    pos += 4
+                else:
+                    index = len(memo) - self._holes
+                if index == len(memo):
+                    memo.append(stack[-1])
+                else:
+                    self._pos = pos
+                    self._put(index, stack[-1])
+            elif op == 0x68 or op == 0x6A:  # BINGET, LONG_BINGET
+                if op == 0x68:
+                    index = data[pos]
+                    pos += 1
+                else:
+                    index = _U4(data, pos)[0]
+                    pos += 4
+                if index >= len(memo) or memo[index] is HOLE:
+                    self._pos = pos
+                    raise Malformed(f"reads memo entry {index}, which was never written")
+                append(memo[index])
+            elif op == 0x4B:  # BININT1
+                append(data[pos])
+                pos += 1
+            elif op == 0x58 or op == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
+                if op == 0x58:
+                    length = _U4(data, pos)[0]
+                    pos += 4
+                else:
+                    length = data[pos]
+                    pos += 1
+                end = pos + length
+                if length <= keep and end <= len(data):
+                    append(data[pos:end].decode("utf-8", "surrogatepass"))
+                    pos = end
+                    made += 1 + (length >> 6)
+                else:
+                    self._pos = pos
+                    append(self._long_text(length))
+                    data, pos, limit = self._data, self._pos, self._limit
+            elif op == 0x28:  # MARK
+                fence = len(stack)
+                self._marks.append(fence)
+            elif op == 0x74:  # TUPLE
+                if not self._marks:
+                    self._pos = pos
+                    raise Malformed("closes a tuple without a mark")
+                mark = self._marks.pop()
+                items = tuple(stack[mark:])
+                del stack[mark:]
+                append(items)
+                fence = self._marks[-1] if self._marks else 0
+                made += 1 + (len(items) >> 3)
+            elif op == 0x4D:  # BININT2
+                append(_U2(data, pos)[0])
+                pos += 2
+            elif op == 0x4A:  # BININT
+                append(_I4(data, pos)[0])
+                pos += 4
+            elif op == 0x85 or op == 0x86 or op == 0x87:  # TUPLE1, TUPLE2, TUPLE3
+                count = op - 0x84
+                if len(stack) - count < fence:
+                    self._pos = pos
+                    raise Malformed("makes a tuple from an empty stack")
+                stack[-count:] = [tuple(stack[-count:])]
+                made += 1
+            elif op == 0x29:  # EMPTY_TUPLE
+                append(())
+            elif op == 0x89:  # NEWFALSE
+                append(False)
+            elif op == 0x88:  # NEWTRUE
+                append(True)
+            elif op == 0x4E:  # NONE
+                append(None)
+            elif op == 0x2E:  # STOP
+                self._pos = pos
+                self._steps += steps
+                self._made += made
+                self._fence = fence
+                self._stop()
+                return
+            else:
+                self._pos, self._fence = pos, fence
+                self._steps += steps
+                self._made += made
+                steps = made = 0
+                handler = others[op]
+                if handler is None:
+                    raise Malformed(f"byte 0x{op:02x} is not an opcode")
+                handler(self)
+                data, pos, limit, fence = self._data, self._pos, self._limit, self._fence
+
+    def _boundary(self) -> None:
+        """Called at least every SLICE_BYTES: settle the budget, close a frame, move the window, notice the end."""
+        self._settle()
+        absolute = self.position
+        if self._frame_end:
+            if absolute > self._frame_end:
+                raise Malformed(f"an opcode straddles the end of a frame at byte {self._frame_end}")
+            if absolute == self._frame_end:
+                self._frame_end = 0
+        if absolute >= self.source.size:
+            raise Malformed("ends without STOP")
+        if self._pos + MARGIN_BYTES > len(self._data) and self._base + len(self._data) < self.source.size:
+            self._load(absolute)
+        self._set_limit()
+
+    def _settle(self) -> None:
+        self._meter.spend_operations(self._steps - self._settled_steps, self._made - self._settled_made)
+        self._settled_steps, self._settled_made = self._steps, self._made
+
+    def _load(self, absolute: int) -> None:
+        """Make `absolute` the window's first byte."""
+        rest = self.source.size - absolute
+        self._data = self.source.read(absolute, rest if rest <= WHOLE_BYTES else WINDOW_BYTES)
+        self._base, self._pos = absolute, 0
+        self._set_limit()
+
+    def _set_limit(self) -> None:
+        last = self._base + len(self._data) >= self.source.size
+        limit = len(self._data) if last else len(self._data) - MARGIN_BYTES
+        if self._frame_end:
+            limit = min(limit, self._frame_end - self._base)
+        self._limit = max(self._pos, min(limit, self._pos + SLICE_BYTES))
+
+    # Taking arguments --------------------------------------------------------------------------------------------
+
+    def _take(self, length: int) -> bytes:
+        """The next `length` bytes, at most `constant_bytes` or a few; moves the window when they cross its end."""
+        if self._pos + length > len(self._data):
+            absolute = self.position
+            if absolute + length > self.source.size:
+                raise Malformed(f"an argument of {length} bytes runs past the end")
+            self._load(absolute)
+        data = self._data[self._pos : self._pos + length]
+        if len(data) != length:
+            raise Malformed(f"an argument of {length} bytes runs past the end")
+        self._pos += length
+        return data
+
+    def _skip(self, length: int) -> Span:
+        """Step over `length` bytes without reading them; their place as a span of bytes."""
+        absolute = self.position
+        if length > self.source.size - absolute:
+            raise Malformed(f"an argument of {length} bytes runs past the end")
+        if self._pos + length <= len(self._data):
+            self._pos += length
+        else:
+            self._load(absolute + length)
+        self._straddles()
+        return Span(absolute, length, is_text=False)
+
+    def _straddles(self) -> None:
+        if self._frame_end and self.position > self._frame_end:
+            raise Malformed(f"an opcode straddles the end of a frame at byte {self._frame_end}")
+
+    def _long_text(self, length: int) -> Value:
+        """The text argument of a string opcode: by value when short, else its place, checked to be UTF-8."""
+        if length <= self._keep:
+            self._made += 1 + (length >> 6)
+            return self._take(length).decode("utf-8", "surrogatepass")
+        span = Span(self.position, length, is_text=True)
+        if length > self._meter.policy.pickle_bytes:
+            raise OverBudget(f"one string of {length} bytes, limit {self._meter.policy.pickle_bytes}")
+        self._check_utf8(length)
+        self._made += 1
+        return span
+
+    def _check_utf8(self, length: int) -> None:
+        absolute, step = self.position, 1 << 20
+        if absolute + length > self.source.size:
+            raise Malformed(f"an argument of {length} bytes runs past the end")
+        carry = b""
+        for offset in range(0, length, step):
+            chunk = carry + self.source.read(absolute + offset, min(step, length - offset))
+            cut = len(chunk) if offset + step >= length else _whole_characters(chunk)
+            chunk[:cut].decode("utf-8", "surrogatepass")
+            carry = chunk[cut:]
+        self._skip(length)
+
+    def _bytes(self, length: int) -> Value:
+        """The bytes argument of a bytes opcode: by value when short, else its place."""
+        if length <= self._keep:
+            self._made += 1 + (length >> 6)
+            return self._take(length)
+        self._made += 1
+        return self._skip(length)
+
+    def _line(self) -> bytes:
+        """A text argument: up to and without the newline."""
+        end = self._data.find(b"\n", self._pos)
+        if end < 0:
+            self._load(self.position)
+            end = self._data.find(b"\n", 0, LINE_BYTES + 1)
+        if end < 0 or end - self._pos > LINE_BYTES:
+            raise Malformed("a text argument without its newline")
+        line = self._data[self._pos : end]
+        self._pos = end + 1
+        self._made += 1 + (len(line) >> 6)
+        return line
+
+    # Stack and memo ----------------------------------------------------------------------------------------------
+
+    def _pop(self) -> Value:
+        if len(self._stack) <= self._fence:
+            raise Malformed("takes from an empty stack")
+        return self._stack.pop()
+
+    def _top(self) -> Value:
+        if len(self._stack) <= self._fence:
+            raise Malformed("takes from an empty stack")
+        return self._stack[-1]
+
+    def _pop_mark(self) -> list[Value]:
+        if not self._marks:
+            raise Malformed("closes a group without a mark")
+        mark = self._marks.pop()
+        items = self._stack[mark:]
+        del self._stack[mark:]
+        self._fence = self._marks[-1] if self._marks else 0
+        return items
+
+    def _put(self, index: int, value: Value) -> None:
+        memo = self._memo
+        if index > len(memo) + MEMO_GAP:
+            raise Refused("stream", f"writes memo entry {index} after {len(memo)} entries: loaders would allocate them")
+        if index >= len(memo):
+            self._holes += index - len(memo)
+            self._made += (index - len(memo)) >> 3
+            memo.extend([HOLE] * (index - len(memo)))
+            memo.append(value)
+            return
+        if memo[index] is HOLE:
+            self._holes -= 1
+        memo[index] = value
+
+    # Names and calls ---------------------------------------------------------------------------------------------
+
+    def _find(self, module: str, name: str) -> Global:
+        """What find_class(module, name) is a stand-in for; listed or not."""
+        self.trace.raw_globals.append((module, name))
+        if self._protocol < 3:
+            if (module, name) in _compat_pickle.NAME_MAPPING:
+                module, name = _compat_pickle.NAME_MAPPING[(module, name)]
+            elif module in _compat_pickle.IMPORT_MAPPING:
+                module = _compat_pickle.IMPORT_MAPPING[module]
+        self.trace.globals.append((module, name))
+        known = self._known.get((module, name))
+        if known is None:
+            # A dotted name reaches through objects, so it is written apart: `module:Outer.inner` is never the listed
+            # `module.Outer.inner`.
+            full = f"{module}{':' if '.' in name else '.'}{name}"
+            known = Global(full, self._trust.find(full))
+            self._known[(module, name)] = known
+            self._made += 1
+        if known.listed is None:
+            self.unlisted(known, "value")
+        return known
+
+    def call(self, function: Value, args: Value) -> Value:
+        """What `function(*args)` returns, by its rule. Rules use it for calls inside calls."""
+        self.trace.called = True
+        if not isinstance(function, Global):
+            raise Refused("call", f"calls {describe(function)}: only names may be called, never results")
+        if type(args) is not tuple:
+            raise Refused("call", f"{function.name}: expected a tuple of arguments, found {describe(args)}")
+        self._made += 1
+        if function.listed is None:
+            self.unlisted(function, "call")
+            return Object(function)
+        rule = function.listed.rules.call
+        if rule is None:
+            raise Refused("call", f"{function.name} may be named but not called, found {describe(args)}")
+        return rule(self, function, args)
+
+    def _new(self, target: Value, args: Value, keywords: Value = None) -> Value:
+        self.trace.called = True
+        if not isinstance(target, Global):
+            raise Refused("instance", f"instantiates {describe(target)}: only names may be")
+        if type(args) is not tuple or keywords:
+            raise Refused("instance", f"{target.name}: expected a tuple and no keywords, found {describe(args)}")
+        self._made += 1
+        return instantiate(self, target, args)
+
+    # Opcodes outside the loop ------------------------------------------------------------------------------------
+
+    def _proto(self) -> None:
+        self._protocol = self._take(1)[0]
+        if self._protocol > HIGHEST_PROTOCOL:
+            raise Malformed(f"protocol {self._protocol}: expected at most {HIGHEST_PROTOCOL}")
+
+    def _frame(self) -> None:
+        length = int.from_bytes(self._take(8), "little")
+        absolute = self.position
+        if self._frame_end:
+            raise Malformed(f"a frame begins inside the frame that ends at byte {self._frame_end}")
+        if length > self.source.size - absolute:
+            raise Malformed(f"a frame of {length} bytes runs past the end")
+        self._frame_end = absolute + length if length else 0
+        self._set_limit()
+
+    def _stop(self) -> None:
+        self.trace.value = self._pop()
+        self._straddles()
+        if self._frame_end and self.position != self._frame_end:
+            raise Malformed(f"STOP inside a frame that ends at byte {self._frame_end}")
+        self.trace.finished = True
+
+    def _pop_one(self) -> None:
+        if len(self._stack) > self._fence:
+            self._stack.pop()
+        else:
+            self._pop_mark()
+
+    def _pop_group(self) -> None:
+        self._pop_mark()
+
+    def _dup(self) -> None:
+        self._stack.append(self._top())
+
+    def _int(self) -> None:
+        line = self._line()
+        if line in (b"00", b"01"):
+            self._stack.append(line == b"01")
+        else:
+            self._stack.append(self._parse_int(line))
+
+    def _long(self) -> None:
+        line = self._line()
+        self._stack.append(self._parse_int(line.removesuffix(b"L")))
+
+    def _parse_int(self, line: bytes) -> int:
+        if len(line) > self._meter.policy.integer_digits:
+            raise OverBudget(f"an integer of {len(line)} digits, limit {self._meter.policy.integer_digits}")
+        if not INTEGER.fullmatch(line):
+            raise Malformed(f"expected an integer, found {line[:40]!r}")
+        return int(line)
+
+    def _long_binary(self, length: int) -> None:
+        if length > self._keep:
+            raise OverBudget(f"an integer of {length} bytes, limit {self._keep}")
+        self._made += 1 + (length >> 6)
+        self._stack.append(int.from_bytes(self._take(length), "little", signed=True))
+
+    def _long1(self) -> None:
+        self._long_binary(self._take(1)[0])
+
+    def _long4(self) -> None:
+        length = int.from_bytes(self._take(4), "little", signed=True)
+        if length < 0:
+            raise Malformed("an integer of negative length")
+        self._long_binary(length)
+
+    def _float_text(self) -> None:
+        line = self._line()
+        if not NUMBER.fullmatch(line):
+            raise Malformed(f"expected a number, found {line[:40]!r}")
+        self._stack.append(float(line))
+
+    def _float_binary(self) -> None:
+        self._stack.append(_F8(self._take(8))[0])
+
+    def _string_text(self) -> None:
+        line = self._line()
+        if len(line) < 2 or line[:1] not in (b"'", b'"') or line[:1] != line[-1:]:
+            raise Malformed("a string without its quotes")
+        self._stack.append(_unescape(line[1:-1]).decode("latin-1"))
+
+    def _string_binary(self, length: int) -> None:
+        value = self._bytes(length)
+        # Python 2 strings become text by the loader's encoding: ASCII, UTF-8 (torch) or what the caller says. A name
+        # must be ASCII to be listed, so no choice of encoding makes a listed name of an unlisted one.
+        if type(value) is bytes:
+            self._stack.append(value.decode("latin-1"))
+        else:
+            self._stack.append(Span(value.offset, value.length, is_text=True))
+
+    def _binstring(self) -> None:
+        length = int.from_bytes(self._take(4), "little", signed=True)
+        if length < 0:
+            raise Malformed("a string of negative length")
+        self._string_binary(length)
+
+    def _short_binstring(self) -> None:
+        self._string_binary(self._take(1)[0])
+
+    def _unicode_text(self) -> None:
+        try:
+            self._stack.append(str(self._line(), "raw-unicode-escape"))
+        except UnicodeDecodeError as error:
+            raise Malformed("text with a broken escape") from error
+
+    def _binunicode8(self) -> None:
+        self._stack.append(self._long_text(int.from_bytes(self._take(8), "little")))
+
+    def _binbytes(self) -> None:
+        self._stack.append(self._bytes(int.from_bytes(self._take(4), "little")))
+
+    def _short_binbytes(self) -> None:
+        self._stack.append(self._bytes(self._take(1)[0]))
+
+    def _binbytes8(self) -> None:
+        self._stack.append(self._bytes(int.from_bytes(self._take(8), "little")))
+
+    def _bytearray8(self) -> None:
+        # A bytearray is unhashable and can be changed by nothing but BUILD, which is refused: bytes will do.
+        self._stack.append(self._bytes(int.from_bytes(self._take(8), "little")))
+
+    def _empty_list(self) -> None:
+        self._made += 1
+        self._stack.append([])
+
+    def _empty_dict(self) -> None:
+        self._made += 1
+        self._stack.append(Map())
+
+    def _empty_set(self) -> None:
+        self._made += 1
+        self._stack.append(Bag())
+
+    def _list(self) -> None:
+        items = self._pop_mark()
+        self._made += 1 + (len(items) >> 3)
+        self._stack.append(items)
+
+    def _dict(self) -> None:
+        items = self._pop_mark()
+        self._made += 1 + (len(items) >> 3)
+        self._stack.append(Map(self._checked_pairs(items)))
+
+    def _frozenset(self) -> None:
+        items = self._pop_mark()
+        self._made += 1 + (len(items) >> 3)
+        self.check_keys(items)
+        self._stack.append(Bag(items))
+
+    def _append(self) -> None:
+        item = self._pop()
+        self._extend(self._top(), [item])
+
+    def _appends(self) -> None:
+        items = self._pop_mark()
+        self._extend(self._top(), items)
+
+    def _extend(self, target: Value, items: list[Value]) -> None:
+        self._made += len(items) >> 3
+        if type(target) is list:
+            self._refuse_sealed(target)
+            target.extend(items)
+        else:
+            self._fill(target, "list", "appends to")
+
+    def _setitem(self) -> None:
+        value = self._pop()
+        key = self._pop()
+        self._set(self._top(), [key, value])
+
+    def _setitems(self) -> None:
+        items = self._pop_mark()
+        self._set(self._top(), items)
+
+    def _set(self, target: Value, items: list[Value]) -> None:
+        self._made += len(items) >> 3
+        pairs = self._checked_pairs(items)
+        if type(target) is Map:
+            self._refuse_sealed(target)
+            target.extend(pairs)
+        else:
+            self._fill(target, "dict", "sets items of")
+
+    def _checked_pairs(self, items: list[Value]) -> list[Value]:
+        if len(items) % 2:
+            raise Malformed("a dict with a key and no value")
+        self.check_keys(items[::2])
+        return items
+
+    def _additems(self) -> None:
+        items = self._pop_mark()
+        target = self._top()
+        self.check_keys(items)
+        self._made += len(items) >> 3
+        if type(target) is Bag:
+            target.extend(items)
+        else:
+            self._fill(target, "set", "adds to")
+
+    def _fill(self, target: Value, kind: str, verb: str) -> None:
+        """Put items into an object of a listed container class."""
+        self.trace.called = True
+        if not isinstance(target, Object):
+            raise Refused("items", f"{verb} {describe(target)}")
+        listed = target.origin.listed
+        if target.sealed:
+            raise Refused("hooks", f"{verb} {target.origin.name} after it was used as empty")
+        if listed is None:
+            self.unlisted(target.origin, "call")
+        elif listed.rules.items != kind and listed.kind != "anything":
+            raise Refused("items", f"{verb} a {target.origin.name}, which is not a {kind}")
+        target.filled = True
+
+    def _refuse_sealed(self, target: Value) -> None:
+        if any(target is sealed for sealed in self._sealed):
+            raise Refused("hooks", "fills a container after it was used as empty")
+
+    def _get_text(self) -> None:
+        index = self._parse_int(self._line())
+        if not 0 <= index < len(self._memo) or self._memo[index] is HOLE:
+            raise Malformed(f"reads memo entry {index}, which was never written")
+        self._stack.append(self._memo[index])
+
+    def _put_text(self) -> None:
+        index = self._parse_int(self._line())
+        if index < 0:
+            raise Malformed("writes a memo entry below zero")
+        self._put(index, self._top())
+
+    def _global(self) -> None:
+        module, name = self._line(), self._line()
+        self._stack.append(self._find(_name(module), _name(name)))
+
+    def _stack_global(self) -> None:
+        name = self._pop()
+        module = self._pop()
+        if type(name) is not str or type(module) is not str:
+            raise Refused("global", f"a computed name: {describe(module)}, {describe(name)}")
+        self._stack.append(self._find(module, name))
+
+    def _inst(self) -> None:
+        module, name = _name(self._line()), _name(self._line())
+        args = tuple(self._pop_mark())
+        self._stack.append(self._instance(self._find(module, name), args))
+
+    def _obj(self) -> None:
+        items = self._pop_mark()
+        if not items:
+            raise Malformed("instantiates nothing")
+        self._stack.append(self._instance(items[0], tuple(items[1:])))
+
+    def _instance(self, target: Value, args: tuple[Value, ...]) -> Value:
+        """INST and OBJ call the class, except when it is a class and there are no arguments: then they call __new__."""
+        listed = target.listed if isinstance(target, Global) else None
+        if not args and listed is not None and listed.rules.new is not None:
+            return self._new(target, args)
+        return self.call(target, args)
+
+    def _reduce(self) -> None:
+        args = self._pop()
+        function = self._top()
+        self._stack[-1] = self.call(function, args)
+
+    def _newobj(self) -> None:
+        args = self._pop()
+        target = self._top()
+        self._stack[-1] = self._new(target, args)
+
+    def _newobj_ex(self) -> None:
+        keywords = self._pop()
+        args = self._pop()
+        target = self._top()
+        self._stack[-1] = self._new(target, args, keywords)
+
+    def _build(self) -> None:
+        state = self._pop()
+        target = self._top()
+        self.trace.called = True
+        if not isinstance(target, Object):
+            raise Refused("build", f"writes state into {describe(target)}")
+        listed = target.origin.listed
+        if listed is None:
+            self.unlisted(target.origin, "instance")
+            return
+        if listed.name == ARRAY_WRAPPER:
+            self._stack[-1] = self._inline_array(target, state)
+            return
+        if listed.rules.state is None:
+            raise Refused("build", f"{target.origin.name}: takes no state, found {describe(state)}")
+        self._stack[-1] = listed.rules.state(self, target, state)
+
+    def _persid(self) -> None:
+        self._persistent(_name(self._line()))
+
+    def _binpersid(self) -> None:
+        self._persistent(self._pop())
+
+    def _persistent(self, pid: Value) -> None:
+        if not self._loader.storage_parts:
+            raise Refused("persistent-id", f"a persistent id ({describe(pid)}): {self._loader.name} knows none")
+        self.trace.persistent += 1
+        self._stack.append(persistent_storage(self, pid, self._loader.storage_parts))
+
+    def _extension(self) -> None:
+        raise Refused("extension", "an extension code: it names code by a number that only the loader's process knows")
+
+    def _out_of_band(self) -> None:
+        raise Malformed("an out-of-band buffer: files have none")
+
+    # joblib ------------------------------------------------------------------------------------------------------
+
+    def _inline_array(self, target: Object, state: Value) -> Value:
+        """The array bytes that follow the BUILD of a joblib wrapper (joblib/numpy_pickle.py, NumpyArrayWrapper).
+
+        [padding length, padding] array bytes · for object dtypes a second pickle instead, which is run in place.
+        """
+        if not self._loader.inline_arrays:
+            raise Refused("build", "a joblib array wrapper outside a joblib file: its bytes would run as opcodes")
+        if self._frame_end and self.position != self._frame_end:
+            raise Malformed(f"array bytes inside the frame that ends at byte {self._frame_end}")
+        self._frame_end = 0
+        facts = state.text_keys() if type(state) is Map else None
+        if facts is None or not set(facts) <= WRAPPER_FIELDS:
+            raise Refused("build", f"{ARRAY_WRAPPER}: expected its own fields, found {describe(state)}")
+        kind, count, cls = facts.get("dtype"), count_of(facts.get("shape")), facts.get("subclass")
+        listed_class = isinstance(cls, Global) and cls.listed is not None and cls.listed.kind == "numpy_array_type"
+        if not isinstance(kind, Object) or not isinstance(kind.facts, DType) or count is None or not listed_class:
+            raise Refused("build", f"{ARRAY_WRAPPER}: expected a dtype, a shape and an array class")
+        self.trace.inline_arrays += 1
+        if kind.facts.has_objects:
+            self._object_array(kind.facts)
+        else:
+            self._array_bytes(facts.get("numpy_array_alignment_bytes"), count * kind.facts.item_bytes)
+        return Object(target.origin, ArrayState(kind.facts.item_bytes, kind.facts.has_objects))
+
+    def _array_bytes(self, alignment: Value, length: int) -> None:
+        if alignment is not None:
+            if type(alignment) is not int or not 1 <= alignment <= 255:
+                raise Refused("build", f"{ARRAY_WRAPPER}: expected an alignment, found {describe(alignment)}")
+            self._skip(self._take(1)[0])
+        self._skip(length)
+
+    def _object_array(self, kind: DType) -> None:
+        """A nested pickle.load from the same file: a machine of its own, from here to its STOP."""
+        inner = Machine(
+            self.source,
+            self.position,
+            loader=PICKLE,
+            trust=self._trust,
+            meter=self._meter,
+            on_unlisted=self._on_unlisted,
+            on_nested=self._on_nested,
+        )
+        try:
+            inner.run()
+        finally:
+            self.trace.globals += inner.trace.globals
+            self.trace.called = self.trace.called or inner.trace.called
+        self._load(inner.position)
+
+
+WRAPPER_FIELDS = frozenset(("subclass", "shape", "order", "dtype", "allow_mmap", "numpy_array_alignment_bytes"))
+
+
+def _whole_characters(chunk: bytes) -> int:
+    """Length of `chunk` without a UTF-8 sequence that is cut at its end."""
+    for back in range(1, min(4, len(chunk)) + 1):
+        byte = chunk[-back]
+        if byte < 0x80:
+            return len(chunk)
+        if byte >= 0xC0:
+            needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(chunk) if needed <= back else len(chunk) - back
+    return len(chunk)
+
+
+def _name(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed("a name that is not UTF-8") from error
+
+
+def _unescape(text: bytes) -> bytes:
+    """Python 2 string escapes, by the function the unpicklers themselves use."""
+    try:
+        return codecs.escape_decode(text)[0]
+    except ValueError as error:
+        raise Malformed("a string with a broken escape") from error
+
+
+_METHODS: dict[str, Callable[[Machine], None]] = {
+    "PROTO": Machine._proto,
+    "FRAME": Machine._frame,
+    "POP": Machine._pop_one,
+    "POP_MARK": Machine._pop_group,
+    "DUP": Machine._dup,
+    "INT": Machine._int,
+    "LONG": Machine._long,
+    "LONG1": Machine._long1,
+    "LONG4": Machine._long4,
+    "FLOAT": Machine._float_text,
+    "BINFLOAT": Machine._float_binary,
+    "STRING": Machine._string_text,
+    "BINSTRING": Machine._binstring,
+    "SHORT_BINSTRING": Machine._short_binstring,
+    "UNICODE": Machine._unicode_text,
+    "BINUNICODE8": Machine._binunicode8,
+    "BINBYTES": Machine._binbytes,
+    "SHORT_BINBYTES": Machine._short_binbytes,
+    "BINBYTES8": Machine._binbytes8,
+    "BYTEARRAY8": Machine._bytearray8,
+    "EMPTY_LIST": Machine._empty_list,
+    "EMPTY_DICT": Machine._empty_dict,
+    "EMPTY_SET": Machine._empty_set,
+    "LIST": Machine._list,
+    "DICT": Machine._dict,
+    "FROZENSET": Machine._frozenset,
+    "APPEND": Machine._append,
+    "APPENDS": Machine._appends,
+    "SETITEM": Machine._setitem,
+    "SETITEMS": Machine._setitems,
+    "ADDITEMS": Machine._additems,
+    "GET": Machine._get_text,
+    "PUT": Machine._put_text,
+    "GLOBAL": Machine._global,
+    "STACK_GLOBAL": Machine._stack_global,
+    "INST": Machine._inst,
+    "OBJ": Machine._obj,
+    "REDUCE": Machine._reduce,
+    "NEWOBJ": Machine._newobj,
+    "NEWOBJ_EX": Machine._newobj_ex,
+    "BUILD": Machine._build,
+    "PERSID": Machine._persid,
+    "BINPERSID": Machine._binpersid,
+    "EXT1": Machine._extension,
+    "EXT2": Machine._extension,
+    "EXT4": Machine._extension,
+    "NEXT_BUFFER": Machine._out_of_band,
+    "READONLY_BUFFER": Machine._out_of_band,
+}
+"""Opcode name, as `pickletools` and PEP 3154 spell it → its method; the rest stands in `Machine._loop`."""
+
+OPCODES: list[Callable[[Machine], None] | None] = [None] * 256
+for _opcode in pickletools.opcodes:
+    OPCODES[ord(_opcode.code)] = _METHODS.get(_opcode.name)
