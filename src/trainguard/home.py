@@ -1,6 +1,6 @@
 """Where state lies: `.trainguard/` of the working folder, or `TRAINGUARD_HOME`.
 
-.trainguard/keys/attestation.{pem,pub}  log.{key,pub}     keys/ is mode 0700
+.trainguard/keys/attestation.{pem,pub}  log.{key,vkey}    keys/ is mode 0700
 .trainguard/log/                                          the transparency log (spec/log.md)
 .trainguard/runs/<run>/spool                              records of one run (spec/evidence.md)
 .trainguard/blobs/<sha256>                                locks and measurements, by content
