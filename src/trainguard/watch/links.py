@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any, Tuple
 
-from . import gradients, hyperparameters, optimizer, rng, surface, weights
+from . import deferred, dispatch, gradients, hooks, hyperparameters, modules, optimizer, rng, surface, weights
 from .inputs import InputsLink
 
 LINKS: Tuple[Any, ...] = (
@@ -29,5 +29,9 @@ LINKS: Tuple[Any, ...] = (
     hyperparameters.Hyperparameters,
     optimizer.Optimizer,
     weights.Weights,
+    modules.Modules,
+    hooks.Hooks,
+    dispatch.Dispatch,
+    deferred.Deferred,
     surface.Surface,
 )

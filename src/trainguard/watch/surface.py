@@ -136,10 +136,10 @@ class Surface:
                 return
             self._work = self._sweep(step)
         inside = audit.entered()
-        deadline = time.perf_counter_ns() + (FIRST_SLICE_NS if step.number == 1 else SLICE_NS)
+        deadline = time.thread_time_ns() + (FIRST_SLICE_NS if step.number == 1 else SLICE_NS)
         try:
             for _ in self._work:
-                if time.perf_counter_ns() > deadline:
+                if time.thread_time_ns() > deadline:
                     return
             self._work = None
             self._report(step.number)
@@ -277,7 +277,7 @@ class Surface:
             return
         binding.value = value
         kept, wrong, expected_seen = [], False, not binding.expected
-        for position, function in enumerate(_reach(value)):
+        for position, function in enumerate(reach(value)):
             self.followed += 1
             found = function.__code__
             kept.append((function, found, function.__defaults__, _copy(function.__kwdefaults__)))
@@ -352,9 +352,9 @@ class Surface:
         for attribute in INSTANCE_NAMES:
             if attribute not in held or loaded is None:
                 continue
-            own = [one.__code__ for one in _reach(getattr(type(thing), attribute, None))]
+            own = [one.__code__ for one in reach(getattr(type(thing), attribute, None))]
             home = _file_of(vars(sys.modules.get(type(thing).__module__, sys)))
-            for function in _reach(held[attribute]):
+            for function in reach(held[attribute]):
                 path = os.path.abspath(function.__code__.co_filename)
                 honest = path == home or path.startswith(loaded._libraries)
                 if function.__code__ in own or (honest and path in loaded.known):
@@ -385,7 +385,7 @@ class Surface:
         self._differ.append(line)
 
 
-def _reach(value: Any) -> Iterator[Any]:
+def reach(value: Any) -> Iterator[Any]:
     """Every Python function that calling `value` may lead to, through wrappers, closures and partials."""
     seen: Set[int] = set()
     queue = [value]
@@ -463,7 +463,7 @@ def _file_of(namespace: Dict[str, Any]) -> Optional[str]:
 
 def _origin(value: Any) -> Tuple[Optional[str], Optional[str]]:
     """`file:line` and qualified name of the first function behind a value."""
-    for function in _reach(value):
+    for function in reach(value):
         found = function.__code__
         name = found.co_filename
         place = name if name[:1] == "<" else os.path.abspath(name)

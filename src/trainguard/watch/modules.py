@@ -1,0 +1,145 @@
+"""Link *modules*: the mode and settings of the model's modules, and torch's numeric flags, read back as they are.
+
+Flags are what torch itself says, not what a configuration says. Of each module: `training` and its public scalar
+attributes (dropout probability, momentum, eps, …). Read before the update, so a toggle to eval() and back between steps
+is not a change. Flags at every checked step; modules at every fifth. Attributes that move during the first steps
+(counters, warm-ups) are learnt and left out.
+
+In the step frame, only when something changed since it was last read, and at the first look:
+
+    "modules": {"flags": {name: value, …} or changed ones, "changed": [[name, before, now], …], "learnt": n}
+
+and kind "sweep", body {"what": "modules", "checked": comparisons since the last} every 50 steps.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from . import roots
+from .client import Client
+
+EVERY = 50
+MODULES_EVERY = 5
+LEARN_STEPS = 15
+CHANGED_LIMIT = 50
+MODULES_LIMIT = 4000
+
+ENVIRONMENT = (
+    "NVIDIA_TF32_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "CUDA_LAUNCH_BLOCKING",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "PYTHONHASHSEED",
+)
+
+
+def readers(torch: Any) -> List[Tuple[str, Callable[[], Any]]]:
+    """Name and reader of every numeric flag; a reader that this torch lacks raises and is dropped by the caller."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return [
+        ("float32_matmul_precision", lambda: torch.get_float32_matmul_precision()),
+        ("cuda.matmul.allow_tf32", lambda: cuda.allow_tf32),
+        ("cuda.matmul.allow_fp16_reduced_precision_reduction", lambda: cuda.allow_fp16_reduced_precision_reduction),
+        ("cuda.matmul.allow_bf16_reduced_precision_reduction", lambda: cuda.allow_bf16_reduced_precision_reduction),
+        ("cudnn.enabled", lambda: cudnn.enabled),
+        ("cudnn.allow_tf32", lambda: cudnn.allow_tf32),
+        ("cudnn.benchmark", lambda: cudnn.benchmark),
+        ("cudnn.deterministic", lambda: cudnn.deterministic),
+        ("mkldnn.enabled", lambda: torch.backends.mkldnn.enabled),
+        ("deterministic_algorithms", lambda: torch.are_deterministic_algorithms_enabled()),
+        ("default_dtype", lambda: str(torch.get_default_dtype())),
+        ("num_threads", lambda: torch.get_num_threads()),
+        ("anomaly_mode", lambda: torch.is_anomaly_enabled()),
+    ]
+
+
+class Modules:
+    """See the module."""
+
+    name = "modules"
+    every_step = False
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.readers: Optional[List[Tuple[str, Callable[[], Any]]]] = None
+        self.flags: Dict[str, Any] = {}
+        self.settings: Dict[str, Any] = {}
+        self.learnt: Dict[str, bool] = {}
+        self.looked = 0
+        self.compared = 0
+        self._said: Optional[Dict[str, Any]] = None
+
+    def before(self, step: Any) -> None:
+        """Read and compare, before anything of the update happened."""
+        self._said = None
+        changed = self._flags(step.torch)
+        first = self.looked == 0
+        if first or step.number % MODULES_EVERY == 0:
+            changed += self._modules(step.number)
+        self.looked += 1
+        if first:
+            self._said = {"flags": self.flags, "changed": []}
+        elif changed:
+            self._said = {"changed": changed[:CHANGED_LIMIT], "learnt": len(self.learnt)}
+
+    def after(self, step: Any) -> Optional[Dict[str, Any]]:
+        """What changed, for the step frame."""
+        if step.number % EVERY == 0:
+            self.client.send("sweep", {"what": "modules", "checked": self.compared, "found": []}, step.number)
+            self.compared = 0
+        return self._said
+
+    def _flags(self, torch: Any) -> List[List[Any]]:
+        if self.readers is None:
+            self.readers = [pair for pair in readers(torch) if _works(pair[1])]
+        found = {name: read() for name, read in self.readers}
+        for name in ENVIRONMENT:
+            if name in os.environ:
+                found["env." + name] = os.environ[name][:200]
+        self.compared += len(found)
+        changed = [
+            [n, self.flags.get(n), found.get(n)] for n in {**self.flags, **found} if _moved(self.flags, found, n)
+        ]
+        first, self.flags = not self.flags, found
+        return [] if first else changed
+
+    def _modules(self, number: int) -> List[List[Any]]:
+        found: Dict[str, Any] = {}
+        for index, root in enumerate(roots.roots()):
+            prefix = "" if index == 0 else "%d:" % index
+            for position, (name, module) in enumerate(root.named_modules()):
+                if position > MODULES_LIMIT:
+                    break
+                _scalars(found, prefix + (name or "root") + ".", module)
+        self.compared += len(found)
+        before, self.settings = self.settings, found
+        changed = [[n, before[n], found[n]] for n in found if n in before and before[n] != found[n]]
+        if number <= LEARN_STEPS:
+            for name, _, _ in changed:
+                if not name.endswith(".training"):
+                    self.learnt[name] = True
+        return [line for line in changed if line[0] not in self.learnt]
+
+
+def _moved(before: Dict[str, Any], now: Dict[str, Any], name: str) -> bool:
+    return before.get(name) != now.get(name)
+
+
+def _works(read: Callable[[], Any]) -> bool:
+    try:
+        read()
+    except Exception:
+        return False
+    return True
+
+
+def _scalars(found: Dict[str, Any], prefix: str, module: Any) -> None:
+    """Public scalar attributes of one module, and its mode."""
+    for name, value in vars(module).items():
+        if name[0] != "_" and (type(value) in (bool, int, float)):
+            found[prefix + name] = value
