@@ -54,6 +54,7 @@ def command(
         data_paths=data,
         outputs=output,
         compare_bytecode="all" if deep else "new",
+        trust_cache=False,
     )
     oddities = list(intrinsic(measurement))
     refused = [finding for finding in oddities if finding.outcome == "violated"]

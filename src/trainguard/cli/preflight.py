@@ -32,7 +32,9 @@ class Result:
 @click.option("--lock", "lock_path", type=click.Path(path_type=Path), default=Path(LOCK_NAME), show_default=True)
 @click.option("--key", multiple=True, type=click.Path(path_type=Path), help="Public key (PEM) that may sign the lock.")
 @click.option("--policy", "policy_path", type=click.Path(path_type=Path), help="Policy file (TOML).")
-@click.option("--deep", is_flag=True, help="Compile every installed source again and compare its bytecode (minutes).")
+@click.option(
+    "--deep", is_flag=True, help="Read every file again; compile every source and compare its bytecode (minutes)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict document.")
 @click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
@@ -97,6 +99,7 @@ def preflight(
         cache=home.cache,
         against=lock.measurement if lock else None,
         compare_bytecode="all" if deep else "new",
+        trust_cache=not deep,
     )
     findings += compare(lock, measurement, policy) if lock else intrinsic(measurement)
     links = [_link(findings, measurement, lock)]

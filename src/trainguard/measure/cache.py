@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import os
 import secrets
+import struct
 import time
 from pathlib import Path
 
@@ -24,43 +25,49 @@ MAX_AGE_SECONDS = 24 * 3600.0
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this ago may change again within one clock tick; it is not cached (as git does)."""
 
+REHASH_EVERY = 100
+"""About one known file in this many is read all the same, others in each run."""
+
 CACHE_LIMIT_BYTES = 256 << 20
 _MAC_BYTES = 32
-Stat = tuple[int, int, int, int, int, int]
-"""device, inode, size in bytes, mtime ns, ctime ns, mode."""
+pack_stat = struct.Struct("<QQQQQI").pack
+"""device, inode, size in bytes, mtime ns, ctime ns, mode → the 44 bytes an entry begins with."""
+
+STAT_BYTES = 44
 
 
 class _Stored(msgspec.Struct):
     born: float
-    files: dict[str, tuple[int, int, int, int, int, int, str]]
+    files: dict[str, bytes]
     facts: dict[str, str]
 
 
 class StatCache:
-    """Absolute path → (stat, value). `folder` None keeps nothing."""
+    """Absolute path → packed stat and value. `folder` None keeps nothing."""
 
-    def __init__(self, folder: Path | None, *, now: float | None = None) -> None:
+    def __init__(self, folder: Path | None, *, trust: bool = True, now: float | None = None) -> None:
+        """trust: whether to take digests from it; without, every file is read and the cache is written anew."""
         self._folder = folder
         self._now = time.time() if now is None else now
         stored = _load(folder, self._now) if folder is not None else None
-        self.born = stored.born if stored else self._now
-        self.known = stored.files if stored else {}
+        self.born = stored.born if stored and trust else self._now
+        self.known = stored.files if stored and trust else {}
         self.facts = stored.facts if stored else {}
         """Other results that depend only on content: key → text."""
-        self.fresh: dict[str, tuple[int, int, int, int, int, int, str]] = {}
+        self.fresh: dict[str, bytes] = {}
         self.facts_changed = False
         self.settled_ns = time.time_ns() - SETTLED_NS
         self.hits = 0
         """Values served without reading the file."""
-        self._draws = b""
-        self._drawn = 0
+        self._wait = secrets.randbelow(2 * REHASH_EVERY) + 1
 
-    def rehash(self, per_256: int) -> bool:
-        """A private coin: true `per_256` times in 256. Never touches any generator a job could see."""
-        if self._drawn >= len(self._draws):
-            self._draws, self._drawn = secrets.token_bytes(4096), 0
-        self._drawn += 1
-        return self._draws[self._drawn - 1] < per_256
+    def rehash(self) -> bool:
+        """Whether to read a known file all the same: a private draw, that no generator of the job's sees."""
+        self._wait -= 1
+        if self._wait > 0:
+            return False
+        self._wait = secrets.randbelow(2 * REHASH_EVERY) + 1
+        return True
 
     def remember(self, key: str, value: str) -> None:
         """Keep a fact derived from content that `key` names by digest."""

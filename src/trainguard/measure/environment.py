@@ -76,6 +76,7 @@ def measure(
     against: Measurement | None = None,
     compare_bytecode: str = "new",
     read_flags: bool = True,
+    trust_cache: bool = True,
 ) -> Measurement:
     """Everything that decides what `command` would do if it were started now, here, with `env`.
 
@@ -83,7 +84,8 @@ def measure(
     every file. data_paths and outputs: what the user declares beyond the command; where both are empty, what
     `against` declares. against: the approved measurement; bytecode that differs from it is compiled again, and
     installed code is only imported (for read_flags) when it is the approved code. compare_bytecode: new, all, or
-    inert where the job gets a private bytecode folder. Raises Misuse when the command names no program.
+    inert where the job gets a private bytecode folder. trust_cache: whether digests of unchanged files may come from
+    the cache; a lock reads everything. Raises Misuse when the command names no program.
     """
     if compare_bytecode not in BYTECODE_MODES:
         raise Misuse(f"compare_bytecode: expected one of {', '.join(BYTECODE_MODES)}, found {compare_bytecode!r}")
@@ -92,7 +94,7 @@ def measure(
         declared = against.declared
     with _without_collector():
         return _measured(command, cwd or Path.cwd(), os.environ if env is None else env, cache, declared, against,
-                         compare_bytecode, read_flags)  # fmt: skip
+                         compare_bytecode, read_flags, trust_cache)  # fmt: skip
 
 
 def _measured(
@@ -104,9 +106,10 @@ def _measured(
     against: Measurement | None,
     compare_bytecode: str,
     read_flags: bool,
+    trust_cache: bool,
 ) -> Measurement:
     resolved = resolve(command, cwd=cwd, env=env)
-    stat_cache = StatCache(cache)
+    stat_cache = StatCache(cache, trust=trust_cache)
     place = _ask_where(resolved, env)
     walker = Walker(stat_cache, tag=place.cache_tag if place else "", optimise=_optimise(resolved, env))
     job = _Job(list(command), cwd, env, resolved, walker, place)

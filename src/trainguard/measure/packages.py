@@ -7,13 +7,12 @@ Reads: PEP 376 / PEP 627 RECORD, core metadata Name and Version, INSTALLER.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import csv
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainguard.errors import Unavailable
@@ -32,16 +31,26 @@ def distributions(
     prefix: files that RECORD lists outside `site` are read only below it (console scripts). outside(path): the value
     of such a file; raises Unavailable.
     """
-    folders = sorted({path.split("/", 1)[0] for path in found.files if ".dist-info/" in path})
+    info: dict[str, list[str]] = {}
+    for path in found.files:
+        if ".dist-info/" in path:
+            info.setdefault(path.split("/", 1)[0], []).append(path)
     return [
-        _distribution(site, folder, found, tree=tree, prefix=prefix, outside=outside)
-        for folder in folders
+        _distribution(site, folder, own, found, tree=tree, prefix=prefix, outside=outside)
+        for folder, own in sorted(info.items())
         if folder.endswith(".dist-info")
     ]
 
 
 def _distribution(
-    site: Path, folder: str, found: Found, *, tree: str, prefix: Path, outside: Callable[[Path], str]
+    site: Path,
+    folder: str,
+    own: list[str],
+    found: Found,
+    *,
+    tree: str,
+    prefix: Path,
+    outside: Callable[[Path], str],
 ) -> Distribution:
     name, version = _name_and_version(site / folder)
     files: dict[str, str] = {}
@@ -58,8 +67,9 @@ def _distribution(
         files[path] = value
         if digest and not value.startswith(digest):
             mismatched.append(path)
-    for path in [path for path in found.files if path.startswith(folder + "/")]:
-        files[path] = found.files.pop(path)
+    for path in own:
+        if path in found.files:
+            files[path] = found.files.pop(path)
     return Distribution(
         name=name,
         version=version,
@@ -102,27 +112,33 @@ def _small(path: Path) -> str:
         return ""
 
 
-def _record(path: Path) -> list[tuple[str, str]]:
-    """(path, SHA-256 in hex or empty) for each line of a RECORD; nothing for one that is absent or absurd."""
+def _record(path: Path) -> Iterator[tuple[str, str]]:
+    """(path, SHA-256 in hex or empty) for each line of a RECORD; nothing for one that is absent or absurd.
+
+    Lines of bytecode are left out: RECORD lists it without a hash.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(RECORD_LIMIT_BYTES).decode("utf-8", "backslashreplace")
     except OSError:
-        return []
-    lines = []
-    for row in csv.reader(io.StringIO(text)) if '"' in text else (line.split(",") for line in text.splitlines()):
-        if len(row) == 3 and row[0]:
-            lines.append((row[0] if "\\" not in row[0] else row[0].replace("\\", "/"), _hex(row[1])))
-    return lines
+        return
+    if '"' in text or "\\" in text:
+        for row in csv.reader(io.StringIO(text)):
+            if len(row) == 3 and row[0]:
+                yield row[0].replace("\\", "/"), _hex(row[1])
+        return
+    for line in text.splitlines():  # the quick way, for nearly all of them
+        name, _, rest = line.partition(",")
+        if rest.startswith("sha256="):
+            yield name, _hex(rest.partition(",")[0])
+        elif name and not name.endswith(".pyc"):
+            yield name, ""
 
 
 def _hex(field: str) -> str:
     if not field.startswith("sha256="):
         return ""
     try:
-        return base64.b64decode(field[7:].translate(_URLSAFE) + "=").hex()
-    except binascii.Error:
+        return binascii.a2b_base64(field[7:].replace("-", "+").replace("_", "/") + "=").hex()
+    except (binascii.Error, ValueError):
         return "not a digest"
-
-
-_URLSAFE = str.maketrans("-_", "+/")

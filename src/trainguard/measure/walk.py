@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainguard.errors import Unavailable
-from trainguard.measure.cache import Stat, StatCache
+from trainguard.measure.cache import STAT_BYTES, StatCache, pack_stat
 from trainguard.measure.native import build_id
 
 WHOLE_BYTES = 4 << 20
 """Files up to this size are read in one call."""
 
 CHUNK_BYTES = 1 << 20
-RECHECK_PER_256 = 3
-"""About 1 % of the files the cache knows are hashed anyway, drawn anew each time."""
-
 PYC_HEADER_BYTES = 16
+KIND, REGULAR, LINK = 0o170000, 0o100000, 0o120000
+"""Bits of st_mode; constants, because this is asked of every file."""
+
 HOOK_NAMES = ("sitecustomize", "usercustomize")
 HOOK_SUFFIXES = (".pth", ".start")
 
@@ -128,33 +127,44 @@ class Walker:
         own: dict[str, tuple[int, int]] = {}
         compiled: list[tuple[str, str]] = []
         cached = prefix.endswith("__pycache__/")
+        known, rehash, hits = self.cache.known, self.cache.rehash, 0
+        start = folder if prefix else folder + "/"
         for entry in entries:
             name = entry.name
+            is_pyc = name.endswith(".pyc")
+            if is_pyc and cached and not name.endswith(self._pyc_end):
+                continue
             try:
                 if entry.is_dir():
                     folders.append(name)
                     continue
                 info = entry.stat(follow_symlinks=False)
-                if stat.S_ISLNK(info.st_mode):
+                if info.st_mode & KIND == LINK:
                     info = entry.stat()
             except OSError:
                 found.files[_text(prefix + name)] = "-> " + _text(_target(name, descriptor))
                 continue
-            if not stat.S_ISREG(info.st_mode):
+            mode, size, mtime = info.st_mode, info.st_size, info.st_mtime_ns
+            if mode & KIND != REGULAR:
                 found.notes.append(f"{folder}/{name}: neither a file nor a folder; it was not read")
                 continue
-            is_pyc = name.endswith(".pyc")
-            if is_pyc:
-                if cached and not name.endswith(self._pyc_end):
-                    continue
-            else:
+            if not is_pyc:
                 if name.endswith(".py"):
-                    own[name[:-3]] = (info.st_mtime_ns // 1_000_000_000 & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
-                if want is not None and not want(prefix + name, info.st_size):
+                    own[name[:-3]] = (mtime // 1_000_000_000 & 0xFFFFFFFF, size & 0xFFFFFFFF)
+                if want is not None and not want(prefix + name, size):
                     continue
-            path = f"{folder}/{name}" if not prefix else f"{folder}{name}"
-            key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_mode)
-            value = self._value(path, name, descriptor, key, fresh or name.endswith(HOOK_SUFFIXES), found)
+            key = pack_stat(info.st_dev, info.st_ino, size, mtime, info.st_ctime_ns, mode)
+            place = start + name
+            entry_known = known.get(place)
+            if (
+                entry_known is not None
+                and entry_known.startswith(key)
+                and not (fresh or name.endswith(HOOK_SUFFIXES) or rehash())
+            ):
+                hits += 1
+                value = entry_known[STAT_BYTES:].decode()
+            else:
+                value = self._value(place, name, descriptor, info, found)
             if is_pyc:
                 compiled.append((name, value))
                 continue
@@ -162,33 +172,34 @@ class Walker:
                 value, _, identity = value.rpartition(" ")
                 found.native[_text(prefix + name)] = identity
             found.files[_text(prefix + name)] = value
-            found.bytes += info.st_size
+            found.bytes += size
+        self.cache.hits += hits
         for name, value in compiled:
             state = self._state(name, value, sources if cached else own, cached=cached)
             if state is not None:
                 found.bytecode[_text(prefix + name)] = f"{value[:64]} {state}"
         return folders, own
 
-    def _value(self, path: str, name: str, folder: int, key: Stat, fresh: bool, found: Found) -> str:
-        cache = self.cache
-        known = cache.known.get(path)
-        if known is not None and not fresh and known[:6] == key and not cache.rehash(RECHECK_PER_256):
-            cache.hits += 1
-            return known[6]
+    def _value(self, path: str, name: str, folder: int, info: os.stat_result, found: Found) -> str:
+        """Read one file and remember what it is; what it was, if the cache said otherwise, becomes a note."""
+        key = _packed(info)
+        known = self.cache.known.get(path)
         try:
-            value = _read(name, folder, key)
+            value = _read(name, folder, info)
         except OSError as error:
             found.notes.append(f"{path}: cannot be read: {error.strerror}")
             return "unreadable 0"
         if value is None:
             found.notes.append(f"{path}: changed while it was read")
             return "unreadable 0"
-        if known is not None and known[:6] == key and known[6] != value:
+        if known is not None and known.startswith(key) and known[STAT_BYTES:].decode() != value:
             found.notes.append(
                 f"{path}: content changed while every time stamp stayed: clock or disk was tampered with"
             )
-        if key[3] < cache.settled_ns and key[4] < cache.settled_ns:
-            cache.fresh[_text(path)] = (*key, value)
+        if max(info.st_mtime_ns, info.st_ctime_ns) < self.cache.settled_ns and "\\" not in _text(path):
+            entry = key + value.encode()
+            if entry != known:
+                self.cache.fresh[path] = entry
         return value
 
     def _state(self, name: str, value: str, sources: dict[str, tuple[int, int]], *, cached: bool) -> str | None:
@@ -210,15 +221,17 @@ class Walker:
         """`<sha256> <size>` of one file, links followed. Raises Unavailable when it cannot be read."""
         try:
             info = path.stat()
-            if not stat.S_ISREG(info.st_mode):
+            if info.st_mode & KIND != REGULAR:
                 raise Unavailable(f"{path}: expected a file")
-            key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_mode)
+            known = None if fresh else self.cache.known.get(str(path))
+            if known is not None and known.startswith(_packed(info)):
+                return " ".join(known[STAT_BYTES:].decode().split(" ")[:2])
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise Unavailable(f"{path}: cannot be read: {error.strerror}") from error
         found = Found()
         try:
-            value = self._value(str(path), path.name, folder, key, fresh, found)
+            value = self._value(str(path), path.name, folder, info, found)
         finally:
             os.close(folder)
         if found.notes and value.startswith("unreadable"):
@@ -226,12 +239,16 @@ class Walker:
         return " ".join(value.split(" ")[:2])
 
 
-def _read(name: str, folder: int, key: Stat) -> str | None:
+def _packed(info: os.stat_result) -> bytes:
+    return pack_stat(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_mode)
+
+
+def _read(name: str, folder: int, info: os.stat_result) -> str | None:
     """`<sha256> <size>[ <build id>]`, or for a `.pyc` `<sha256 of the payload> <flags> <mtime> <size>`; None if it
-    is not the file `key` describes."""
+    is not the file `info` describes."""
     descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
     try:
-        size = key[2]
+        size = info.st_size
         if size <= WHOLE_BYTES:
             data = os.read(descriptor, size + 1)
             if len(data) != size:
@@ -244,9 +261,7 @@ def _read(name: str, folder: int, key: Stat) -> str | None:
                 value = f"{hashlib.sha256(data).hexdigest()} {size}"
         else:
             value = _long(descriptor, size)
-        after = os.fstat(descriptor)
-        same = key == (after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns, after.st_mode)
-        return value if same else None
+        return value if _packed(os.fstat(descriptor)) == _packed(info) else None
     finally:
         os.close(descriptor)
 
