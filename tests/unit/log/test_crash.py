@@ -146,6 +146,7 @@ class Story:
                         step(log)
                         break
                     except Unavailable:
+                        self.look()  # what was persisted although it failed has a signed head, and may be read now
                         if attempt == retries:
                             raise
 
@@ -298,6 +299,46 @@ def test_a_power_cut_at_any_storage_step_loses_nothing_acknowledged(names: bool,
         disk.lose(story.folder)
         story.check()
         shutil.rmtree(story.folder)
+
+
+class ForgetfulDisk(Disk):
+    """A kernel that reports a failed write-back once, then takes the pages for clean: what it did not write is gone."""
+
+    def __init__(self) -> None:
+        self.fail_next = False
+        self.dirty: list[tuple[int, bytes]] = []
+        self.platter = bytearray()
+
+    def write(self, descriptor, data, offset):
+        self.dirty.append((offset, bytes(data)))
+        return super().write(descriptor, data, offset)
+
+    def fdatasync(self, descriptor):
+        dirty, self.dirty = self.dirty, []
+        if self.fail_next:
+            self.fail_next = False
+            raise Injected(5, "injected into fdatasync")
+        for offset, data in dirty:
+            self.platter.extend(bytes(max(0, offset + len(data) - len(self.platter))))
+            self.platter[offset : offset + len(data)] = data
+
+
+def test_after_a_failed_sync_the_same_bytes_are_written_again(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second fdatasync that succeeds says nothing about what the first one lost."""
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 1 << 20)
+    story, disk = Story(fast), ForgetfulDisk()
+    log = story.open(disk)
+    story.append(log, 2)
+    disk.fail_next = True
+    with pytest.raises(Unavailable):
+        log.append([b"reported as failed, but its head may have been read"])
+    story.look()
+    story.append(log, 2)
+    segment = journal_module.segment_path(fast / "log", 0)
+    assert bytes(disk.platter) == segment.read_bytes()
+    assert sorted(story.acknowledged) == [0, 1, 3, 4]
+    log.close()
+    story.check()
 
 
 KILLED = textwrap.dedent(
@@ -490,3 +531,54 @@ def test_a_log_restored_from_an_older_journal_is_refused_at_open(fast: Path) -> 
     (fast / "log" / "checkpoint").unlink()
     with pytest.raises(VerificationError, match=f"edge was signed for {head.size}"):
         story.open(Disk())
+
+
+def test_a_writer_whose_segment_was_published_and_dropped_by_another_goes_on(fast: Path) -> None:
+    """An idle process must not write into a file that has lost its name."""
+    story = Story(fast)
+    with story.open(Disk()) as idle, story.open(Disk()) as busy:
+        story.append(idle, 1)
+        for _ in range(4):
+            story.append(busy, 300)
+            story.heads.append(busy.publish())
+        assert journal_module.list_segments(fast / "log")[0] > 0
+        story.append(idle, 1)
+        story.append(busy, 1)
+        assert sorted(story.acknowledged) == list(range(1203))
+    story.check()
+
+
+def test_a_writer_whose_folder_was_put_aside_and_copied_back_goes_on_in_the_copy(fast: Path) -> None:
+    """The name counts, not the file that was open."""
+    story = Story(fast)
+    with story.open(Disk()) as log:
+        story.append(log, 2)
+        (fast / "log").rename(fast / "aside")
+        shutil.copytree(fast / "aside", fast / "log")
+        story.append(log, 2)
+    story.check()
+
+
+def test_a_writer_refuses_a_folder_replaced_by_another_history_or_by_nothing(fast: Path) -> None:
+    """Same key, larger, properly signed, but no extension of what this process acknowledged: nothing goes there."""
+    story, other = Story(fast), Story(fast / "other")
+    with story.open(Disk()) as log:
+        story.append(log, 2)
+        (fast / "log").rename(fast / "aside")
+        with pytest.raises(Unavailable):
+            log.append([b"nowhere"])
+        shutil.copytree(fast / "keys", other.folder / "keys")
+        with other.open(Disk()) as forked:
+            forked.append([b"another history"] * 3)
+        shutil.copytree(other.folder / "log", fast / "log")
+        with pytest.raises(VerificationError, match="no longer holds the 2 entries"):
+            log.append([b"nowhere"])
+        shutil.rmtree(fast / "log")
+        for name in ("", "journal", "tmp", "tile"):
+            (fast / "log" / name).mkdir()
+        with pytest.raises(VerificationError, match="ends at 0 entries"):
+            log.append([b"nowhere"])
+        shutil.rmtree(fast / "log")
+        (fast / "aside").rename(fast / "log")
+        story.append(log, 1)
+    story.check()
