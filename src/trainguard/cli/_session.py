@@ -127,8 +127,8 @@ class Session:
         try:
             measurement = measure(self._command, cwd=Path.cwd(), env=dict(os.environ), cache=self._home.cache)
             blob = self._home.store_blob(measurement.encode())
-        except TrainguardError as error:
-            recorder.add("unmeasured", {"reason": str(error)})
+        except Exception as error:  # whatever fails in measuring, the command still runs, and the link is blind
+            recorder.add("unmeasured", {"reason": f"{type(error).__name__}: {error}"[:1000]})
             return
         recorder.add("measurement", {"blob": blob, "lock": lock, "attempt": 0})
 
