@@ -19,6 +19,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "lock": ("trainguard.cli.lock", "Write the approved reference values of a command."),
     "preflight": ("trainguard.cli.preflight", "Compare what would run now with the lock."),
     "scan": ("trainguard.cli.scan", "Vet model files without loading them."),
+    "seal": ("trainguard.cli.seal", "Sign a checkpoint file or folder and log it."),
+    "verify": ("trainguard.cli.verify", "Check a sealed checkpoint, naming the tensors that changed."),
     "explain": ("trainguard.cli.explain", "Per link of a run: held, broken, blind or explained."),
     "verdict": ("trainguard.cli.verdict", "The four-valued verdict of a run, with findings and reasons."),
     "runs": ("trainguard.cli.runs", "List recorded runs."),

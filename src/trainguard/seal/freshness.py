@@ -1,0 +1,219 @@
+"""A seal against our log: was it entered, is it the newest, was a later one deleted, is there a second one.
+
+Step 3 of verify.py. A seal proves that these bytes were sealed once. Only the log tells that they are the ones that
+should lie here now: not an older checkpoint put back (E6), another run's (E7), with later ones deleted (E8), nor one of
+two seals for one step, or of one content for two steps (E10).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainguard.errors import VerificationError
+from trainguard.finding import Finding, Subject
+from trainguard.log import TreeHead
+from trainguard.log.note import Verifier
+from trainguard.seal.bundle import Bundle, Seal
+from trainguard.seal.case import Case
+from trainguard.seal.ledger import Ledger, SealLeaf, verify_entry
+from trainguard.seal.report import LOGGED, NEWEST
+
+NEWEST_NAMES = frozenset({"latest", "last", "current", "newest", "final"})
+"""A link so named is meant to lead to the newest checkpoint of a run."""
+_CALLED_LIMIT = 3
+
+
+def check_logged(case: Case, bundle: Bundle, seal: Seal, verifier: Verifier | None, *, required: bool) -> None:
+    """Is the seal in the log it was entered in, and does that log still hold all it held then.
+
+    verifier: key of the log that the bundle's own proof is checked with. required: not to have a log is not to know.
+    """
+    case.leaf = case.ledger.find(seal.payload_digest) if case.ledger is not None else None
+    head = _proved(case, bundle, verifier)
+    if case.broken:
+        return
+    if case.ledger is None:
+        _without_log(case, bundle, head, required=required)
+    elif head is not None and not case.ledger.extends(head):
+        case.say(
+            "violated",
+            ("E6", "E8"),
+            "the log no longer holds what it held when this was sealed: it was cut, put back or forked",
+            expected=f"a log that extends {head.origin} at {head.size} entries",
+            found=f"{case.ledger.head.size} entries",
+        )
+    elif case.leaf is not None and head is not None:
+        case.checked.append(LOGGED)
+    elif seal.complete:
+        _never_entered(case, case.ledger)
+    else:
+        case.blocking = case.blocking or required
+        case.say("not_checked", (), "another tool's seal: it is in no log of ours, so whether it is the newest is open")
+
+
+def _proved(case: Case, bundle: Bundle, verifier: Verifier | None) -> TreeHead | None:
+    """The tree head under which the bundle's own proof holds; None where there is no proof or no key for it."""
+    if bundle.entry is None or verifier is None:
+        return None
+    try:
+        return verify_entry(bundle, case.public, verifier, where=case.seal_file.name)
+    except VerificationError as error:
+        case.say("violated", ("E10",), f"the seal's log entry does not hold: {error}")
+        return None
+
+
+def _without_log(case: Case, bundle: Bundle, head: TreeHead | None, *, required: bool) -> None:
+    case.blocking = case.blocking or required
+    if head is not None:
+        case.checked.append(LOGGED)
+        case.say("not_checked", (), "whether this is the newest seal was not checked: the log itself is not here")
+        return
+    why = "the seal has no log entry" if bundle.entry is None else "there is no log here and no --log-key"
+    case.say("not_checked", (), f"whether the seal was logged and is the newest was not checked: {why}")
+
+
+def _never_entered(case: Case, ledger: Ledger) -> None:
+    if case.leaf is not None:
+        message, expected, found = "the seal file has lost its log entry", case.leaf.called, "no log entry in it"
+    else:
+        message = "signed with the expected key but never entered in the log: the key was used behind its back"
+        expected, found = f"an entry in {ledger.head.origin}", f"none among {ledger.head.size}"
+    case.say("violated", ("E10",), message, expected=expected, found=found)
+
+
+def check_run(case: Case, seal: Seal, run: str | None) -> None:
+    """E7: the checkpoint must be of the run that was asked for."""
+    if run is None or seal.facts.run == run:
+        return
+    case.say(
+        "violated",
+        ("E7",),
+        "sealed for another run",
+        expected=f"run {run}",
+        found=f"run {seal.facts.run}" if seal.facts.run else "no run",
+    )
+
+
+def check_newest(case: Case, seal: Seal, *, must: bool) -> None:
+    """Is this the checkpoint that should lie here. must: it has to be the newest of its run."""
+    if seal.facts.live == "differs":
+        case.findings.append(live_differs(seal, case.place.name))
+    if case.ledger is None or case.leaf is None:
+        return
+    before = len(case.findings)
+    _check_place(case, case.ledger, case.leaf)
+    _check_later(case, case.ledger, case.leaf, must=must)
+    case.findings.extend(collisions(seal, case.leaf.place, case.ledger.seals))
+    if len(case.findings) == before:
+        case.checked.append(NEWEST)
+
+
+def means_newest(path: Path) -> bool:
+    """Whether `path` is a link whose name promises the newest checkpoint."""
+    return path.is_symlink() and path.name.split(".")[0].lower() in NEWEST_NAMES
+
+
+def _check_place(case: Case, ledger: Ledger, leaf: SealLeaf) -> None:
+    """What the log says was last sealed at this path."""
+    here = ledger.newest(place=str(case.place))
+    if here is None or (here.root, here.dir_hash) == (leaf.root, leaf.dir_hash):
+        return
+    if here.run == leaf.run:
+        techniques: tuple[str, ...] = ("E6",)
+        message = "an older seal was put back: the log has a later one for this path"
+        if here.leaf < leaf.leaf:
+            techniques, message = ("E7",), "another checkpoint of the run was put here"
+    else:
+        techniques, message = ("E7", "E6"), "another run's checkpoint was put here"
+    case.say(
+        "violated",
+        techniques,
+        message,
+        expected=here.called,
+        found=leaf.called,
+        cites=(here.citation, leaf.citation),
+    )
+
+
+def _check_later(case: Case, ledger: Ledger, leaf: SealLeaf, *, must: bool) -> None:
+    """Later checkpoints of the same run: one that should be here instead, or that are gone."""
+    later = [seal for seal in ledger.of_run(leaf.run) if seal.leaf > leaf.leaf and (seal.step or 0) > (leaf.step or 0)]
+    if not later:
+        return
+    if must:
+        case.say(
+            "violated",
+            ("E6",),
+            "not the newest checkpoint of its run",
+            expected=later[-1].called,
+            found=leaf.called,
+            cites=(later[-1].citation, leaf.citation),
+        )
+    here = str(case.place)
+    gone = [seal for seal in later if seal.place != here and not os.path.lexists(seal.place)]
+    kept = [seal for seal in later if seal.place != here and os.path.lexists(seal.place)]
+    if not gone or kept or here not in {leaf.place, *(seal.place for seal in later)}:
+        return
+    case.say(
+        # Alone it may be a retention rule that keeps the best; together with a rollback it is none.
+        "violated" if must or case.broken else "suspicious",
+        ("E8", "E6"),
+        f"every later checkpoint of the run is gone: {_listed([seal.called for seal in gone])}",
+        expected=f"files of {len(gone)} later seals that the log has",
+        found="none of them on the disk",
+        cites=tuple(seal.citation for seal in gone[-20:]),
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _CALLED_LIMIT} more" if len(names) > _CALLED_LIMIT else ""
+    return ", ".join(names[-_CALLED_LIMIT:]) + more
+
+
+def live_differs(seal: Seal, name: str) -> Finding:
+    """E9: the file is not what was written."""
+    return Finding(
+        check="seal",
+        outcome="violated",
+        techniques=("E9",),
+        subject=Subject(run=seal.facts.run, step=seal.facts.step, path=name),
+        message=f"{name} is not what was written when it was saved: the digest taken while writing differs",
+        expected="the bytes that were written",
+        found=f"root {seal.root}",
+    )
+
+
+def collisions(seal: Seal, place: str, seals: tuple[SealLeaf, ...]) -> Iterator[Finding]:
+    """Seals of the same run that cannot both be right: two contents for one step, one content for two steps.
+
+    Both have honest causes (a step done again after a restart, weights that nothing trains), so they are suspicious.
+    """
+    run, step = seal.facts.run, seal.facts.step
+    if run is None or step is None:
+        return
+    has_tensors = any(entry.tensors for entry in seal.entries.values())
+    for other in seals:
+        if other.run != run or other.step is None or other.payload == seal.payload_digest:
+            continue
+        same = (other.root, other.dir_hash) == (seal.root, seal.dir_hash)
+        if other.step == step and other.place == place and not same:
+            message = f"two different contents were sealed for step {step} of run {run} at the same place"
+            yield _collision(seal, other, ("E10",), message, f"root {other.root} ({other.called})")
+        elif other.step != step and other.root == seal.root and has_tensors:
+            message = f"the same bytes are sealed for step {other.step} and for step {step} of run {run}"
+            yield _collision(seal, other, ("E6", "E10"), message, "another content than " + other.called)
+
+
+def _collision(seal: Seal, other: SealLeaf, techniques: tuple[str, ...], message: str, expected: str) -> Finding:
+    return Finding(
+        check="seal",
+        outcome="suspicious",
+        techniques=techniques,
+        subject=Subject(run=seal.facts.run, step=seal.facts.step, path=seal.name),
+        message=message,
+        expected=expected,
+        found=f"root {seal.root}",
+        evidence=(other.citation,),
+    )

@@ -1,0 +1,222 @@
+"""Verify a sealed checkpoint: is it, byte for byte and name for name, what was sealed, and should it be here?
+
+    report = verify_seal(Path("checkpoints/latest"), home=Home.find())
+    report.status, report.findings
+
+Steps, numbered as in the code:
+ 1. the bundle file: bounded, strictly parsed
+ 2. its signature, by the expected key: before anything else of the checkpoint is read
+ 3. the log: is the seal in it, is it the newest of its place, was anything after it deleted or sealed twice
+ 4. names, kinds, sizes and modes against the seal: nothing is opened for this
+ 5. the bytes, streamed once
+ 6. for files that differ: the tensors that changed, and whether the file is another seal's
+The caller still owes: loading exactly these bytes (nothing here stops a change after the last read), and whether the
+run itself is to be believed (`trainguard verdict`). What could not be checked is a finding with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from trainguard.envelope import load_public_key
+from trainguard.errors import MalformedEvidence, Unavailable, VerificationError
+from trainguard.finding import worst_first
+from trainguard.home import Home
+from trainguard.log import load_verifier
+from trainguard.log.note import Verifier
+from trainguard.seal.bundle import Bundle, fingerprint
+from trainguard.seal.case import Case
+from trainguard.seal.content import check_content
+from trainguard.seal.freshness import check_logged, check_newest, check_run, means_newest
+from trainguard.seal.ledger import Ledger, home_verifier, read_ledger
+from trainguard.seal.manifest import SEAL_SUFFIX, resolve, seal_path_of
+from trainguard.seal.parse import BUNDLE_LIMIT_BYTES, parse_bundle, verify_bundle
+from trainguard.seal.report import SIGNATURE, SealReport, status_of
+
+
+def verify_seal(
+    path: Path,
+    *,
+    home: Home | None = None,
+    key: Path | None = None,
+    log_key: str | Path | None = None,
+    run: str | None = None,
+    newest: bool = False,
+) -> SealReport:
+    """Verify the checkpoint at `path` against its seal and our log.
+
+    home: whose log and key to use; None for neither.
+    key: file with the public key to trust instead of home's; what is signed by another is refused (E10).
+    log_key: vkey (text or file) of the log that must hold the seal, where home has no log.
+    run: the run the checkpoint must be of. newest: it must be the newest of its run.
+    Bad evidence becomes findings. Raises Misuse or Unavailable where there is nothing to verify, or no key.
+    """
+    public, own = _trusted_key(home, key)
+    ledger = read_ledger(home, public) if home is not None and own else None
+    missing = _if_deleted(path, ledger, public)
+    if missing is not None:
+        return missing
+    place = resolve(path)
+    case = Case(path=path, place=place, public=public, ledger=ledger, seal_file=seal_path_of(place))
+    bundle = _bundle(case)  # 1, 2
+    if bundle is not None and case.seal is not None:  # 3
+        check_logged(case, bundle, case.seal, _log_verifier(home, log_key, own), required=own and key is None)
+    if case.seal is not None:
+        check_run(case, case.seal, run)
+        check_newest(case, case.seal, must=newest or means_newest(path))
+        check_content(case, case.seal)  # 4, 5, 6
+    return _report(case)
+
+
+def _trusted_key(home: Home | None, key: Path | None) -> tuple[ec.EllipticCurvePublicKey, bool]:
+    """The key to trust, and whether it is the one that signs for `home`."""
+    ours = home.keys / "attestation.pub" if home is not None else None
+    if key is not None:
+        public = load_public_key(key)
+        own = ours is not None and ours.exists() and fingerprint(load_public_key(ours)) == fingerprint(public)
+        return public, own
+    if ours is None or not ours.exists():
+        raise Unavailable(
+            f"{home.root if home else 'no state folder'}: no key to verify with",
+            next_step="name the signer's public key: --key PUB, or set TRAINGUARD_HOME",
+        )
+    return load_public_key(ours), True
+
+
+def _log_verifier(home: Home | None, log_key: str | Path | None, own: bool) -> Verifier | None:
+    if log_key is not None:
+        return load_verifier(log_key)
+    return home_verifier(home) if home is not None and own else None
+
+
+def _if_deleted(path: Path, ledger: Ledger | None, public: ec.EllipticCurvePublicKey) -> SealReport | None:
+    """E8: nothing lies at `path`, and the log says that a sealed checkpoint did."""
+    if os.path.lexists(path) or ledger is None:
+        return None
+    place = Path(os.path.realpath(path))
+    leaf = ledger.newest(place=str(place))
+    if leaf is None:
+        return None
+    case = Case(path=path, place=place, public=public, ledger=ledger, seal_file=place, leaf=leaf)
+    case.say(
+        "violated",
+        ("E8",),
+        f"{place.name} is gone; the log says it was sealed here",
+        expected=f"root {leaf.root} ({leaf.called})",
+        found="nothing at this path",
+    )
+    return _report(case)
+
+
+# -- 1, 2: bundle and signature ---------------------------------------------------------------------------------------
+
+
+def _bundle(case: Case) -> Bundle | None:
+    """The bundle beside the checkpoint if it is a seal by the trusted key; else findings, and our log's copy of it."""
+    data = _read_bundle(case)
+    try:
+        bundle = _believed(case, data) if data is not None else None
+    except MalformedEvidence as error:
+        bundle = None
+        case.say("violated", ("E10",), f"the seal cannot be believed: {error}")
+    if bundle is None:
+        _fall_back(case, missing=data is None)
+    return bundle
+
+
+def _believed(case: Case, data: bytes) -> Bundle | None:
+    """The bundle in `data` once its signature holds; a finding and None where another key signed it."""
+    bundle = parse_bundle(data, where=case.seal_file.name)
+    try:
+        case.seal = verify_bundle(bundle, [case.public], where=case.seal_file.name)
+    except MalformedEvidence:
+        raise
+    except VerificationError as error:
+        case.say(
+            "violated",
+            ("E10",),
+            f"the seal is not by the expected signer: {error}",
+            expected=f"signed by {fingerprint(case.public)}",
+            found=f"key {bundle.hint[:64]}",
+        )
+        return None
+    case.checked.append(SIGNATURE)
+    return bundle
+
+
+def _read_bundle(case: Case) -> bytes | None:
+    """The bytes of the bundle file, None where there is none."""
+    try:
+        descriptor = os.open(case.seal_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Unavailable(f"{case.seal_file}: seal cannot be opened: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise Unavailable(f"{case.seal_file}: expected a seal in a regular file, found another kind")
+        try:
+            return file.read(BUNDLE_LIMIT_BYTES + 1)
+        except OSError as error:
+            raise Unavailable(f"{case.seal_file}: seal cannot be read: {error.strerror}") from error
+
+
+def _fall_back(case: Case, *, missing: bool) -> None:
+    """Without a seal to believe, go by the one our log has for this place. Raises Unavailable where it has none."""
+    leaf = case.ledger.newest(place=str(case.place)) if case.ledger is not None else None
+    if leaf is None:
+        if not missing:
+            return
+        raise Unavailable(
+            f"{case.path}: has no seal ({case.seal_file.name} is not there)",
+            next_step=_sealing_hint(case.place),
+        )
+    case.leaf = leaf
+    if missing:
+        case.say(
+            "violated",
+            ("E8", "E10"),
+            f"the seal of {case.place.name} is gone; the log says it was sealed",
+            expected=f"{case.seal_file.name} ({leaf.called})",
+            found="no such file",
+        )
+    case.seal = case.ledger.kept(leaf, case.public) if case.ledger is not None else None
+
+
+def _sealing_hint(place: Path) -> str:
+    if place.name.endswith(SEAL_SUFFIX):
+        return "name the checkpoint, not its seal"
+    return f"seal it where it is made: trainguard seal {place.name}"
+
+
+# -- the answer -------------------------------------------------------------------------------------------------------
+
+
+def _report(case: Case) -> SealReport:
+    seal, leaf = case.seal, case.leaf
+    findings = tuple(worst_first(case.findings))
+    status = status_of(findings, blocking=case.blocking)
+    return SealReport(
+        path=str(case.path),
+        status=status,
+        seal=str(case.seal_file) if seal is not None else None,
+        name=seal.name if seal else leaf.name if leaf else None,
+        run=seal.facts.run if seal else leaf.run if leaf else None,
+        step=seal.facts.step if seal else leaf.step if leaf else None,
+        signer=seal.signer if seal else None,
+        root=seal.root if seal else leaf.root if leaf else None,
+        dir_hash=seal.dir_hash if seal else leaf.dir_hash if leaf else None,
+        hash_type=seal.hash_type if seal else None,
+        files=case.files,
+        bytes=case.bytes,
+        leaf=leaf.leaf if leaf else None,
+        lock=seal.facts.lock if seal else None,
+        live=seal.facts.live if seal else None,
+        checked=tuple(case.checked),
+        findings=findings,
+    )
