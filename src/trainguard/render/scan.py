@@ -67,7 +67,7 @@ def _trust(reports: Sequence[Report]) -> list[str]:
 
 
 def _only_unknown(file: FileReport) -> bool:
-    return file.verdict in (Verdict.SAFE, Verdict.UNKNOWN) and file.loader == "torch"
+    return file.verdict is Verdict.UNKNOWN and file.loader == "torch"
 
 
 def _summary(reports: Sequence[Report]) -> str:

@@ -10,13 +10,15 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainguard.scan.rules.interface import Kind, refuse
-from trainguard.scan.rules.plain import any_state, constant_state, constants
+from trainguard.scan.rules.plain import any_state, bare, constant_state, constants
 from trainguard.scan.values import Global, Map, Object, Value, is_inert, length_of
 
 if TYPE_CHECKING:
     from trainguard.scan.machine import Machine
 
-DTYPE_TEXT = re.compile(r"[<>|=]?(?P<code>[?bBhHiIlLqQpPefdgFDGSaUVOMmcu])(?P<bytes>\d{0,9})\Z", re.ASCII)
+DTYPE_TEXT = re.compile(
+    r"[<>|=]?(?P<code>[?bBhHiIlLqQpPefdgFDGSaUVOMmcu])(?P<bytes>\d{0,9})(?P<unit>\[[0-9a-zA-Z/]{1,12}\])?\Z", re.ASCII
+)
 ITEM_BYTES = {
     "?": 1,
     "b": 1,
@@ -64,6 +66,8 @@ def parse_dtype(text: str) -> DType | None:
     if match is None:
         return None
     code, digits = match["code"], match["bytes"]
+    if match["unit"] and code not in "Mm":
+        return None
     if code == "O":
         return DType(8, has_objects=True)
     if code in "SaVU":
@@ -164,10 +168,24 @@ def count_of(shape: Value) -> int | None:
 
 def array(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     """_reconstruct(ndarray class, (0,), b'b'): an empty array that state fills."""
-    fits = len(args) == 3 and isinstance(args[0], Global) and args[0].listed is not None
-    if not fits or args[0].listed.kind != "numpy_array_type" or args[1] != (0,) or args[2] not in (b"b", "b"):
+    if len(args) != 3 or not _is_array_type(args[0]) or args[1] != (0,) or args[2] not in (b"b", "b"):
         raise refuse("arguments", origin, "(ndarray, (0,), b'b')", args)
     return Object(origin)
+
+
+def masked_array(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """_mareconstruct(subclass, base class, (0,), b'b')."""
+    if (
+        len(args) != 4
+        or not all(_is_array_type(arg) for arg in args[:2])
+        or args[2:] not in (((0,), b"b"), ((0,), "b"))
+    ):
+        raise refuse("arguments", origin, "(MaskedArray, ndarray, (0,), b'b')", args)
+    return Object(origin)
+
+
+def _is_array_type(value: Value) -> bool:
+    return isinstance(value, Global) and value.listed is not None and value.listed.kind == "numpy_array_type"
 
 
 def array_state(machine: Machine, target: Object, state: Value) -> Value:
@@ -247,6 +265,8 @@ NUMPY: dict[str, Kind] = {
     "numpy_dtype": Kind(call=dtype, state=dtype_state),
     "numpy_dtype_class": Kind(call=lambda machine, origin, args: Object(origin, DType(8)), state=constant_state),
     "numpy_array": Kind(call=array, state=array_state),
+    "numpy_masked": Kind(call=masked_array, state=array_state),
+    "joblib_wrapper": Kind(new=bare),
     "numpy_from_buffer": Kind(call=from_buffer),
     "numpy_scalar": Kind(call=scalar),
     "numpy_random": Kind(call=bit_generator, state=any_state),

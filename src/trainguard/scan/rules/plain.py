@@ -110,6 +110,8 @@ def sequence(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value
 
 def raw_bytes(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     """bytes, bytearray: nothing, bytes, (text, encoding), or a list of small integers; never a length."""
+    if not args and origin.name == "builtins.bytes":
+        return b""
     if not args or (len(args) == 1 and _is_bytes(args[0])):
         return args[0] if args and origin.name == "builtins.bytes" else Object(origin)
     if len(args) == 2 and isinstance(args[0], str | Span) and type(args[1]) is str:
@@ -241,6 +243,22 @@ def _is_harmless(value: Value) -> bool:
     return isinstance(value, Global) and value.listed is not None and value.listed.kind in ("function", "factory")
 
 
+def tree(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """sklearn.tree._tree.Tree(features, classes per output, outputs): two numbers and an array."""
+    if len(args) != 3 or type(args[0]) is not int or type(args[2]) is not int or not isinstance(args[1], Object):
+        raise refuse("arguments", origin, "(int, array, int)", args)
+    return Object(origin)
+
+
+def one_class(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """sklearn's newObj(class): an instance without its constructor."""
+    if len(args) != 1 or not isinstance(args[0], Global) or args[0].listed is None:
+        raise refuse("arguments", origin, "one listed class", args)
+    if args[0].listed.kind != "sklearn_state":
+        raise refuse("arguments", origin, "one of sklearn's compiled classes", args[0])
+    return Object(args[0])
+
+
 PLAIN: dict[str, Kind] = {
     "constant": Kind(),
     "function": Kind(),
@@ -255,6 +273,12 @@ PLAIN: dict[str, Kind] = {
     "list": Kind(call=sequence, new=bare, state=attributes, items="list", factory=True, base=True),
     "sequence": Kind(call=sequence, new=sequence, state=attributes, items="set", factory=True, base=True),
     "named_tuple": Kind(new=anything),
+    "text": Kind(new=constants, state=attributes),
+    "dict_instance": Kind(call=mapping, new=bare, state=attributes, items="dict", base=True),
+    "list_instance": Kind(call=sequence, new=bare, state=attributes, items="list", base=True),
+    "sklearn_tree": Kind(call=tree, state=attributes),
+    "sklearn_pairs": Kind(call=one_class),
+    "sklearn_state": Kind(new=bare, state=any_state),
     "enum": Kind(call=one_constant, new=one_constant, state=attributes, enum=True),
     "constants": Kind(call=constants, new=constants, state=constant_state),
     "number": Kind(call=constants, new=constants, factory=True, base=True),

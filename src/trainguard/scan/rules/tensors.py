@@ -141,8 +141,8 @@ def storage_size(value: Value) -> int | None:
     """Bytes of a storage stand-in, or None when it is not one."""
     if type(value) is Storage:
         return value.numel * value.item_bytes
-    if isinstance(value, Object) and value.origin.name in ("torch.storage.TypedStorage",):
-        return storage_size(value.facts)
+    if isinstance(value, Object) and type(value.facts) is Storage:
+        return value.facts.numel * value.facts.item_bytes
     return None
 
 
