@@ -37,6 +37,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Guard's own time in the training process, percent of wall time, once the credit is used up."""
     credit_seconds: float = 1.0
     """Own time each process may use before the budget binds, so short runs are watched whole (docs/adr/0002)."""
+    kills: str = "ledger"
+    """ledger: name the sender of every signal in the job; off: put no filter on the job (docs/checks/kills.md)."""
     always_steps: int = 20
     """First steps of a process that are always checked in full."""
     tensors: int = 4
@@ -66,6 +68,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             name
             for name, is_looser in (
                 ("links", order[self.links] < order[organisation.links]),
+                ("kills", self.kills == "off" and organisation.kills != "off"),
                 ("update_tolerance_ulp", self.update_tolerance_ulp > organisation.update_tolerance_ulp),
                 ("tensors", self.tensors < organisation.tensors),
                 ("elements", self.elements < organisation.elements),
@@ -102,6 +105,8 @@ def parse_policy(data: bytes, *, where: str) -> Policy:
         raise Misuse(f"{where}: not a policy: {error}") from error
     if policy.links not in ("governed", "all", "none"):
         raise Misuse(f"{where}: links: expected governed, all or none, found {policy.links!r}")
+    if policy.kills not in ("ledger", "off"):
+        raise Misuse(f"{where}: kills: expected ledger or off, found {policy.kills!r}")
     return policy
 
 

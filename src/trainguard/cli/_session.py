@@ -152,6 +152,7 @@ class Session:
             always_steps=policy.always_steps,
             tensors=policy.tensors,
             elements=policy.elements,
+            kills=policy.kills,
             pycache=str(_private_folder(self._home.cache / "bytecode")),
         )
         supervisor = Supervisor(

@@ -15,6 +15,12 @@ from .client import Client
 
 ARGUMENT_LIMIT = 64
 
+FOREIGN = frozenset(
+    "kill killpg tgkill sigqueue pthread_kill pthread_sigqueue raise syscall ptrace process_vm_writev "
+    "pidfd_send_signal prlimit prlimit64".split()
+)
+"""Functions of the C library that signal or reach into another process; looking one up through ctypes is told."""
+
 
 def install(client: Client) -> None:
     """Listen for programs being started. Python-level forks say hello themselves and are not reported here."""
@@ -26,7 +32,20 @@ def install(client: Client) -> None:
     audit.on("os.posix_spawn", lambda args: report("posix_spawn", args[0], args[1], args[2]))
     audit.on("os.exec", lambda args: report("exec", args[0], args[1], args[2]))
     audit.on("os.system", lambda args: report("system", args[0], [args[0]], None))
-    audit.on("os.kill", lambda args: client.send("kill", {"pid": args[0], "signal": int(args[1]), "place": place()}))
+    audit.on("os.kill", lambda args: _kill(client, args[0], args[1]))
+    audit.on("os.killpg", lambda args: _kill(client, -args[0], args[1]))
+    audit.on("ctypes.dlsym", lambda args: foreign(client, args[1]))
+
+
+def _kill(client: Client, pid: int, number: int) -> None:
+    client.send("kill", {"pid": pid, "signal": int(number), "place": place()})
+
+
+def foreign(client: Client, name: Any) -> None:
+    """Report that a function of FOREIGN is looked up through ctypes, and where: the call itself raises no event."""
+    text = name.decode(errors="replace") if isinstance(name, bytes) else name
+    if isinstance(text, str) and text in FOREIGN:
+        client.send("foreign", {"name": text, "place": place()})
 
 
 def describe(program: Any, arguments: Any, env: Any) -> Dict[str, Any]:

@@ -75,6 +75,8 @@ class Tree:
 
     grace_seconds: float
     """How long an interpreter may run before its silence counts."""
+    apart: set[int] = field(default_factory=lambda: {os.getpid()})
+    """Pids below us that are ours and no part of the job."""
     _greeted: set[tuple[int, int | None]] = field(default_factory=set)
     _seen: dict[tuple[int, int | None], _Seen] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
@@ -111,7 +113,7 @@ class Tree:
         self._members.add(root)
         own = os.getpid()
         for pid in sorted(listed - self._known)[:PROCESS_LIMIT]:
-            if pid != own and (parent(pid) in self._members or parent(pid) == own):
+            if pid not in self.apart and (parent(pid) in self._members or parent(pid) == own):
                 self._members.add(pid)
         self._known = listed
         return sorted(self._members)

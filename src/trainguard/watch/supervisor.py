@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from trainguard.errors import Misuse, Unavailable
 from trainguard.evidence import Evidence
-from trainguard.watch import processes
+from trainguard.watch import endings, ledger, processes
 
 BOOT = Path(__file__).parent / "boot"
 """The folder with our sitecustomize.py, first on PYTHONPATH of the command."""
@@ -77,6 +77,8 @@ class Settings:
     always_steps: int = 20
     tensors: int = 4
     elements: int = 32
+    kills: str = "ledger"
+    """ledger: name the sender of every signal in the job (docs/checks/kills.md); off: put no filter on it."""
     pycache: str = ""
     """Folder of the private bytecode cache (mode 0700)."""
     key: str = field(default_factory=lambda: secrets.token_hex(32))
@@ -105,6 +107,8 @@ class _Peer:
     next_seq: int = 0
     said_bye: bool = False
     rank: int | None = None
+    start_ticks: int | None = None
+    pidfd: int | None = None
 
 
 class Supervisor:
@@ -127,6 +131,8 @@ class Supervisor:
         self._numbers = 0
         self._records = 0
         self._tree = processes.Tree(grace_seconds=HELLO_GRACE_SECONDS)
+        self._ledger = ledger.Ledger()
+        self._memory = endings.Memory()
         self._child: int | None = None
         self._ended: tuple[int | None, int | None] | None = None
         self._stop = threading.Event()
@@ -143,22 +149,54 @@ class Supervisor:
         processes.become_subreaper()
         began, cpu = time.monotonic_ns(), _children_cpu_ns()
         try:
-            self._child = _start(command, self._environment(env, str(Path(folder) / "s")), mask)
+            self._child = self._begin(command, self._environment(env, str(Path(folder) / "s")), mask)
             threading.Thread(target=self._forward_signals, name="signals", daemon=True).start()
             self._loop(self._child)
         finally:
             self._stop.set()
             listener.close()
             self._selector.close()
+            self._ledger.close()
             shutil.rmtree(folder, ignore_errors=True)
         status, number = self._ended if self._ended is not None else (None, signal.SIGKILL)
         ended = Ended(status, number, time.monotonic_ns() - began, _children_cpu_ns() - cpu)
         self._add(
             "end",
             {"status": status, "signal": number, "wall_ns": ended.wall_ns, "cpu_ns": ended.cpu_ns}
-            | {"key": self.settings.key},
+            | {"pid": self._child, "key": self.settings.key, "out_of_memory": self._memory.killed()},
         )
         return ended
+
+    def _begin(self, command: Sequence[str], env: Mapping[str, str], mask: Iterable[int]) -> int:
+        """Start the command, under the kill ledger where there can be one, and record whether there is."""
+        self._memory.watch(os.getpid())
+        if self.settings.kills == "off":
+            child = _start(command, env, mask)
+            self._add("ledger", {"state": "off", "child": child})
+            return child
+        child = self._ledger.start(lambda: _start(command, env, mask))
+        if self._ledger.ours is not None:
+            self._selector.register(self._ledger.ours, selectors.EVENT_READ, lambda _link: self._take_signals())
+        self._keep_keeper()
+        state = "on" if self._ledger.reason is None else "unavailable"
+        body = {"state": state, "reason": self._ledger.reason, "no_new_privs": self._ledger.no_new_privs}
+        self._add("ledger", body | {"keeper": self._ledger.keeper, "child": child})
+        return child
+
+    def _keep_keeper(self) -> None:
+        """The keeper is our child but no part of the job."""
+        self._tree.apart = {os.getpid(), *([self._ledger.keeper] if self._ledger.keeper is not None else [])}
+
+    def _take_signals(self) -> None:
+        """What the kill ledger was told. A Python sender's own account of the line was sent before: read it first."""
+        for told in self._ledger.messages():
+            sender = told.get("sender")
+            who = sender if isinstance(sender, dict) else {}
+            peer = next((peer for peer in self._peers.values() if peer.pid == who.get("pid")), None)
+            if peer is not None:
+                self._read(peer)
+            number, rank = (peer.number, peer.rank) if peer is not None else (None, None)
+            self._add("signalled", told, pid=who.get("pid"), uid=who.get("uid"), process=number, rank=rank)
 
     def _listen(self, path: str) -> socket.socket:
         try:
@@ -205,6 +243,7 @@ class Supervisor:
             if now >= next_seal:
                 self.recorder.seal()
                 next_seal = now + self._segment_seconds
+        self._take_signals()
         for peer in list(self._peers.values()):
             self._drop(peer)
 
@@ -222,10 +261,19 @@ class Supervisor:
                 break
             if info is None:
                 break
+            if info.si_pid == self._ledger.keeper:
+                self._lose_keeper(info.si_status)
             if info.si_pid == child:
                 exited = info.si_code == os.CLD_EXITED
                 self._ended = (info.si_status, None) if exited else (None, info.si_status)
         return self._ended is not None
+
+    def _lose_keeper(self, status: int) -> None:
+        """The keeper ended. While the job lives somebody ended it: we answer ourselves and start another."""
+        gone = self._ledger.keeper
+        self._ledger.start_keeper()
+        self._keep_keeper()
+        self._add("ledger", {"state": "keeper lost", "keeper": gone, "status": status, "next": self._ledger.keeper})
 
     def _forward_signals(self) -> None:
         """Pass on what is sent to us. What the terminal sends reaches the command without our help."""
@@ -233,7 +281,9 @@ class Supervisor:
             info = signal.sigtimedwait(FORWARDED, 0.2)
             if info is None or info.si_code == _SENT_BY_KERNEL or self._child is None:
                 continue
-            self._add("signal", {"signal": info.si_signo, "from_pid": info.si_pid, "from_uid": info.si_uid})
+            sender = processes.facts(info.si_pid)
+            body = {"signal": info.si_signo, "from_pid": info.si_pid, "from_uid": info.si_uid, "sender": sender}
+            self._add("signal", body)
             try:
                 if self._ended is None:
                     os.kill(self._child, info.si_signo)
@@ -253,7 +303,7 @@ class Supervisor:
             link.close()
             return
         link.setblocking(False)
-        peer = _Peer(self._numbers, pid, uid, link)
+        peer = _Peer(self._numbers, pid, uid, link, pidfd=endings.open_pidfd(pid))
         self._numbers += 1
         self._peers[link.fileno()] = peer
         self._tree.greeted(pid)
@@ -313,6 +363,8 @@ class Supervisor:
         peer.hello = hello
         peer.rank = _rank(hello)
         facts = processes.facts(peer.pid)
+        peer.start_ticks = facts["start_ticks"]
+        self._memory.watch(peer.pid)
         body = {"hello": hello, **facts, "of_the_job": processes.descends_from(peer.pid, os.getpid())}
         self._add("process", body, process=peer.number, pid=peer.pid, uid=peer.uid, rank=peer.rank)
         welcome = {name: getattr(self.settings, name) for name in Settings.__dataclass_fields__}
@@ -326,7 +378,12 @@ class Supervisor:
             return
         self._selector.unregister(peer.link)
         peer.link.close()
-        body = {"said_bye": peer.said_bye, "frames": peer.next_seq, "greeted": peer.hello is not None}
+        body: dict[str, Any] = {"said_bye": peer.said_bye, "frames": peer.next_seq, "greeted": peer.hello is not None}
+        ended = body["ended"] = endings.ending(peer.pid, peer.start_ticks, peer.pidfd)
+        if peer.pidfd is not None:
+            os.close(peer.pidfd)
+        if ended is not None and ended["signal"] is not None:
+            body["out_of_memory"] = self._memory.killed()
         self._add("exit", body, process=peer.number, pid=peer.pid, uid=peer.uid, rank=peer.rank)
 
     def _add(self, kind: str, body: dict[str, Any], **fields: Any) -> None:
@@ -336,7 +393,7 @@ class Supervisor:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[set[int]]:
-    """Block FORWARDED here and in threads started within, so that they wait for `_forward_signals`; yields the old mask."""
+    """Block FORWARDED here and in threads started within: they wait for `_forward_signals`. Yields the old mask."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     try:
         yield {int(number) for number in previous}
