@@ -8,13 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from trainguard.appraise.code import Code
+from trainguard.appraise.deferred import Deferred
+from trainguard.appraise.dispatch import Dispatch
+from trainguard.appraise.environment import Environment
+from trainguard.appraise.hooks import Hooks
+from trainguard.appraise.inputs import Inputs
 from trainguard.appraise.interface import Check, Context
+from trainguard.appraise.modules import Modules
 from trainguard.appraise.processes import Processes
+from trainguard.appraise.surface import Surface
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding, LinkState
 
-CHECKS: tuple[type[Check], ...] = (Processes,)
+CHECKS: tuple[type[Check], ...] = (
+    Environment,
+    Processes,
+    Code,
+    Inputs,
+    Modules,
+    Hooks,
+    Dispatch,
+    Deferred,
+    Surface,
+)
 
 FINDING_LIMIT = 10_000
 """A verdict lists at most this many findings; past it, checks go on counting in their link states."""

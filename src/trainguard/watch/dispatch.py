@@ -129,7 +129,7 @@ def _modes(torch: Any) -> Iterator[Dict[str, Any]]:
             continue
         for position in range(size()):
             mode = getattr(native, at)(position)
-            method = getattr(type(mode), "__torch_%s__" % label.split()[0], None)
+            method: Any = getattr(type(mode), "__torch_%s__" % label.split()[0], None)
             while getattr(method, "__wrapped__", None) is not None:
                 method = method.__wrapped__  # torch puts a wrapper of its own around every mode's method
             where, _ = origin.of(method)

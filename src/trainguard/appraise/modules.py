@@ -1,0 +1,75 @@
+"""Check *modules*: numeric flags, module modes and settings stay what they were (docs/checks/modules.md).
+
+A flag that changes while training runs changes the arithmetic of every later step (A10; thread counts A11). A module
+that no longer trains, or another dropout probability, changes what is learnt (C11). What the model itself moves in its
+first steps was learnt by the watcher and is not reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainguard.appraise.interface import Context
+from trainguard.appraise.origin import rows
+from trainguard.appraise.sweeps import SweepCheck
+from trainguard.evidence import Evidence
+from trainguard.finding import Finding
+
+PERFORMANCE = ("num_threads", "env.OMP_NUM_THREADS", "env.MKL_NUM_THREADS", "env.CUDA_LAUNCH_BLOCKING")
+FLAG_PREFIXES = ("cuda.", "cudnn.", "mkldnn.", "env.")
+FLAGS = ("float32_matmul_precision", "deterministic_algorithms", "default_dtype", "num_threads", "anomaly_mode")
+
+
+class Modules(SweepCheck):
+    """See the module."""
+
+    name = "modules"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._first: dict[str, tuple[Any, Evidence]] = {}
+        self._ranks: set[str] = set()
+
+    def step(self, evidence: Evidence) -> Iterator[Finding]:
+        value = evidence.body.get("modules")
+        if not isinstance(value, dict):
+            return
+        if isinstance(value.get("flags"), dict):
+            self._held += 1
+            yield from self._between_ranks(evidence, value["flags"])
+        for name, before, now in rows(value.get("changed"), 3):
+            if isinstance(name, str):
+                yield from self._changed(evidence, name[:300], before, now)
+
+    def _changed(self, evidence: Evidence, name: str, before: Any, now: Any) -> Iterator[Finding]:
+        flag = name in FLAGS or name.startswith(FLAG_PREFIXES)
+        techniques = ("A11",) if name in PERFORMANCE else ("A10",) if flag else ("C11",)
+        what = "numeric flag" if flag else "mode of module" if name.endswith(".training") else "module setting"
+        yield from self._finding(
+            evidence,
+            "suspicious",
+            f"{what} {name} changed from {before!s:.100} to {now!s:.100}, found in step {evidence.step}",
+            place=name,
+            techniques=techniques,
+            expected=f"{before!s:.200}",
+            found=f"{now!s:.200}",
+        )
+
+    def _between_ranks(self, evidence: Evidence, flags: dict[str, Any]) -> Iterator[Finding]:
+        """Every rank starts with the same arithmetic."""
+        for name, value in flags.items():
+            first = self._first.setdefault(name, (value, evidence))
+            if first[0] == value or evidence.rank is None or name in PERFORMANCE or name in self._ranks:
+                continue
+            self._ranks.add(name)
+            yield from self._finding(
+                evidence,
+                "suspicious",
+                f"numeric flag {name[:300]} is {value!s:.100} on rank {evidence.rank} and {first[0]!s:.100} on rank "
+                f"{first[1].rank}",
+                place=name[:300],
+                techniques=("A10", "F1"),
+                expected=f"{first[0]!s:.200}",
+                found=f"{value!s:.200}",
+            )
