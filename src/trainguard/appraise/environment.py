@@ -42,6 +42,7 @@ VOCABULARY = re.compile(
     r"(^|/)(tokenizer[^/]*|vocab[^/]*|merges\.txt|added_tokens\.json|special_tokens_map\.json|meta\.pkl"
     r"|spiece\.model|sentencepiece[^/]*|[^/]*\.tiktoken|[^/]*tokenizer\.model)$"
 )
+CONFIGS = (".yaml", ".yml", ".toml", ".cfg", ".ini")
 KINDS: Mapping[str, tuple[str, ...]] = {
     "pth": ("A2",),
     "start": ("A2",),
@@ -459,7 +460,7 @@ def _gone_tree(state: _Difference, old: Tree) -> Finding:
     return _finding(
         "violated",
         techniques,
-        f"{what} {old.name.partition(':')[2] or old.root} was approved ({len(old.files)} files) and is gone or not used",
+        f"{what} {old.name.partition(':')[2] or old.root} was approved ({len(old.files)} files) and is gone or unused",
         path=old.root,
         expected=f"{len(old.files)} files",
         found="none",
@@ -493,6 +494,7 @@ def _role_of(tree: str) -> tuple[str, tuple[str, ...]]:
         "stdlib": ("standard library", ("A5",)),
         "site-packages": ("installed code", ("A5", "A13")),
         "user-site": ("installed code", ("A5", "A13")),
+        "activation": ("activation script", ("A12",)),
         "data": ("data", ("D5",)),
         "weights": ("start weights", ("E3",)),
     }.get(role, (role, ("B1",)))
@@ -501,6 +503,8 @@ def _role_of(tree: str) -> tuple[str, tuple[str, ...]]:
 def _new_file_matters(state: _Difference, tree: Tree, path: str) -> bool:
     """Whether a file that the lock does not have is a difference: code is, what a run writes is not."""
     role = tree.name.partition(":")[0]
+    if role == "activation":
+        return True
     if role == "data":
         return tree.name != "data:beside the code"
     if role == "weights":
@@ -518,6 +522,8 @@ def _tree_file(state: _Difference, old: Tree, new: Tree, path: str) -> Finding:
         what, techniques = "tokenizer or vocabulary", ("D6", *techniques)
     elif path.endswith(".so"):
         techniques = ("A3", *techniques)
+    elif role == "data" and path.endswith(CONFIGS):
+        what, techniques = "configuration", ("B1", "D5")
     if before is None:
         techniques = ("A13", "A7") if role in ("site-packages", "user-site") else techniques
         if role == "weights" or (role == "data" and not _named(state.found, old.name)):
@@ -650,7 +656,11 @@ def _quoted(value: str | None) -> str:
 
 def _numeric(state: _Difference) -> Iterator[Finding]:
     old, new = state.approved.numeric, state.found.numeric
-    if old is None or new is None or "torch" in state.moved:
+    if old is None or "torch" in state.moved:
+        return
+    if new is None:
+        if not any("numeric flags" in note for note in state.found.notes):
+            yield _finding("not_checked", (), "torch's numeric flags are in the lock and were not read back")
         return
     for name in sorted(old.flags.keys() | new.flags.keys()):
         before, now = old.flags.get(name), new.flags.get(name)

@@ -54,6 +54,7 @@ def command(
         data_paths=data,
         outputs=output,
         compare_bytecode="all" if deep else "new",
+        read_flags=True,
         trust_cache=False,
     )
     oddities = list(intrinsic(measurement))

@@ -29,7 +29,7 @@ def measure_caches(env: Mapping[str, str], walker: Walker) -> Iterator[Cache]:
             continue
         files = {}
         if by_name:
-            found = walker.tree(folder, fresh=True, limits=LIMITS, want=lambda path, _size: path.endswith(".py"))
+            found = walker.tree(folder, fresh=True, limits=LIMITS, want=lambda path: path.endswith(".py"))
             files = found.files
         foreign = info.st_uid not in (0, os.getuid())
         yield Cache(name=name, path=str(folder), mode=stat.S_IMODE(info.st_mode), foreign=foreign, files=files)

@@ -26,7 +26,7 @@ CONFIG_SUFFIXES = frozenset(
 """Taken when tracked, or where nothing is tracked: a run may write such files beside its code."""
 VOCABULARY = frozenset({"vocab.txt", "merges.txt", "meta.pkl", "spiece.model", "tokenizer.model"})
 FILE_LIMIT_BYTES = 16 << 20
-LIMITS = Limits(files=20_000, bytes=1 << 30, depth=16)
+LIMITS = Limits(files=100_000, bytes=4 << 30, depth=24, file_bytes=FILE_LIMIT_BYTES)
 
 SKIPPED = frozenset(
     {".git", ".hg", ".svn", ".trainguard", ".tox", ".nox", ".eggs", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
@@ -140,9 +140,11 @@ class Selection:
     """Decides which folders and files below a code root belong to the code."""
 
     def __init__(self, root: Path, tracked: frozenset[str] | None, outputs: Sequence[Path], *, top_only: bool) -> None:
+        """outputs: what the job writes; a folder that holds tracked files is code whatever the command calls it."""
         self._root = root
         self._tracked = tracked
-        self._outputs = frozenset(str(path) for path in outputs)
+        holding = {str(parent) for name in tracked or () for parent in (root / name).parents} | {str(root)}
+        self._outputs = frozenset(str(path) for path in outputs) - holding
         self._top_only = top_only
 
     def skip_folder(self, path: str, name: str) -> bool:
@@ -156,15 +158,13 @@ class Selection:
             return True
         return (place / "pyvenv.cfg").exists()
 
-    def want(self, path: str, size: int) -> bool:
+    def want(self, path: str) -> bool:
         """Whether the file `path` (below the root) belongs to the code."""
         if str(self._root / path) in self._outputs:
             return False
         suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122 - strings, once per file
         if suffix in CODE_SUFFIXES:
             return True
-        if size > FILE_LIMIT_BYTES:
-            return False
         if self._tracked is not None and path not in self._tracked:
             return False
         return suffix in CONFIG_SUFFIXES or suffix in NATIVE_SOURCES or os.path.basename(path) in VOCABULARY  # noqa: PTH119

@@ -23,8 +23,10 @@ DATA_SUFFIXES = frozenset(
 LOOKS_WRITTEN = re.compile(r"log|metric|result|loss|hist|out|pred|eval|summary|ckpt|checkpoint|model|weight", re.I)
 IS_PROSE = re.compile(r"requirement|constraint|readme|licen[cs]e|notice|note|todo|changes|changelog|cmakelists", re.I)
 WRITTEN = re.compile(
-    r"(^|[-_])(out|output|save|saved|log|logs|logging|tensorboard|wandb|run|runs|work|exp|results?)([-_]|$)"
+    r"(^|[-_])(out|output|save|saved|log|logs|logging|tensorboard|wandb|results?)([-_]|$)|(work|run|exp)s?[-_]?dir"
 )
+CONFIG = (".py", ".yaml", ".yml", ".json", ".toml", ".cfg", ".ini", ".sh")
+"""Files of these kinds are read, whatever the option that names them is called."""
 CHECKPOINTS = re.compile(r"(^|[-_])(ckpt|checkpoint|checkpoints)([-_]|$)")
 STARTS = re.compile(r"(^|[-_])(resume|init|load|from|pretrained|model|weights)([-_]|$)")
 NAMED_LIMITS = Limits(files=2_000_000, bytes=64 << 30)
@@ -59,9 +61,9 @@ def inputs_of(
     """Sort the words of a command (without the program) and the declared paths into what is read and written."""
     read: dict[Path, Input] = {}
     written = [Path(os.path.normpath(cwd / path)) for path in outputs]
-    for option, word in _valued(argv):
+    for option, word in valued(argv):
         path = Path(os.path.normpath(cwd / word))
-        if WRITTEN.search(option):
+        if WRITTEN.search(option) and not (path.is_file() and path.suffix in CONFIG):
             written.append(path)
         elif not path.exists() or path.suffix == ".py" or path in (cwd, code_root) or code_root.is_relative_to(path):
             continue
@@ -95,7 +97,8 @@ def measure_input(entry: Input, walker: Walker) -> tuple[Tree, list[str]]:
     """The tree of one input, and notes. A declared path that is not there is a note."""
     name = f"{entry.role}:{entry.label}"
     if entry.path.is_dir():
-        found = walker.tree(entry.path, limits=entry.limits, skip_folder=_skip)
+        want = _not_code if entry.limits is CONVENTION_LIMITS else None
+        found = walker.tree(entry.path, limits=entry.limits, skip_folder=_skip, want=want)
         return Tree(name=name, root=str(entry.path), files=found.files), found.notes
     if not entry.path.exists():
         return Tree(name=name, root=str(entry.path)), [f"{entry.path}: declared as data, but it is not there"]
@@ -107,7 +110,11 @@ def _skip(_path: str, name: str) -> bool:
     return name in ("__pycache__", ".git", ".trainguard", ".ipynb_checkpoints")
 
 
-def _valued(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _not_code(path: str) -> bool:
+    return not path.endswith(".py")  # belongs to the code tree, where it lies in one
+
+
+def valued(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(option without dashes or empty, word) for every word that could be a path."""
     option = ""
     for word in argv:

@@ -75,7 +75,7 @@ def measure(
     outputs: Sequence[str] = (),
     against: Measurement | None = None,
     compare_bytecode: str = "new",
-    read_flags: bool = True,
+    read_flags: bool | None = None,
     trust_cache: bool = True,
 ) -> Measurement:
     """Everything that decides what `command` would do if it were started now, here, with `env`.
@@ -83,13 +83,17 @@ def measure(
     cwd and env: those of the job; by default ours. cache: folder for the stat cache (private, created); None reads
     every file. data_paths and outputs: what the user declares beyond the command; where both are empty, what
     `against` declares. against: the approved measurement; bytecode that differs from it is compiled again, and
-    installed code is only imported (for read_flags) when it is the approved code. compare_bytecode: new, all, or
-    inert where the job gets a private bytecode folder. trust_cache: whether digests of unchanged files may come from
-    the cache; a lock reads everything. Raises Misuse when the command names no program.
+    installed code is only imported (for read_flags) when it is the approved code. read_flags: have torch say its
+    numeric flags in a clean process, seconds once per environment; by default where `against` has them.
+    compare_bytecode: new, all, or inert where the job gets a private bytecode folder. trust_cache: whether digests
+    of unchanged files may come from the cache; a lock reads everything. Raises Misuse when the command names no
+    program.
     """
     if compare_bytecode not in BYTECODE_MODES:
         raise Misuse(f"compare_bytecode: expected one of {', '.join(BYTECODE_MODES)}, found {compare_bytecode!r}")
     declared = Declared(data=tuple(data_paths), outputs=tuple(outputs))
+    if read_flags is None:
+        read_flags = against is not None and against.numeric is not None
     if declared == Declared() and against is not None:
         declared = against.declared
     with _without_collector():
@@ -121,6 +125,7 @@ def _measured(
     _add_code(job, root, [*inputs.written, *state])
     _add_library(job)
     _add_path(job, root)
+    _add_activation(job)
     _add_inputs(job, inputs, root)
     _add_hooks(job)
     if compare_bytecode != "inert":
@@ -264,6 +269,8 @@ def _add_path(job: _Job, root: code.Root) -> None:
         job.path.append((name, site))
         for index, folder in enumerate(startup.pth_folders(site)):
             _add_folder(job, root, f"path:pth:{index}" if name == "site-packages" else f"path:{name}:{index}", folder)
+        for label, folder in startup.editable_folders(site):
+            _add_folder(job, root, f"path:editable:{label}", folder)
 
 
 def _add_folder(job: _Job, root: code.Root, name: str, folder: Path) -> None:
@@ -282,11 +289,21 @@ def _add_folder(job: _Job, root: code.Root, name: str, folder: Path) -> None:
     wide = code.Selection(folder, None, (), top_only=other.top_only)
     found = job.walker.tree(
         folder, fresh=True, skip_folder=wide.skip_folder,
-        want=lambda path, size: path.endswith((".py", ".pyc", ".so")) or wide.want(path, size), limits=code.LIMITS,
+        want=wide.want, limits=code.LIMITS,
     )  # fmt: skip
     job.notes += [note for note in other.notes if "read through" in note]
     job.add(Tree(name=name, root=str(folder), files=found.files, bytecode=found.bytecode), found)
     job.path.append((name, folder))
+
+
+def _add_activation(job: _Job) -> None:
+    """Scripts that `conda activate` runs before the job starts."""
+    if job.where is None:
+        return
+    folder = Path(job.where.prefix) / "etc" / "conda" / "activate.d"
+    if folder.is_dir():
+        found = job.walker.tree(folder, fresh=True)
+        job.add(Tree(name="activation", root=str(folder), files=found.files), found)
 
 
 def _add_inputs(job: _Job, inputs: data.Inputs, root: code.Root) -> None:
@@ -295,6 +312,8 @@ def _add_inputs(job: _Job, inputs: data.Inputs, root: code.Root) -> None:
         if not root.top_only:
             entries += data.by_convention(folder, entries, inputs.written)
     for entry in entries:
+        if entry.path.is_relative_to(root.path) and str(entry.path.relative_to(root.path)) in job.trees["code"].files:
+            continue
         try:
             tree, notes = data.measure_input(entry, job.walker)
         except Unavailable as error:
@@ -407,7 +426,7 @@ def _launch(job: _Job, root: code.Root) -> Launch:
         real = Path(os.path.realpath(resolved.script))
         script = str(real.relative_to(root.path)) if real.is_relative_to(root.path) else str(real)
     return Launch(
-        argv=(Path(job.argv[0]).name, *job.argv[1:]),
+        argv=(Path(job.argv[0]).name, *_without_secrets(job.argv[1:])),
         kind=resolved.kind,
         script=script,
         module=resolved.module,
@@ -419,8 +438,22 @@ def _launch(job: _Job, root: code.Root) -> Launch:
     )
 
 
+def _without_secrets(words: Sequence[str]) -> Iterator[str]:
+    """The words, with the values of options that look secret by digest."""
+    hidden = False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if hidden and not word.startswith("-"):
+            yield variables.hidden(word)
+        elif equals and variables.SECRET.search(name):
+            yield f"{name}={variables.hidden(value)}"
+        else:
+            yield word
+        hidden = word.startswith("-") and not equals and variables.SECRET.search(word) is not None
+
+
 def _options(job: _Job, chosen: Callable[[str], bool]) -> dict[str, str]:
-    return {name: value for name, value in data._valued(job.argv[1:]) if name and chosen(name)}
+    return {name: value for name, value in data.valued(job.argv[1:]) if name and chosen(name)}
 
 
 def _chain(job: _Job) -> Iterator[Program]:

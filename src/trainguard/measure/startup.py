@@ -8,9 +8,11 @@ and /etc/ld.so.preload name.
 
 from __future__ import annotations
 
+import ast
 import configparser
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ LINE_CHARACTERS = 200
 CUSTOMIZE = ("sitecustomize", "usercustomize")
 PRELOADERS = ("LD_PRELOAD", "LD_AUDIT")
 SYSTEM_PRELOAD = Path("/etc/ld.so.preload")
+MAPPING = re.compile(r"^MAPPING\b[^=\n]*=\s*(\{[^\n]*\})", re.MULTILINE)
 OWN_TOOLS = {"_virtualenv.pth": b"import _virtualenv"}
 """Start-up files that uv and virtualenv put into every environment they make, in no RECORD, with exactly this text."""
 
@@ -63,6 +66,21 @@ def pth_folders(site: Path) -> list[Path]:
             if folder.is_dir() and folder not in folders:
                 folders.append(folder)
     return folders
+
+
+def editable_folders(site: Path) -> list[tuple[str, Path]]:
+    """(module, its folder) of packages that setuptools maps to a source folder by an import hook of its own."""
+    found = []
+    for finder in sorted(site.glob("__editable__*_finder.py")):
+        match = MAPPING.search((_bytes(finder) or b"").decode("utf-8", "replace"))
+        try:
+            mapping = ast.literal_eval(match.group(1)) if match else {}
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        for module, folder in sorted(mapping.items()) if isinstance(mapping, dict) else ():
+            if isinstance(module, str) and isinstance(folder, str) and Path(folder).is_dir():
+                found.append((module, Path(folder)))
+    return found
 
 
 def customize_hooks(

@@ -31,11 +31,15 @@ HOOK_SUFFIXES = (".pth", ".start")
 
 @dataclass(slots=True)
 class Limits:
-    """How much of a folder is read. Past a limit the walk stops and says so."""
+    """How much of a folder is read. Past a limit the walk stops, keeps what lies directly in it, and says so."""
 
     files: int = 400_000
     bytes: int = 1 << 46
     depth: int = 40
+    entries: int = 4_000_000
+    """Names looked at, taken or not."""
+    file_bytes: int = 1 << 62
+    """Larger files are left out without a word: they are not what is looked for."""
 
 
 @dataclass(slots=True)
@@ -50,6 +54,7 @@ class Found:
     """Path of a native library → build id."""
     notes: list[str] = field(default_factory=list)
     bytes: int = 0
+    entries: int = 0
 
 
 class Walker:
@@ -65,14 +70,13 @@ class Walker:
         *,
         fresh: bool = False,
         skip_folder: Callable[[str, str], bool] | None = None,
-        want: Callable[[str, int], bool] | None = None,
+        want: Callable[[str], bool] | None = None,
         limits: Limits | None = None,
     ) -> Found:
         """Everything below `root`.
 
         fresh: hash every file, whatever the cache says. skip_folder(path below the root, name): leave it out.
-        want(path below the root, size in bytes): take this file; None takes all. A root that cannot be listed is a
-        note.
+        want(path below the root): take this file; None takes all. A root that cannot be listed is a note.
         """
         limits = limits or Limits()
         found = Found()
@@ -94,15 +98,25 @@ class Walker:
                 seen.add((info.st_dev, info.st_ino))
                 with os.scandir(descriptor) as entries:
                     folders, own = self._folder(
-                        entries, descriptor, folder, prefix, sources, found, fresh=fresh, want=want
+                        entries,
+                        descriptor,
+                        folder,
+                        prefix,
+                        sources,
+                        found,
+                        fresh=fresh,
+                        want=want,
+                        file_bytes=limits.file_bytes,
                     )
             finally:
                 os.close(descriptor)
-            if len(found.files) > limits.files or found.bytes > limits.bytes or depth >= limits.depth:
-                found.notes.append(
-                    f"{top}: only {len(found.files)} files ({found.bytes} bytes) were measured, then the limit of "
-                    f"{limits.files} files, {limits.bytes} bytes or {limits.depth} levels was reached"
-                )
+            if (
+                len(found.files) > limits.files
+                or found.bytes > limits.bytes
+                or found.entries > limits.entries
+                or depth >= limits.depth
+            ):
+                _cut(found, top, limits)
                 break
             for name in folders:
                 below = f"{prefix}{name}/"
@@ -120,7 +134,8 @@ class Walker:
         found: Found,
         *,
         fresh: bool,
-        want: Callable[[str, int], bool] | None,
+        want: Callable[[str], bool] | None,
+        file_bytes: int,
     ) -> tuple[list[str], dict[str, tuple[int, int]]]:
         """Take the files of one folder; returns its folders, and mtime and size of its Python sources by stem."""
         folders: list[str] = []
@@ -130,6 +145,7 @@ class Walker:
         known, rehash, hits = self.cache.known, self.cache.rehash, 0
         start = folder if prefix else folder + "/"
         for entry in entries:
+            found.entries += 1
             name = entry.name
             is_pyc = name.endswith(".pyc")
             if is_pyc and cached and not name.endswith(self._pyc_end):
@@ -137,6 +153,8 @@ class Walker:
             try:
                 if entry.is_dir():
                     folders.append(name)
+                    continue
+                if want is not None and not is_pyc and not want(prefix + name):
                     continue
                 info = entry.stat(follow_symlinks=False)
                 if info.st_mode & KIND == LINK:
@@ -151,7 +169,7 @@ class Walker:
             if not is_pyc:
                 if name.endswith(".py"):
                     own[name[:-3]] = (mtime // 1_000_000_000 & 0xFFFFFFFF, size & 0xFFFFFFFF)
-                if want is not None and not want(prefix + name, size):
+                elif size > file_bytes:
                     continue
             key = pack_stat(info.st_dev, info.st_ino, size, mtime, info.st_ctime_ns, mode)
             place = start + name
@@ -237,6 +255,17 @@ class Walker:
         if found.notes and value.startswith("unreadable"):
             raise Unavailable(found.notes[0])
         return " ".join(value.split(" ")[:2])
+
+
+def _cut(found: Found, top: str, limits: Limits) -> None:
+    """Keep what lies directly in the root: which of the rest was read is chance, and would differ every time."""
+    found.notes.append(
+        f"{top}: too much to measure: past {limits.files} files, {limits.bytes} bytes, {limits.entries} names or "
+        f"{limits.depth} levels; only what lies directly in it was"
+    )
+    for kept in (found.files, found.bytecode, found.native):
+        for path in [path for path in kept if "/" in path]:
+            del kept[path]
 
 
 def _packed(info: os.stat_result) -> bytes:
