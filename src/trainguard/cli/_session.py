@@ -125,7 +125,13 @@ class Session:
     def _measure(self, recorder: _Observed, lock: str | None) -> None:
         """Measure what is about to run. What cannot be measured is a record too, and ends as blind."""
         try:
-            measurement = measure(self._command, cwd=Path.cwd(), env=dict(os.environ), cache=self._home.cache)
+            measurement = measure(
+                self._command,
+                cwd=Path.cwd(),
+                env=dict(os.environ),
+                cache=self._home.cache,
+                against=self._lock.measurement if self._lock is not None else None,
+            )
             blob = self._home.store_blob(measurement.encode())
         except Exception as error:  # whatever fails in measuring, the command still runs, and the link is blind
             recorder.add("unmeasured", {"reason": f"{type(error).__name__}: {error}"[:1000]})
