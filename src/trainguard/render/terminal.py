@@ -240,7 +240,7 @@ def runs_view(rows: list[listing.Row]) -> RenderableType:
     """The list of runs as a table, newest first, and how to get what is not in it."""
     if not rows:
         return Text("No runs yet. Record one with: trainguard run -- python train.py")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False, expand=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("run", no_wrap=True, overflow="fold")
     table.add_column("began", no_wrap=True)
