@@ -51,6 +51,7 @@ GLYPHS: dict[str, tuple[str, str, str]] = {
     "ok": ("✓", "+", "green"),
     "warn": ("!", "!", "yellow"),
     "fail": ("✗", "x", "red"),
+    "unknown": ("?", "?", "yellow"),
 }
 """state → (glyph, the same for terminals without Unicode, colour)."""
 

@@ -1,0 +1,53 @@
+"""What `trainguard doctor` shows: one line a question, with the remedy below it where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trainguard.render.line import plain
+from trainguard.render.terminal import GLYPHS, glyph
+
+
+class Answer(Protocol):
+    """What is shown of a reading; `measure.machine.Reading` is one, and render does not import measure."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def found(self) -> str: ...
+    @property
+    def remedy(self) -> str | None: ...
+
+
+def checkup_view(readings: Sequence[Answer], *, ascii_only: bool = False) -> RenderableType:
+    """A line for each reading, then the sum."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(width=2, justify="right")
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    for reading in readings:
+        text = Text(plain(reading.found))
+        if reading.remedy and reading.state != "ok":
+            text.append(f"\nremedy: {plain(reading.remedy)}", style="dim")
+        state = Text(reading.state, style=GLYPHS[reading.state][2])
+        table.add_row(glyph(reading.state, ascii_only=ascii_only), reading.name, state, text)
+    return Group(table, Text(), Text(conclusion([reading.state for reading in readings]), style="bold"))
+
+
+def conclusion(states: Sequence[str]) -> str:
+    """One sentence on all of them."""
+    if "fail" in states:
+        return f"{states.count('fail')} must be put right before a verdict from this machine means anything."
+    if "unknown" in states:
+        return f"{states.count('unknown')} could not be told."
+    if "warn" in states:
+        return f"Usable. {states.count('warn')} left open; verdicts hold, with less against an insider on this machine."
+    return "This machine is set up well."
