@@ -71,9 +71,9 @@ def seal_path(
     manifest = read_manifest(place, hash_type=hash_type)
     live = _live(place, live_digest, manifest)
     home.prepare()
-    key = load_or_create_key(home.keys / "attestation.pem")
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_at_a_time(home))
+        key = load_or_create_key(home.keys / "attestation.pem")
         appender = log if log is not None else stack.enter_context(Log.open(home.log, home.keys / "log.key"))
         ledger = read_ledger(home, key.public_key())
         if ledger is None:
