@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -160,31 +161,32 @@ def read_segment(log: Path, first: int, *, start: int = 0, sync: bool = False) -
     """
     path = segment_path(log, first)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise Unavailable(f"{path}: journal cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        try:
-            if file.seek(0, os.SEEK_END) < start:
-                raise MalformedEvidence(f"{path}: expected {start} bytes or more, found {file.tell()}")
-            file.seek(start)
-            data = _read(file.fileno(), SEGMENT_LIMIT_BYTES - start)
-            if sync:
-                _sync(file.fileno())
-        except OSError as error:
-            raise Unavailable(f"{path}: journal cannot be read: {error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size < start:
+            raise MalformedEvidence(f"{path}: expected a file of {start} bytes or more, found {status.st_size}")
+        data = _read(descriptor, start, SEGMENT_LIMIT_BYTES - start)
+        if sync:
+            _sync(descriptor)
+    except OSError as error:
+        raise Unavailable(f"{path}: journal cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
     if start + len(data) >= SEGMENT_LIMIT_BYTES:
         raise MalformedEvidence(f"{path}: journal segment longer than {SEGMENT_LIMIT_BYTES} bytes")
     return data
 
 
-def _read(descriptor: int, limit: int) -> bytes:
+def _read(descriptor: int, start: int, limit: int) -> bytes:
     parts = []
-    while limit > 0 and (part := os.read(descriptor, min(limit, 1 << 24))):
+    while limit > 0 and (part := os.pread(descriptor, min(limit, 1 << 24), start)):
         parts.append(part)
-        limit -= len(part)
+        start, limit = start + len(part), limit - len(part)
     return b"".join(parts) if len(parts) != 1 else parts[0]
 
 

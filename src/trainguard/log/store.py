@@ -92,6 +92,8 @@ class Log:
         self._signer: Signer | None = None
         self._state: _State | None = None
         self._descriptor = -1
+        self._segment_name = ""
+        self._lock_name = self._path / "lock"
         self._durable = 0
         """Offset in the current segment up to which an fdatasync succeeded."""
         self._doubtful = False
@@ -117,8 +119,12 @@ class Log:
         with log._failures(), log._commit_lock:
             for folder in (log._path, log._path / "journal", log._path / "tmp", log._path / "tile"):
                 make_folders(disk, folder)
-            with locked(log._path / "lock"):
-                log._open()
+            try:
+                with locked(log._lock_name):
+                    log._open()
+            except BaseException:
+                log._close_segment()
+                raise
         return log
 
     def append(self, entries: Sequence[bytes]) -> list[int]:
@@ -149,8 +155,7 @@ class Log:
         """
         with self._failures(), self._publish_lock, locked(self._path / "publish.lock"):
             with self._committing() as state:
-                self._disk.fdatasync(self._descriptor)
-                self._durable = state.offset
+                self._sync()
                 head = state.head
             publish(self._path, self._disk, self._verifier, head)
             with self._committing(), contextlib.suppress(OSError):  # a cache: published is published
@@ -170,7 +175,7 @@ class Log:
             self._closed = True
             with contextlib.suppress(OSError, TrainguardError):
                 if self._pid == os.getpid() and self._state is not None and not self._doubtful:
-                    with locked(self._path / "lock"):
+                    with locked(self._lock_name):
                         self._catch_up()
                         self._write_edge()
             self._close_segment()
@@ -205,14 +210,8 @@ class Log:
         self._state = _State(head, frontier, 0, 0)
         self._open_segment(0)
         self._disk.truncate(self._descriptor, 0)
-        try:
-            self._write_record(b"", 0, frontier, head)
-            self._disk.fdatasync(self._descriptor)
-        except BaseException:
-            self._state = None
-            self._close_segment()
-            raise
-        self._durable = self._state.offset
+        self._write_record(b"", 0, frontier, head)
+        self._sync()
 
     @property
     def _key(self) -> Signer:
@@ -240,8 +239,8 @@ class Log:
         self._open_segment(state.segment)
         self._state = state
         self._cut_torn()
-        self._disk.fdatasync(self._descriptor)
-        self._durable, self._doubtful = state.offset, False
+        self._sync()
+        self._doubtful = False
 
     def _from_edge(self, edge: Edge | None, published: TreeHead | None) -> _State | None:
         """The state, replaying the journal from the edge; None where the edge does not help."""
@@ -326,7 +325,7 @@ class Log:
             raise Misuse(f"{self._path}: the log is closed")
         if os.getpid() != self._pid:
             raise Misuse(f"{self._path}: opened by process {self._pid}; a forked child must open the log itself")
-        with locked(self._path / "lock"):
+        with locked(self._lock_name):
             yield
 
     def _commit_together(self, batches: list[_Batch]) -> None:
@@ -359,11 +358,10 @@ class Log:
                 frontier.extend([leaf_hash(entry) for entry in chunk])
                 head = sign_tree_head(frontier.size, frontier.root(), self._key)
                 self._write_record(tiles.encode_bundle(chunk), len(chunk), frontier, head)
-            self._disk.fdatasync(self._descriptor)
+            self._sync()
         except BaseException:
             self._doubtful = True
             raise
-        self._durable = self._now().offset
         self._commits_since_edge += 1
         self._bytes_since_edge += sum(map(len, entries))
         if self._commits_since_edge >= EDGE_EVERY_COMMITS or self._bytes_since_edge >= EDGE_EVERY_BYTES:
@@ -384,7 +382,7 @@ class Log:
     def _catch_up(self) -> _State:
         """Under the lock: adopt what others wrote, cut a torn end, settle doubt. Usually one stat."""
         state = self._now()
-        if not self._same_file(state):
+        if not self._same_file():
             return self._resume(state)
         end = os.fstat(self._descriptor).st_size
         if end < state.offset:
@@ -395,10 +393,10 @@ class Log:
             self._settle()
         return self._now()
 
-    def _same_file(self, state: _State) -> bool:
+    def _same_file(self) -> bool:
         """Whether our descriptor is the segment that now lies under its name."""
         try:
-            found = journal.segment_path(self._path, state.segment).lstat()
+            found = os.lstat(self._segment_name)
         except FileNotFoundError:
             return False
         mine = os.fstat(self._descriptor)
@@ -418,7 +416,7 @@ class Log:
         fresh = _State(state.head, state.frontier.copy(), state.segment, state.offset)
         self._replay(fresh, Position(state.segment, state.offset, state.head.size))
         if fresh.segment != state.segment:
-            self._disk.fdatasync(self._descriptor)
+            self._sync()
             self._open_segment(fresh.segment)
             self._durable = 0
         self._state = fresh
@@ -429,6 +427,15 @@ class Log:
         if not state.closed and os.fstat(self._descriptor).st_size > state.offset:
             self._disk.truncate(self._descriptor, state.offset)
 
+    def _sync(self) -> None:
+        """The fdatasync that makes everything up to here durable; a failed one leaves doubt (rule 3)."""
+        try:
+            self._disk.fdatasync(self._descriptor)
+        except BaseException:
+            self._doubtful = True
+            raise
+        self._durable = self._now().offset
+
     def _settle(self) -> None:
         """Write the bytes since the last good fdatasync once more, the same ones, and sync them (rule 3)."""
         state = self._now()
@@ -437,8 +444,8 @@ class Log:
         if len(data) != state.offset - start:
             raise Unavailable(f"{self._path}: journal: expected {state.offset - start} bytes, read {len(data)}")
         write_all(self._disk, self._descriptor, data, start)
-        self._disk.fdatasync(self._descriptor)
-        self._durable, self._doubtful = state.offset, False
+        self._sync()
+        self._doubtful = False
 
     def _rotated(self) -> _State:
         """The state, in a new segment if the last one is full or closed."""
@@ -446,7 +453,7 @@ class Log:
         if state.offset < journal.SEGMENT_BYTES and not state.closed:
             return state
         write_all(self._disk, self._descriptor, journal.encode_close(), state.offset)
-        self._disk.fdatasync(self._descriptor)
+        self._sync()
         self._open_segment(state.head.size)
         self._state = _State(state.head, state.frontier, state.head.size, 0)
         self._durable = 0
@@ -454,14 +461,15 @@ class Log:
 
     def _open_segment(self, first: int) -> None:
         """Have the segment beginning with `first` open, made if need be, its name durable."""
-        descriptor = self._disk.open(journal.segment_path(self._path, first), os.O_RDWR | os.O_CREAT)
+        path = journal.segment_path(self._path, first)
+        descriptor = self._disk.open(path, os.O_RDWR | os.O_CREAT)
         try:
             sync_folder(self._disk, self._path / "journal")
         except BaseException:
             os.close(descriptor)
             raise
         self._close_segment()
-        self._descriptor = descriptor
+        self._descriptor, self._segment_name = descriptor, str(path)
 
     def _close_segment(self) -> None:
         if self._descriptor >= 0:
