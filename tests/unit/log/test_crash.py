@@ -343,6 +343,23 @@ def test_after_a_failed_sync_the_same_bytes_are_written_again(fast: Path, monkey
     story.check()
 
 
+def test_a_publish_that_could_not_sync_leaves_the_same_doubt(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have lost another process's records: they are written again before they are relied on."""
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 1 << 20)
+    story, disk = Story(fast), ForgetfulDisk()
+    log = story.open(disk)
+    story.append(log, 1)
+    with story.open(Disk()) as other:
+        story.append(other, 1)
+    disk.fail_next = True
+    with pytest.raises(Unavailable):
+        log.publish()
+    story.heads.append(log.publish())
+    assert bytes(disk.platter) == journal_module.segment_path(fast / "log", 0).read_bytes()
+    log.close()
+    story.check()
+
+
 KILLED = textwrap.dedent(
     """
     import json, os, signal, sys
