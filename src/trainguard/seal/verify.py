@@ -156,14 +156,15 @@ def _read_bundle(case: Case) -> bytes | None:
         return None
     except OSError as error:
         raise Unavailable(f"{case.seal_file}: seal cannot be opened: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise Unavailable(f"{case.seal_file}: expected a seal in a regular file, found another kind")
-        try:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(BUNDLE_LIMIT_BYTES + 1)
-        except OSError as error:
-            raise Unavailable(f"{case.seal_file}: seal cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise Unavailable(f"{case.seal_file}: seal cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
 
 
 def _fall_back(case: Case, *, missing: bool) -> None:

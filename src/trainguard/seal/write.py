@@ -68,6 +68,7 @@ def seal_path(
     """
     _check_arguments(run, step, lock, hash_type)
     place = resolve(path)
+    _check_writable(seal_path_of(place))
     manifest = read_manifest(place, hash_type=hash_type)
     live = _live(place, live_digest, manifest)
     home.prepare()
@@ -102,6 +103,15 @@ def _check_arguments(run: str | None, step: int | None, lock: str | None, hash_t
         raise Misuse(f"hash {hash_type[:40]!r}: expected {' or '.join(HASH_TYPES)}")
     if lock is not None:
         parse_sha256(lock, where="lock")
+
+
+def _check_writable(seal: Path) -> None:
+    """Refuse before the log has an entry, rather than after."""
+    if not os.access(seal.parent, os.W_OK | os.X_OK):
+        raise Unavailable(
+            f"{seal}: the seal could not be written: the folder cannot be written to",
+            next_step="seal where the checkpoint is made, or copy it to a folder you can write",
+        )
 
 
 @contextlib.contextmanager
