@@ -29,7 +29,7 @@ IGNORED = re.compile(
 )
 """Of these, none changes what is computed or which code runs: output, credentials, which devices, image build notes."""
 
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API[-_]?KEY|ACCESS[-_]?KEY|PRIVATE", re.IGNORECASE)
 VALUE_LIMIT = 4096
 
 
