@@ -61,7 +61,9 @@ class Outputs:
         return self._descriptor
 
     def read(self) -> None:
-        """Take what the kernel has to tell."""
+        """Take what the kernel has to tell; nothing where it would not have us watch."""
+        if self._descriptor < 0:
+            return
         try:
             data = os.read(self._descriptor, 1 << 16)
         except (BlockingIOError, OSError):
@@ -73,10 +75,10 @@ class Outputs:
             offset += 16 + length
             self._take(watch, mask, os.fsdecode(name))
 
-    def settled(self) -> list[Path]:
-        """Model files that were saved and have been quiet since; each is returned once for each save."""
+    def settled(self, seconds: float = SETTLE_SECONDS) -> list[Path]:
+        """Model files that were saved and have been quiet for `seconds`; each is returned once for each save."""
         now = time.monotonic()
-        ready = [path for path, changed in self._changed.items() if now - changed >= SETTLE_SECONDS]
+        ready = [path for path, changed in self._changed.items() if now - changed >= seconds]
         for path in ready:
             del self._changed[path]
         return [path for path in ready if is_model_file(path)]
