@@ -1,0 +1,269 @@
+"""Tools that others wrote accept our seals unmodified and offline, and refuse tampered ones.
+
+Each is skipped with its reason where it is not installed. To have them:
+    python3 -m venv V && V/bin/pip install model-signing pyopenssl jsonschema
+    export TRAINGUARD_MODEL_SIGNING=V/bin/model_signing
+    cosign 3.1 or newer (a Debian package; unpacking it with dpkg -x is enough), on PATH or in TRAINGUARD_COSIGN
+    apt-get install golang-go golang-golang-x-mod-dev openssl
+    TRAINGUARD_OMS_SCHEMAS = the folder schemas/v1.0 of the OpenSSF model-signing-spec (jsonschema comes with the venv)
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainguard.envelope import pre_authentication_encoding
+from trainguard.home import Home
+from trainguard.seal import seal_path, verify_seal
+from trainguard.seal.ledger import home_verifier, trusted_root
+from trainguard.seal.manifest import go_dirhash, seal_path_of
+
+pytestmark = pytest.mark.tool
+
+GO_LIBRARIES = Path("/usr/share/gocode")
+"""Where Debian's golang-*-dev packages lie."""
+
+Ran = subprocess.CompletedProcess[str]
+
+
+def tool(variable: str, name: str) -> str:
+    """The program that `variable` names, or `name` on PATH; skips where there is none."""
+    found = os.environ.get(variable) or shutil.which(name)
+    if not found or not Path(found).exists():
+        pytest.skip(f"{name} is not installed (put it on PATH or set {variable})")
+    return str(Path(found).absolute())
+
+
+def run(*command: object, **options: Any) -> Ran:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "state")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint with files below, files that OMS ignores, an empty file and an odd name."""
+    root = tmp_path / "model"
+    (root / "sub").mkdir(parents=True)
+    (root / "weights.bin").write_bytes(bytes(range(256)) * 20)
+    (root / "sub" / "ein Modell.bin").write_bytes(b"b")
+    (root / "empty").write_bytes(b"")
+    (root / ".gitattributes").write_text("x")
+    return root
+
+
+@pytest.fixture
+def model_signing() -> str:
+    return tool("TRAINGUARD_MODEL_SIGNING", "model_signing")
+
+
+@pytest.fixture
+def cosign(tmp_path: Path, home: Home) -> Callable[..., Ran]:
+    """cosign verify-blob-attestation with our key, in a home of its own; without the network it has nothing else."""
+    program = tool("TRAINGUARD_COSIGN", "cosign")
+
+    def verify(bundle: Path, digest: str, algorithm: str = "sha256", *more: object, key: Path | None = None) -> Ran:
+        options = ("--type", "https://model_signing/signature/v1.0", "--digest", digest, "--digestAlg", algorithm)
+        environment = os.environ | {"HOME": str(tmp_path / "cosign-home"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+        return run(
+            program, "verify-blob-attestation", "--bundle", bundle, "--key", key or home.keys / "attestation.pub",
+            *options, *more, env=environment,
+        )  # fmt: skip
+
+    return verify
+
+
+def test_model_signing_upholds_our_seal_and_refuses_tampering(model_signing: str, home: Home, folder: Path) -> None:
+    """The reference implementation of OMS: change, extra, missing, renamed."""
+    seal_path(home, folder, run="r", step=1)
+
+    def verify() -> int:
+        public = home.keys / "attestation.pub"
+        arguments = ("--public_key", public, "--signature", seal_path_of(folder))
+        return run(model_signing, "verify", "key", folder, *arguments).returncode
+
+    assert verify() == 0
+    weights = folder / "weights.bin"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + b"x")
+    assert verify() != 0
+    weights.write_bytes(data)
+    (folder / "extra").write_bytes(b"")
+    assert verify() != 0
+    (folder / "extra").unlink()
+    weights.rename(folder / "other.bin")
+    assert verify() != 0
+    (folder / "other.bin").rename(weights)
+    assert verify() == 0
+
+
+def test_model_signing_upholds_a_seal_of_one_file(model_signing: str, home: Home, tmp_path: Path) -> None:
+    """Under another name too."""
+    path = tmp_path / "c.pt"
+    path.write_bytes(b"weights")
+    seal_path(home, path)
+    moved = path.rename(tmp_path / "moved.pt")
+    public = home.keys / "attestation.pub"
+    done = run(model_signing, "verify", "key", moved, "--public_key", public, "--signature", f"{path}.sig")
+    assert done.returncode == 0, done.stderr
+
+
+def test_model_signings_library_upholds_a_blake3_seal(model_signing: str, home: Home, folder: Path) -> None:
+    """Its command line hashes with SHA-256 whatever the seal says; its library reads the hash type."""
+    seal_path(home, folder, hash_type="blake3")
+    code = (
+        "import sys; from model_signing import verifying\n"
+        "verifying.Config().use_elliptic_key_verifier(public_key=sys.argv[1]).set_hashing_config(\n"
+        "    __import__('model_signing').hashing.Config().use_file_serialization(hashing_algorithm='blake3')\n"
+        "    .set_ignored_paths(paths=[sys.argv[3]])).verify(sys.argv[2], sys.argv[3])\n"
+    )
+    python = Path(model_signing).with_name("python")
+    arguments = (home.keys / "attestation.pub", folder, seal_path_of(folder))
+    done = run(python, "-c", code, *arguments)
+    assert done.returncode == 0, done.stderr
+    (folder / "weights.bin").write_bytes(b"other")
+    assert run(python, "-c", code, *arguments).returncode != 0
+
+
+def test_we_uphold_what_model_signing_signed(model_signing: str, home: Home, folder: Path) -> None:
+    """With its key: content is checked, and what it does not say is said to be unchecked."""
+    seal_path(home, folder)
+    key = home.keys / "attestation.pem"
+    other = Home(folder.parent / "nothing")
+    seal_path_of(folder).unlink()
+    done = run(model_signing, "sign", "key", folder, "--private_key", key, "--signature", seal_path_of(folder))
+    assert done.returncode == 0, done.stderr
+    report = verify_seal(folder, home=other, key=home.keys / "attestation.pub")
+    assert (report.status, report.checked) == ("upheld", ("signature", "content"))
+    (folder / "weights.bin").write_bytes(b"other")
+    assert verify_seal(folder, home=other, key=home.keys / "attestation.pub").status == "violated"
+
+
+def test_cosign_upholds_our_seal_by_root_and_by_dirhash(
+    cosign: Callable[..., Ran], home: Home, folder: Path, tmp_path: Path
+) -> None:
+    """Our log is the transparency log it checks: no --insecure flag, no network."""
+    report = seal_path(home, folder, run="r", step=1)
+    root = tmp_path / "trusted_root.json"
+    root.write_text(json.dumps(trusted_root([v for v in [home_verifier(home)] if v])))
+    bundle = seal_path_of(folder)
+    for digest, algorithm in ((report.root, "sha256"), (report.dir_hash, "dirHash")):
+        done = cosign(bundle, digest, algorithm, "--trusted-root", root)
+        assert (done.returncode, "Verified OK" in done.stderr) == (0, True), done.stderr
+    assert cosign(bundle, "0" * 64, "sha256", "--trusted-root", root).returncode != 0
+    other = Home(tmp_path / "other")
+    seal_path(other, folder / "weights.bin")
+    done = cosign(bundle, report.root, "sha256", "--trusted-root", root, key=other.keys / "attestation.pub")
+    assert done.returncode != 0
+
+
+def damaged_entries(bundle: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The bundle with its log entry missing, moved, and under a head that was altered."""
+    made = {}
+    for name in ("missing", "moved", "head", "path"):
+        copy = json.loads(json.dumps(bundle))
+        entries = copy["verificationMaterial"]["tlogEntries"]
+        if name == "missing":
+            entries.clear()
+        elif name == "moved":
+            entries[0]["logIndex"] = entries[0]["inclusionProof"]["logIndex"] = "1"
+        elif name == "head":
+            head = entries[0]["inclusionProof"]["checkpoint"]
+            head["envelope"] = head["envelope"].replace("\n2\n", "\n3\n")
+        else:
+            entries[0]["inclusionProof"]["hashes"][0] = base64.b64encode(bytes(32)).decode()
+        made[name] = copy
+    return made
+
+
+def test_cosign_refuses_a_seal_our_log_does_not_hold(
+    cosign: Callable[..., Ran], home: Home, folder: Path, tmp_path: Path
+) -> None:
+    """So its yes above is about inclusion."""
+    report = seal_path(home, folder, run="r", step=1)
+    root = tmp_path / "trusted_root.json"
+    root.write_text(json.dumps(trusted_root([v for v in [home_verifier(home)] if v])))
+    for name, damaged in damaged_entries(json.loads(seal_path_of(folder).read_bytes())).items():
+        bundle = tmp_path / f"{name}.sig"
+        bundle.write_text(json.dumps(damaged))
+        done = cosign(bundle, report.root, "sha256", "--trusted-root", root)
+        assert done.returncode != 0, name
+
+
+def test_cosign_refuses_a_seal_of_another_log(
+    cosign: Callable[..., Ran], home: Home, folder: Path, tmp_path: Path
+) -> None:
+    """The right attestation key, a log whose key is not trusted."""
+    report = seal_path(home, folder)
+    other = Home(tmp_path / "other")
+    seal_path(other, folder / "weights.bin")
+    root = tmp_path / "trusted_root.json"
+    root.write_text(json.dumps(trusted_root([v for v in [home_verifier(other)] if v])))
+    assert cosign(seal_path_of(folder), report.root, "sha256", "--trusted-root", root).returncode != 0
+
+
+def test_openssl_verifies_the_signature(home: Home, folder: Path, tmp_path: Path) -> None:
+    """Over the DSSE encoding of the payload, with the public key as it lies in the home."""
+    openssl = tool("TRAINGUARD_OPENSSL", "openssl")
+    seal_path(home, folder)
+    envelope = json.loads(seal_path_of(folder).read_bytes())["dsseEnvelope"]
+    payload = base64.b64decode(envelope["payload"])
+    (tmp_path / "sig").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
+    for data, status in ((payload, 0), (payload + b" ", 1)):
+        (tmp_path / "pae").write_bytes(pre_authentication_encoding(envelope["payloadType"], data))
+        public = home.keys / "attestation.pub"
+        done = run(openssl, "dgst", "-sha256", "-verify", public, "-signature", tmp_path / "sig", tmp_path / "pae")
+        assert done.returncode == status, done.stderr
+
+
+def test_dirhash_is_gos(home: Home, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """golang.org/x/mod/sumdb/dirhash over the same folder, links to files included, without the seal."""
+    if shutil.which("go") is None:
+        pytest.skip("go is not installed")
+    if not (GO_LIBRARIES / "src/golang.org/x/mod/sumdb/dirhash").is_dir():
+        pytest.skip("golang.org/x/mod is not installed (package golang-golang-x-mod-dev)")
+    build = tmp_path_factory.mktemp("go")
+    environment = os.environ | {
+        "GO111MODULE": "off", "GOPATH": str(GO_LIBRARIES), "GOFLAGS": "", "GOCACHE": str(build / "cache"),
+    }  # fmt: skip
+    source = Path(__file__).parent / "dirhash" / "main.go"
+    subprocess.run(["go", "build", "-o", build / "dirhash", source], check=True, env=environment, cwd=build)
+    (folder / "link.bin").symlink_to("weights.bin")
+    report = seal_path(home, folder)
+    seal_path_of(folder).unlink()
+    assert run(build / "dirhash", folder).stdout.strip() == go_dirhash(report.dir_hash or "")
+
+
+def test_the_published_schemas_hold(model_signing: str, home: Home, folder: Path, tmp_path: Path) -> None:
+    """The four JSON schemas of OMS v1.0, by the jsonschema that lies beside model_signing."""
+    schemas = os.environ.get("TRAINGUARD_OMS_SCHEMAS")
+    if not schemas:
+        pytest.skip("TRAINGUARD_OMS_SCHEMAS does not name the schemas of model-signing-spec")
+    code = (
+        "import base64, json, sys, pathlib\n"
+        "from jsonschema import Draft202012Validator as V\n"
+        "from referencing import Registry, Resource\n"
+        "f = pathlib.Path(sys.argv[1]).glob('*.schema.json')\n"
+        "s = {p.name.split('.')[0]: json.loads(p.read_text()) for p in f}\n"
+        "r = Registry().with_resources([(v['$id'], Resource.from_contents(v)) for v in s.values()])\n"
+        "b = json.loads(pathlib.Path(sys.argv[2]).read_text())\n"
+        "p = json.loads(base64.b64decode(b['dsseEnvelope']['payload']))\n"
+        "parts = {'bundle': b, 'envelope': b['dsseEnvelope'], 'statement': p, 'predicate': p['predicate']}\n"
+        "for n, v in parts.items(): V(s[n], registry=r).validate(v); print(n)\n"
+    )
+    seal_path(home, folder, run="r", step=1)
+    python = Path(model_signing).with_name("python")
+    done = run(python, "-c", code, schemas, seal_path_of(folder))
+    assert done.stdout.split() == ["bundle", "envelope", "statement", "predicate"], done.stderr
