@@ -38,22 +38,29 @@ class Modules(SweepCheck):
         if isinstance(value.get("flags"), dict):
             self._held += 1
             yield from self._between_ranks(evidence, value["flags"])
+        alike: dict[tuple[str, str, str], list[str]] = {}
         for name, before, now in rows(value.get("changed"), 3):
             if isinstance(name, str):
-                yield from self._changed(evidence, name[:300], before, now)
+                setting = name[:300].rsplit(".", 1)[-1] if name.endswith(".training") else name[:300]
+                alike.setdefault((setting, f"{before!s:.200}", f"{now!s:.200}"), []).append(name[:300])
+        for (_, was, is_now), names in alike.items():
+            yield from self._changed(evidence, names, was, is_now)
 
-    def _changed(self, evidence: Evidence, name: str, before: Any, now: Any) -> Iterator[Finding]:
+    def _changed(self, evidence: Evidence, names: list[str], before: str, now: str) -> Iterator[Finding]:
+        """One finding for settings that moved together, such as the mode of a whole model."""
+        name = names[0]
+        others = f" and of {len(names) - 1} more" if len(names) > 1 else ""
         flag = name in FLAGS or name.startswith(FLAG_PREFIXES)
         techniques = ("A11",) if name in PERFORMANCE else ("A10",) if flag else ("C11",)
         what = "numeric flag" if flag else "mode of module" if name.endswith(".training") else "module setting"
         yield from self._finding(
             evidence,
             "suspicious",
-            f"{what} {name} changed from {before!s:.100} to {now!s:.100}, found in step {evidence.step}",
+            f"{what} {name}{others} changed from {before:.100} to {now:.100}, found in step {evidence.step}",
             place=name,
             techniques=techniques,
-            expected=f"{before!s:.200}",
-            found=f"{now!s:.200}",
+            expected=before,
+            found=now,
         )
 
     def _between_ranks(self, evidence: Evidence, flags: dict[str, Any]) -> Iterator[Finding]:

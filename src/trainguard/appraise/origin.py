@@ -152,8 +152,9 @@ class Origins:
                 return area, name, path[len(root) + 1 :]
         if any(mark in path for mark in CACHE_MARKS) or self._in_cache(path):
             return "cache", "", path
-        if self.measured is None and path.startswith(tuple(folder + "/" for folder in self._folders)):
-            return "code", "", path
+        for folder in self._folders if self.measured is None else ():
+            if path.startswith(folder + "/"):
+                return "code", "", path[len(folder) + 1 :]
         return "outside", "", path
 
     def locked(self, path: str) -> str | None:
@@ -194,7 +195,7 @@ class Origins:
         """`place` relative to the code root where it lies inside, as approvals name it."""
         area, _, below = self.area(_file(place))
         line = place[len(_file(place)) :]
-        return below + line if area == "code" and not below.startswith("/") else place
+        return below + line if area == "code" else place
 
     def approves(self, check: str, place: str) -> bool:
         """Whether policy or lock approve a departure of `check` at `place`, named absolutely or below the code root."""

@@ -21,7 +21,6 @@ class SweepCheck:
     """Base of the inventory checks. A subclass names itself and judges one line of an inventory."""
 
     name = ""
-    required = True
 
     def __init__(self, context: Context) -> None:
         self._run = context.run
@@ -65,15 +64,14 @@ class SweepCheck:
     def end(self) -> Iterator[Finding | LinkState]:
         for problem in self._origins.problems:
             self._blind[problem] = None
-        if self._steps and not self._held and not self._broken:
-            self._blind["no sweep was completed"] = None
+        if not self._held and not self._broken:
+            self._blind["no sweep was completed" if self._steps else "no optimizer step was seen"] = None
         yield LinkState(
             link=self.name,
             held=self._held,
             broken=self._broken,
             blind=tuple(self._blind),
             explained=tuple(self._explained),
-            required=self.required and self._steps,
         )
 
     def _since(self, evidence: Evidence) -> str:

@@ -14,6 +14,7 @@ Frames (spec/evidence.md, "sweep"):
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import re
@@ -27,6 +28,9 @@ SLICE_NS = 5_000_000
 """Longest stretch at a time, of this thread's own time."""
 
 FIRST_SLICE_NS = 40_000_000
+LAST_SLICE_NS = 300_000_000
+"""Longest stretch at exit, to end a reading that was begun."""
+
 EVERY = 200
 FOUND_LIMIT = 200
 
@@ -52,6 +56,9 @@ class Dispatch:
         self._found: List[Dict[str, Any]] = []
         self._digest = hashlib.sha256()
         self._checked = 0
+        self._whole = client.settings.get("links") == "all"
+        self._last: Optional[int] = None
+        atexit.register(self.finish)
 
     def before(self, step: Any) -> None:
         """Modes in force as the update begins."""
@@ -75,9 +82,21 @@ class Dispatch:
             self.registrations = count
             self.package = os.path.dirname(os.path.abspath(step.torch.__file__)) + os.sep
             self._work = self._sweep(step.torch._C)
-        deadline = time.thread_time_ns() + (FIRST_SLICE_NS if step.number == 1 else SLICE_NS)
-        for _ in self._work:
-            if time.thread_time_ns() > deadline:
+        self._go_on(step.number, FIRST_SLICE_NS if step.number == 1 else SLICE_NS)
+
+    def finish(self) -> None:
+        """At exit: end the reading that was begun."""
+        try:
+            if self._work is not None and self._last is not None:
+                self._go_on(self._last, LAST_SLICE_NS)
+        except Exception as error:
+            self.client.fault("dispatch.exit", error)
+
+    def _go_on(self, number: int, slice_ns: int) -> None:
+        self._last = number
+        deadline = time.thread_time_ns() + slice_ns
+        for _ in self._work or ():
+            if time.thread_time_ns() > deadline and not self._whole:
                 return
         self._work = None
         new = self.inventory.news(self._found)
@@ -88,7 +107,7 @@ class Dispatch:
             "digest": self._digest.hexdigest()[:16],
             "found": new[:FOUND_LIMIT],
         }
-        self.client.send("sweep", body, step.number)
+        self.client.send("sweep", body, number)
 
     def _sweep(self, native: Any) -> Iterator[None]:
         self._found, self._digest, self._checked = [], hashlib.sha256(), 0

@@ -68,7 +68,8 @@ class Modules:
         self.client = client
         self.readers: Optional[List[Tuple[str, Callable[[], Any]]]] = None
         self.flags: Dict[str, Any] = {}
-        self.settings: Dict[str, Any] = {}
+        self.settings: Dict[int, Dict[str, Any]] = {}
+        """Index of an optimizer → settings of the modules whose parameters it updates."""
         self.learnt: Dict[str, bool] = {}
         self.looked = 0
         self.compared = 0
@@ -80,7 +81,7 @@ class Modules:
         changed = self._flags(step.torch)
         first = self.looked == 0
         if first or step.number % MODULES_EVERY == 0:
-            changed += self._modules(step.number)
+            changed += self._modules(step)
         self.looked += 1
         if first:
             self._said = {"flags": self.flags, "changed": []}
@@ -108,18 +109,21 @@ class Modules:
         first, self.flags = not self.flags, found
         return [] if first else changed
 
-    def _modules(self, number: int) -> List[List[Any]]:
+    def _modules(self, step: Any) -> List[List[Any]]:
         found: Dict[str, Any] = {}
-        for index, root in enumerate(roots.roots()):
+        updated = {id(entry.param) for entry in step.track.entries}
+        mine = [root for root in roots.roots() if any(id(p) in updated for p in root.parameters())]
+        for index, root in enumerate(mine):
             prefix = "" if index == 0 else "%d:" % index
             for position, (name, module) in enumerate(root.named_modules()):
                 if position > MODULES_LIMIT:
                     break
                 _scalars(found, prefix + (name or "root") + ".", module)
         self.compared += len(found)
-        before, self.settings = self.settings, found
+        before = self.settings.get(step.opt, {})
+        self.settings[step.opt] = found
         changed = [[n, before[n], found[n]] for n in found if n in before and before[n] != found[n]]
-        if number <= LEARN_STEPS:
+        if step.index <= LEARN_STEPS:
             for name, _, _ in changed:
                 if not name.endswith(".training"):
                     self.learnt[name] = True

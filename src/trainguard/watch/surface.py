@@ -19,6 +19,7 @@ milliseconds after a step, when the budget has room.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
@@ -33,6 +34,9 @@ SLICE_NS = 8_000_000
 
 FIRST_SLICE_NS = 60_000_000
 """Longest stretch at the very first step, where start-up dwarfs it."""
+
+LAST_SLICE_NS = 200_000_000
+"""Longest stretch at exit, to end a sweep that was begun."""
 
 EVERY = 50
 EARLY = 5
@@ -122,6 +126,9 @@ class Surface:
         self._work: Optional[Iterator[None]] = None
         self._checked = 0
         self._differ: List[Dict[str, Any]] = []
+        self._whole = client.settings.get("links") == "all"
+        self._last: Optional[int] = None
+        atexit.register(self.finish)
 
     def before(self, step: Any) -> None:
         """Nothing to carry."""
@@ -135,14 +142,26 @@ class Surface:
             if step.number > EARLY and step.number % EVERY:
                 return
             self._work = self._sweep(step)
-        inside = audit.entered()
-        deadline = time.thread_time_ns() + (FIRST_SLICE_NS if step.number == 1 else SLICE_NS)
+        self._go_on(step.number, FIRST_SLICE_NS if step.number == 1 else SLICE_NS)
+
+    def finish(self) -> None:
+        """At exit: end the sweep that was begun."""
         try:
-            for _ in self._work:
-                if time.thread_time_ns() > deadline:
+            if self._work is not None and self._last is not None:
+                self._go_on(self._last, LAST_SLICE_NS)
+        except Exception as error:
+            self.client.fault("surface.exit", error)
+
+    def _go_on(self, number: int, slice_ns: int) -> None:
+        self._last = number
+        inside = audit.entered()
+        deadline = time.thread_time_ns() + slice_ns
+        try:
+            for _ in self._work or ():
+                if time.thread_time_ns() > deadline and not self._whole:
                     return
             self._work = None
-            self._report(step.number)
+            self._report(number)
         except Exception:
             self._work = None
             raise

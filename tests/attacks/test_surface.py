@@ -1,0 +1,158 @@
+"""Patches of the functions that training calls: each found with its place, and the control that stays green."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.helpers.watched import Watched, training, watch, write
+
+from trainguard.appraise.surface import Surface
+from trainguard.finding import Finding
+from trainguard.policy import Approval
+
+PATCH = """
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad
+
+def patched(real):
+    def clip_grad_norm_(parameters, max_norm, *args, **kwargs):
+        return real(parameters, max_norm * 0.1, *args, **kwargs)
+    return clip_grad_norm_
+
+def forward(self, input):
+    return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps) * 1.0
+
+def linear(self, input):
+    return F.linear(input, self.weight, self.bias) * 1.0
+
+def same(value, code):
+    print("id same", value, "code same", code)
+
+def go():
+    for what in ("replace", "code", "forged", "defaults", "base", "constant", "other", "object", "string"):
+        patch(what)
+
+def patch(what):
+    if what == "replace":
+        torch.nn.utils.clip_grad_norm_ = patched(torch.nn.utils.clip_grad_norm_)
+    if what == "code":
+        f = torch.nn.LayerNorm.forward
+        was = id(f)
+        f.__code__ = forward.__code__
+        same(id(torch.nn.LayerNorm.forward) == was, None)
+    if what == "forged":
+        f = torch.nn.Linear.forward
+        kept = f.__code__
+        f.__code__ = linear.__code__.replace(
+            co_filename=kept.co_filename, co_firstlineno=kept.co_firstlineno, co_name=kept.co_name)
+    if what == "defaults":
+        f = torch.optim.AdamW.__init__
+        was, code = id(f), hash(f.__code__)
+        f.__defaults__ = (1e-3, (0.9, 0.99), *f.__defaults__[2:])
+        same(id(f) == was, hash(f.__code__) == code)
+    if what == "base":
+        def zero_grad(self, set_to_none=True):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        torch.optim.Optimizer.zero_grad = zero_grad
+    if what == "constant":
+        import torch.utils.data._utils as utils
+        utils.MP_STATUS_CHECK_INTERVAL = 0.1
+    if what == "other":
+        F.l1_loss = F.mse_loss
+    if what == "object":
+        import __main__
+        __main__.model[2].forward = lambda x: x
+    if what == "string":
+        names = {}
+        exec("def clip_grad_value_(parameters, value, foreach=None): pass", names)
+        clip_grad.clip_grad_value_ = names["clip_grad_value_"]
+"""
+
+ATTACKS = {
+    "replace": ("torch.nn.utils.clip_grad_norm_", "B3", "suspicious", "def clip_grad_norm_"),
+    "code": ("torch.nn.modules.normalization.LayerNorm.forward", "B4", "violated", "def forward"),
+    "forged": ("torch.nn.modules.linear.Linear.forward", "B4", "violated", None),
+    "defaults": ("torch.optim.adamw.AdamW.__init__", "B4", "violated", None),
+    "base": ("torch.optim.optimizer.Optimizer.zero_grad", "B3", "suspicious", "def zero_grad"),
+    "constant": ("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", "B4", "suspicious", None),
+    "other": ("torch.nn.functional.l1_loss", "B3", "suspicious", None),
+    "string": ("torch.nn.utils.clip_grad.clip_grad_value_", "B3", "suspicious", None),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Eight steps; every patch is made before step 3."""
+    folder = tmp_path_factory.mktemp("job")
+    write(
+        folder, {"train.py": training(steps=8, before="import helper; step == 3 and helper.go()"), "helper.py": PATCH}
+    )
+    run = watch(folder)
+    assert run.status == 0, run.output
+    assert run.faults() == []
+    return run
+
+
+def about(findings: list[Finding], binding: str) -> Finding:
+    (found,) = [finding for finding in findings if binding in finding.message]
+    return found
+
+
+@pytest.mark.parametrize("what", sorted(ATTACKS))
+def test_a_patch_is_found_with_its_binding_and_place(run: Watched, what: str) -> None:
+    """In the sweep of the very step; the message says since when."""
+    binding, technique, outcome, line = ATTACKS[what]
+    findings, link = run.judge(Surface)
+    found = about(findings, binding)
+    assert (found.outcome, found.techniques[0], found.subject.step) == (outcome, technique, 3)
+    assert "appeared after step 2" in found.message
+    assert link.state == "broken"
+    if line is not None:
+        assert found.subject.path == run.line_of("helper.py", line)
+
+
+def test_identity_and_code_hash_stay_green_where_defaults_change(run: Watched) -> None:
+    """The control: `id()` of the function and the hash of its code are the same before and after."""
+    assert "id same True code same True" in run.output
+
+
+def test_identity_stays_green_where_code_is_swapped(run: Watched) -> None:
+    """The control for a swapped `__code__`."""
+    assert "id same True code same None" in run.output
+
+
+def test_a_patch_that_is_approved_is_explained(run: Watched) -> None:
+    """Approval by `file:line`, relative to the code root; the others stay."""
+    place = run.line_of("helper.py", "def clip_grad_norm_")
+    findings, link = run.judge(Surface, Approval(check="surface", place=place))
+    assert not [finding for finding in findings if "clip_grad_norm_" in finding.message]
+    assert link.explained == ("helper.py:" + place.rsplit(":", 1)[1],)
+    assert len(findings) == len(run.judge(Surface)[0]) - 1
+
+
+def test_a_method_hidden_by_an_attribute_of_one_module_is_found(run: Watched) -> None:
+    """`model[2].forward = f` changes no class."""
+    found = about(run.judge(Surface)[0], "module 2.forward")
+    assert (found.outcome, found.techniques[0]) == ("suspicious", "B3")
+
+
+def test_an_honest_run_has_no_difference(tmp_path: Path) -> None:
+    """A scheduler that patches the optimizer's `step`, and a subclass of the job's own, are no differences."""
+    top = """
+import torch
+class Mine(torch.optim.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+"""
+    text = training(steps=8, top=top, after="schedule.step()").replace("torch.optim.AdamW(m", "Mine(m")
+    text = text.replace("for step", "schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)\nfor step")
+    write(tmp_path, {"train.py": text})
+    run = watch(tmp_path)
+    findings, link = run.judge(Surface)
+    assert (run.status, run.faults(), findings) == (0, [], [])
+    assert link.state == "held"
+    assert link.held >= 5
