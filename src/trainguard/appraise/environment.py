@@ -627,10 +627,10 @@ def variable_kind(name: str) -> tuple[Outcome, tuple[str, ...]]:
         return "violated", ("A9", "A4")
     if NATIVE.fullmatch(name):
         return "violated", ("A3", "A4")
-    if LOADERS.fullmatch(name):
-        return "violated", ("A4",)
     if CACHES.fullmatch(name):
         return "suspicious", ("A8",)
+    if LOADERS.fullmatch(name):
+        return "violated", ("A4",)
     if SPEED.fullmatch(name):
         return "suspicious", ("A11",)
     if PLACES.fullmatch(name):
