@@ -27,7 +27,7 @@ from trainguard.appraise.interface import Context
 from trainguard.appraise.judge import judge_run
 from trainguard.appraise.verdict import Verdict
 from trainguard.archive import RunWriter
-from trainguard.envelope import load_or_create_key
+from trainguard.envelope import load_or_create_key, load_public_key
 from trainguard.errors import TrainguardError
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding
@@ -36,7 +36,15 @@ from trainguard.lockfile import Lock
 from trainguard.log import Log
 from trainguard.measure import measure
 from trainguard.policy import Policy
+from trainguard.seal.ledger import read_ledger
+from trainguard.seal.verify import verify_seal
+from trainguard.seal.write import seal_path
+from trainguard.watch.outputs import is_model_file
 from trainguard.watch.supervisor import Ended, Settings, Supervisor, blocked_signals
+
+
+SEALING_SECONDS = 600
+"""How long the end of a run waits for the last checkpoints to be sealed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +98,14 @@ class Session:
             start = self._start(policy, lock)
             writer.begin(start)
             judge = _LiveJudge(Context(run=self.run_id, policy=self._policy, blob=self._home.blob), self._notify)
-            recorder.observer = judge.feed
+            sealer = _Sealer(self._home, self.run_id, log, lock, recorder.add)
+            recorder.observers = [judge.feed, sealer.feed]
             recorder.add("start", start)
             self._measure(recorder, lock)
             try:
-                ended = self._watch_unless_refused(recorder, judge)
+                ended = self._watch_unless_refused(recorder, judge, sealer)
             finally:
+                sealer.close()
                 judge.close()
                 writer.seal(final=True)
         finally:
@@ -138,18 +148,18 @@ class Session:
             return
         recorder.add("measurement", {"blob": blob, "lock": lock, "attempt": 0})
 
-    def _watch_unless_refused(self, recorder: _Observed, judge: _LiveJudge) -> Ended | None:
+    def _watch_unless_refused(self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer) -> Ended | None:
         """How the command ended; None when preflight refused it. A command that is not started is on record as such."""
         if self._gate and judge.violated:
             recorder.add("end", {"not_started": "preflight found differences from the lock (--gate)"})
             return None
         try:
-            return self._watch(recorder, judge)
+            return self._watch(recorder, judge, sealer)
         except TrainguardError as error:
             recorder.add("end", {"not_started": str(error)})
             raise
 
-    def _watch(self, recorder: _Observed, judge: _LiveJudge) -> Ended:
+    def _watch(self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer) -> Ended:
         policy = self._policy
         settings = Settings(
             links=policy.links,
@@ -169,20 +179,92 @@ class Session:
         )
         with blocked_signals() as mask:
             judge.start()
+            sealer.start()
             return supervisor.run(self._command, os.environ, mask=mask)
 
 
+class _Sealer:
+    """Seals what the job saves and verifies what it opens, in a thread, with a key the job never has.
+
+    The seal stays in the log and our store: nothing is written beside the job's own files.
+    """
+
+    def __init__(self, home: Home, run: str, log: Log, lock: str | None, add: Callable[..., Any]) -> None:
+        self._home = home
+        self._run = run
+        self._log = log
+        self._lock = lock
+        self._add = add
+        self._ours: set[str] = set()
+        """Paths saved by this run; reading those back needs no verifying, the seal was just made from them."""
+        self._queue: queue.Queue[tuple[Callable[[Path, int | None], None], Path, int | None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="sealer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def feed(self, evidence: Evidence) -> None:
+        """Queue what a `saved` or `open` record calls for; other records are passed over."""
+        if evidence.kind == "saved":
+            path = Path(str(evidence.body["path"]))
+            self._ours.add(str(path))
+            self._queue.put((self._seal, path, evidence.step))
+        elif evidence.kind == "open":
+            for path in _read_paths(evidence):
+                if str(path) not in self._ours and is_model_file(path):
+                    self._queue.put((self._verify, path, evidence.step))
+
+    def close(self) -> None:
+        """Finish what is queued."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(timeout=SEALING_SECONDS)
+
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
+            action, path, step = task
+            try:
+                action(path, step)
+            except TrainguardError as error:
+                self._add("seal", {"path": str(path), "unsealed": str(error)}, step=step)
+
+    def _seal(self, path: Path, step: int | None) -> None:
+        report = seal_path(self._home, path, run=self._run, step=step, lock=self._lock, log=self._log, source="run")
+        findings = msgspec.to_builtins(report.findings)
+        self._add("seal", {"path": str(path), "leaf": report.leaf, "findings": findings}, step=step)
+
+    def _verify(self, path: Path, step: int | None) -> None:
+        """Verify a checkpoint the job opened, if our log has a seal of that place; else there is nothing to say."""
+        ledger = read_ledger(self._home, load_public_key(self._home.keys / "attestation.pub"))
+        if ledger is None or ledger.newest(place=str(path.resolve())) is None:
+            return
+        report = verify_seal(path, home=self._home)
+        self._add("opened", {"path": str(path), "findings": msgspec.to_builtins(report.findings)}, step=step)
+
+
+def _read_paths(evidence: Evidence) -> list[Path]:
+    """Paths that an `open` record says were read; whatever else it holds is passed over."""
+    files = evidence.body.get("files")
+    entries = [entry for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
+    return [
+        Path(entry["path"])
+        for entry in entries
+        if isinstance(entry.get("path"), str) and entry.get("sha256") and os.path.isabs(entry["path"])
+    ]
+
+
 class _Observed:
-    """A recorder that also shows every record to the live judge."""
+    """A recorder that also shows every record to the live judge and the sealer."""
 
     def __init__(self, writer: RunWriter) -> None:
         self._writer = writer
-        self.observer: Callable[[Evidence], None] = lambda _evidence: None
+        self.observers: list[Callable[[Evidence], None]] = []
 
     def add(self, kind: str, body: dict[str, Any], *, source: str = "supervisor", **fields: Any) -> Evidence | None:
         record = self._writer.add(kind, body, source=source, **fields)
         if record is not None:
-            self.observer(record)
+            for observer in self.observers:
+                observer(record)
         return record
 
     def seal(self, *, final: bool = False) -> int | None:

@@ -178,7 +178,7 @@ def _fall_back(case: Case, *, missing: bool) -> None:
             next_step=_sealing_hint(case.place),
         )
     case.leaf = leaf
-    if missing:
+    if missing and leaf.source != "run":
         case.say(
             "violated",
             ("E8", "E10"),

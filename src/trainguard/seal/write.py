@@ -148,7 +148,8 @@ def _enter(
     vkey = home.keys / "log.vkey"
     reader = LogReader(home.log, vkey)
     entry = entry_of(reader.inclusion(first), reader.head(), load_verifier(vkey), signature)
-    write_durably(seal_path_of(place), encode_bundle(signed, hint, entry))
+    if source != "run":  # a watched run gets no files of ours beside its own; the log and our store keep the seal
+        write_durably(seal_path_of(place), encode_bundle(signed, hint, entry))
     return seal, leaf
 
 

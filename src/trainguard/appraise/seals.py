@@ -1,0 +1,62 @@
+"""Check *seals*: what the job saved was sealed, and what it opened is what was sealed (E3, E5, E6, E7).
+
+The work is done as the run goes on, outside the job: the record `seal` says how a saved checkpoint was sealed, the
+record `opened` what verifying a checkpoint found that the job opened and our log has a seal of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from trainguard.appraise.interface import Context, cite
+from trainguard.evidence import Evidence
+from trainguard.finding import Finding, LinkState
+
+PATH_LIMIT = 20
+
+
+class Seals:
+    """See the module."""
+
+    name = "seals"
+
+    def __init__(self, context: Context) -> None:
+        self._run = context.run
+        self._held = 0
+        self._broken = 0
+        self._unsealed: list[str] = []
+
+    def see(self, evidence: Evidence) -> Iterator[Finding]:
+        if evidence.source != "supervisor" or evidence.kind not in ("seal", "opened"):
+            return
+        unsealed = evidence.body.get("unsealed")
+        if isinstance(unsealed, str):
+            self._unsealed.append(unsealed)
+            return
+        findings = [self._own(finding, evidence) for finding in _findings(evidence.body.get("findings"))]
+        self._broken += bool(findings)
+        self._held += not findings
+        yield from findings
+
+    def end(self) -> Iterator[LinkState]:
+        more = len(self._unsealed) - PATH_LIMIT
+        blind = [*self._unsealed[:PATH_LIMIT], *([f"and {more} more"] if more > 0 else [])]
+        # A run that saves nothing has nothing to seal, so the link is not asked for.
+        yield LinkState(
+            link=self.name, held=self._held, broken=self._broken, blind=tuple(blind), required=bool(self._unsealed)
+        )
+
+    def _own(self, finding: Finding, evidence: Evidence) -> Finding:
+        subject = msgspec.structs.replace(finding.subject, run=self._run)
+        return msgspec.structs.replace(finding, subject=subject, evidence=(*finding.evidence, *cite(evidence)))
+
+
+def _findings(value: Any) -> tuple[Finding, ...]:
+    """Findings as they were recorded; none where the record is not as its specification says."""
+    try:
+        return msgspec.convert(value, tuple[Finding, ...])
+    except msgspec.ValidationError:
+        return ()

@@ -1,0 +1,48 @@
+"""S11: a checkpoint is edited between save and resume. The run that saved it was watched, so the edit is named."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tests.helpers.guarded import run
+
+PYTHON = sys.executable
+SAVE = """
+import sys, torch
+torch.manual_seed(0); torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+if sys.argv[1:] == ["resume"]:
+    saved = torch.load("out.pt")
+    model.load_state_dict(saved["model"]); optimizer.load_state_dict(saved["optimizer"])
+for step in range(5):
+    optimizer.zero_grad(); model(torch.randn(3, 4)).pow(2).mean().backward(); optimizer.step()
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "out.pt")
+"""
+EDIT = """
+import torch
+saved = torch.load("out.pt")
+saved["model"]["1.weight"] *= 1.01
+torch.save(saved, "out.pt")
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_weights_edited_between_save_and_resume_are_named_by_tensor(tmp_path: Path) -> None:
+    """E3: size and keys unchanged, every value finite, and yet the log knows what was saved."""
+    (tmp_path / "train.py").write_text(SAVE)
+    first = run(tmp_path, PYTHON, "train.py")
+    assert first.link("seals")["held"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".trainguard", "out.pt", "train.py"]
+    size = (tmp_path / "out.pt").stat().st_size
+    quiet = run(tmp_path, PYTHON, "train.py", "resume")
+    assert not quiet.by("seal")
+    assert quiet.link("seals")["held"] == 2
+    exec(EDIT.replace('"out.pt"', repr(str(tmp_path / "out.pt"))), {})
+    assert (tmp_path / "out.pt").stat().st_size == size
+    tampered = run(tmp_path, PYTHON, "train.py", "resume")
+    assert tampered.verdict["verdict"] == "TAINTED"
+    (finding,) = (f for f in tampered.by("seal") if f["outcome"] == "violated")
+    assert finding["techniques"][0] == "E3"
+    assert "1.weight" in finding["message"] or finding["subject"]["tensor"] == "model.1.weight"
