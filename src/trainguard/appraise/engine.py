@@ -15,8 +15,10 @@ from trainguard.appraise.environment import Environment
 from trainguard.appraise.hooks import Hooks
 from trainguard.appraise.inputs import Inputs
 from trainguard.appraise.interface import Check, Context
+from trainguard.appraise.kills import Kills
 from trainguard.appraise.modules import Modules
 from trainguard.appraise.processes import Processes
+from trainguard.appraise.seals import Seals
 from trainguard.appraise.surface import Surface
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.evidence import Evidence
@@ -25,6 +27,8 @@ from trainguard.finding import Finding, LinkState
 CHECKS: tuple[type[Check], ...] = (
     Environment,
     Processes,
+    Seals,
+    Kills,
     Code,
     Inputs,
     Modules,

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from trainguard.errors import Misuse, Unavailable
 from trainguard.evidence import Evidence
-from trainguard.watch import endings, ledger, processes
+from trainguard.watch import endings, ledger, outputs, processes
 
 BOOT = Path(__file__).parent / "boot"
 """The folder with our sitecustomize.py, first on PYTHONPATH of the command."""
@@ -55,6 +55,12 @@ FORWARDED = {
     signal.SIGWINCH,
 }
 """Signals a scheduler, a shell or a person sends to the job's process; passed on to the command."""
+
+RESERVED = frozenset(
+    ("start", "measurement", "unmeasured", "ledger", "process", "silent", "heartbeat", "signal", "signalled")
+    + ("exit", "gap", "malformed", "refused", "saved", "seal", "opened", "end")
+)
+"""Kinds of records that only the supervisor makes; a frame that claims one is malformed."""
 
 _SENT_BY_KERNEL = 0x80  # SI_KERNEL: from the terminal, so the command's process group has it already
 
@@ -133,6 +139,8 @@ class Supervisor:
         self._tree = processes.Tree(grace_seconds=HELLO_GRACE_SECONDS)
         self._ledger = ledger.Ledger()
         self._memory = endings.Memory()
+        self._outputs = outputs.Outputs(Path.cwd())
+        self._step: int | None = None
         self._child: int | None = None
         self._ended: tuple[int | None, int | None] | None = None
         self._stop = threading.Event()
@@ -151,11 +159,14 @@ class Supervisor:
         try:
             self._child = self._begin(command, self._environment(env, str(Path(folder) / "s")), mask)
             threading.Thread(target=self._forward_signals, name="signals", daemon=True).start()
+            if self._outputs.open():
+                self._selector.register(self._outputs, selectors.EVENT_READ, outputs.Outputs.read)
             self._loop(self._child)
         finally:
             self._stop.set()
             listener.close()
             self._selector.close()
+            self._outputs.close()
             self._ledger.close()
             shutil.rmtree(folder, ignore_errors=True)
         status, number = self._ended if self._ended is not None else (None, signal.SIGKILL)
@@ -172,7 +183,7 @@ class Supervisor:
         self._memory.watch(os.getpid())
         if self.settings.kills == "off":
             child = _start(command, env, mask)
-            self._add("ledger", {"state": "off", "child": child})
+            self._add("ledger", {"state": "off", "child": child, "supervisor": os.getpid()})
             return child
         child = self._ledger.start(lambda: _start(command, env, mask))
         if self._ledger.ours is not None:
@@ -180,7 +191,7 @@ class Supervisor:
         self._keep_keeper()
         state = "on" if self._ledger.reason is None else "unavailable"
         body = {"state": state, "reason": self._ledger.reason, "no_new_privs": self._ledger.no_new_privs}
-        self._add("ledger", body | {"keeper": self._ledger.keeper, "child": child})
+        self._add("ledger", body | {"keeper": self._ledger.keeper, "child": child, "supervisor": os.getpid()})
         return child
 
     def _keep_keeper(self) -> None:
@@ -232,6 +243,7 @@ class Supervisor:
             now = time.monotonic()
             if now >= next_look:
                 self._look(child)
+                self._saved()
                 next_look = now + TICK_SECONDS
             if deadline is None and self._reap(child):
                 deadline = time.monotonic() + DRAIN_SECONDS
@@ -244,8 +256,15 @@ class Supervisor:
                 self.recorder.seal()
                 next_seal = now + self._segment_seconds
         self._take_signals()
+        self._outputs.read()
+        self._saved(settle_seconds=0.0)
         for peer in list(self._peers.values()):
             self._drop(peer)
+
+    def _saved(self, settle_seconds: float = outputs.SETTLE_SECONDS) -> None:
+        """Record model files that were saved, with the newest step any rank had reached."""
+        for path in self._outputs.settled(settle_seconds):
+            self._add("saved", {"path": str(path)}, step=self._step)
 
     def _look(self, child: int) -> None:
         """Find Python processes of the job that never said hello."""
@@ -329,7 +348,7 @@ class Supervisor:
             frame = json.loads(data)
             kind, seq, body, step = frame["k"], frame["q"], frame["b"], frame.get("s")
             fits = isinstance(kind, str) and isinstance(seq, int) and isinstance(body, dict) and kind.isidentifier()
-            fits = fits and (step is None or isinstance(step, int))
+            fits = fits and (step is None or isinstance(step, int)) and kind not in RESERVED
         except (ValueError, KeyError, TypeError, RecursionError):
             fits = False
         if not fits:
@@ -343,6 +362,8 @@ class Supervisor:
             self._greet(peer, body)
             return
         peer.said_bye = peer.said_bye or kind == "bye"
+        if kind == "step" and step is not None:
+            self._step = max(step, self._step or 0)
         self._add(
             kind,
             body,
@@ -378,6 +399,7 @@ class Supervisor:
             return
         self._selector.unregister(peer.link)
         peer.link.close()
+        self._take_signals()  # what ended it was told before it ended
         body: dict[str, Any] = {"said_bye": peer.said_bye, "frames": peer.next_seq, "greeted": peer.hello is not None}
         ended = body["ended"] = endings.ending(peer.pid, peer.start_ticks, peer.pidfd)
         if peer.pidfd is not None:
