@@ -1,7 +1,7 @@
 """Check *processes*: every interpreter of the job is known, spoke without gaps, and the record has an end.
 
 Silence is a finding: a Python child without a hello (G4), a frame that never arrived (G4), a supervisor that
-stopped writing (G7). How a guarded process ended is stated; who signalled it is not known at this level.
+stopped writing (G7). How processes ended, and who ended them, is for check *kills*.
 """
 
 from __future__ import annotations
@@ -110,9 +110,6 @@ class Processes:
         not_started = evidence.body.get("not_started")
         if isinstance(not_started, str):
             self._blind.append(f"the command was not started: {not_started}")
-        number = evidence.body.get("signal")
-        if isinstance(number, int):
-            self._blind.append(f"the command was ended by {signal_name(number)}; who sent it is not known")
         yield from ()
 
     def end(self) -> Iterator[Finding | LinkState]:

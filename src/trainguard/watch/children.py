@@ -16,8 +16,21 @@ from .client import Client
 ARGUMENT_LIMIT = 64
 
 FOREIGN = frozenset(
-    "kill killpg tgkill sigqueue pthread_kill pthread_sigqueue raise syscall ptrace process_vm_writev "
-    "pidfd_send_signal prlimit prlimit64".split()
+    (
+        "kill",
+        "killpg",
+        "tgkill",
+        "sigqueue",
+        "pthread_kill",
+        "pthread_sigqueue",
+        "raise",
+        "syscall",
+        "ptrace",
+        "process_vm_writev",
+        "pidfd_send_signal",
+        "prlimit",
+        "prlimit64",
+    )
 )
 """Functions of the C library that signal or reach into another process; looking one up through ctypes is told."""
 

@@ -265,11 +265,11 @@ def facts(pid: int, top: int) -> Dict[str, Any]:
 
 
 def ancestry(pid: int, top: int) -> List[List[Any]]:
-    """[pid, start ticks, command name, first words of the command line] of every parent, nearest first, up to `top`."""
+    """[pid, start ticks, program name, first words of the command line] of every parent, nearest first, up to `top`."""
     chain: List[List[Any]] = []
     current = _field(pid, 3)
     while current and current > 1 and len(chain) < ANCESTRY_LIMIT:
-        name = _read("/proc/%d/comm" % current).decode(errors="replace").strip()
+        name = os.path.basename(_link("/proc/%d/exe" % current) or "") or _comm(current)
         chain.append([current, _field(current, 21), name, _cmdline(current)[:6]])
         current = _field(current, 3) if current != top else None
     return chain
@@ -306,6 +306,10 @@ def _status(pid: int) -> Dict[str, str]:
 def _cmdline(pid: int) -> List[str]:
     words = _read("/proc/%d/cmdline" % pid).split(b"\0")[:WORDS_LIMIT]
     return [word.decode(errors="replace")[:WORD_LIMIT] for word in words if word]
+
+
+def _comm(pid: int) -> str:
+    return _read("/proc/%d/comm" % pid).decode(errors="replace").strip()
 
 
 def _number(path: str) -> Optional[int]:

@@ -57,8 +57,25 @@ FORWARDED = {
 """Signals a scheduler, a shell or a person sends to the job's process; passed on to the command."""
 
 RESERVED = frozenset(
-    ("start", "measurement", "unmeasured", "ledger", "process", "silent", "heartbeat", "signal", "signalled")
-    + ("exit", "gap", "malformed", "refused", "saved", "seal", "opened", "end")
+    (
+        "start",
+        "measurement",
+        "unmeasured",
+        "ledger",
+        "process",
+        "silent",
+        "heartbeat",
+        "signal",
+        "signalled",
+        "exit",
+        "gap",
+        "malformed",
+        "refused",
+        "saved",
+        "seal",
+        "opened",
+        "end",
+    )
 )
 """Kinds of records that only the supervisor makes; a frame that claims one is malformed."""
 
