@@ -12,15 +12,20 @@ from trainguard.appraise.code import Code
 from trainguard.appraise.deferred import Deferred
 from trainguard.appraise.dispatch import Dispatch
 from trainguard.appraise.environment import Environment
+from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.hooks import Hooks
+from trainguard.appraise.hyperparameters import Hyperparameters
 from trainguard.appraise.inputs import Inputs
 from trainguard.appraise.interface import Check, Context
 from trainguard.appraise.kills import Kills
 from trainguard.appraise.modules import Modules
+from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.processes import Processes
+from trainguard.appraise.rng import Rng
 from trainguard.appraise.seals import Seals
 from trainguard.appraise.surface import Surface
 from trainguard.appraise.verdict import Verdict, decide
+from trainguard.appraise.weights import Weights
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding, LinkState
 
@@ -31,6 +36,11 @@ CHECKS: tuple[type[Check], ...] = (
     Kills,
     Code,
     Inputs,
+    Rng,
+    Gradients,
+    Hyperparameters,
+    Optimizer,
+    Weights,
     Modules,
     Hooks,
     Dispatch,

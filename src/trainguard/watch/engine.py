@@ -211,7 +211,7 @@ class Engine:
         step.own_ns += middle - start + self.unsent_ns
         body["own_ns"] = step.own_ns
         self.client.send("step", body, step.number)
-        if self.idlers and self.governor.balance_ns(middle) > 0:
+        if self.idlers and (self.governor.everything or self.governor.balance_ns(middle) > 0):
             self._idle(step)
         self.governor.spend(step.own_ns, step.wall_ns, step.full)
         self.unsent_ns = clock() - middle
@@ -345,6 +345,7 @@ class Engine:
 
 
 _engine: Optional[Engine] = None
+_hooked = False
 
 
 def current() -> Optional[Engine]:
@@ -354,12 +355,15 @@ def current() -> Optional[Engine]:
 
 def attach(client: Client) -> None:
     """Register the global optimizer hooks; called once torch has been imported."""
-    global _engine
+    global _engine, _hooked
     if _engine is not None:
         return
+    _engine = Engine(client)
+    if _hooked:
+        return
+    _hooked = True
     torch = sys.modules["torch"]
     roots.install(torch)
-    _engine = Engine(client)
     optimizer = sys.modules["torch.optim.optimizer"]  # torch.optim deletes the names of its submodules
     optimizer.register_optimizer_step_pre_hook(_before)
     optimizer.register_optimizer_step_post_hook(_after)

@@ -2,7 +2,8 @@
 
 Value of the link in a step frame (absent when nothing changed; spec/evidence.md "hyperparameters"):
 
-    {"groups": [{name: value, …, "n": tensors}]   all of it: first step, every 256th, and when groups come or go
+    {"groups": [{name: value, …, "n": tensors,    all of it: first step, every 256th, and when groups come or go
+                 "tensors": [names]}]             (`tensors` names those that are tensors; absent for none)
      "class": …                                    with `groups`
      "changed": [[group, name, value]]             otherwise: what differs from the step before
      "inside": [[group, name, value]]              what differs after the update from before it
@@ -124,7 +125,16 @@ def scalars(group: Dict[str, Any]) -> Dict[str, Any]:
     """All hyper-parameters of a group as JSON values, and `n`, how many tensors it holds."""
     out = {str(key): _json(value) for key, value in group.items() if key not in ("params", "param_names")}
     out["n"] = len(group["params"])
+    tensors = [str(key) for key, value in group.items() if _holds_tensor(key, value)]
+    if tensors:
+        out["tensors"] = tensors
     return out
+
+
+def _holds_tensor(key: Any, value: Any) -> bool:
+    if key == "params":
+        return False
+    return hasattr(value, "_version") or (isinstance(value, (list, tuple)) and any(hasattr(v, "_version") for v in value))
 
 
 def _plain(value: Any) -> Any:

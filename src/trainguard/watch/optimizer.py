@@ -125,8 +125,8 @@ def _shape_of(torch: Any, entry: Entry, key: Any, value: Any) -> int:
     """1: as large as the parameter; 2: one number; 3: a Python number; 0: none of these."""
     if not isinstance(value, torch.Tensor):
         return 3 if key in SCALARS and isinstance(value, (int, float)) else 0
-    if key in SCALARS and value.numel() == 1 and value.is_floating_point():
-        return 2
+    if key in SCALARS:
+        return 2 if value.numel() == 1 and value.is_floating_point() else 0
     return 1 if value.shape == entry.param.shape and sample.why_not(value) is None else 0
 
 

@@ -64,10 +64,11 @@ class _Snapshot:
         for entry, where in chosen:
             held = optimizer.state.get(entry.param) or {}
             for key, value in held.items():
-                if isinstance(value, torch.Tensor) and key not in SCALARS and value.shape == entry.param.shape:
-                    if sample.why_not(value) is None:
-                        self.slots.append((entry, str(key), where))
-                        self.held.append((held, key))
+                if not isinstance(value, torch.Tensor) or key in SCALARS or value.shape != entry.param.shape:
+                    continue
+                if sample.why_not(value) is None:
+                    self.slots.append((entry, str(key), where))
+                    self.held.append((held, key))
         self._look(torch)
 
     def _look(self, torch: Any) -> None:
