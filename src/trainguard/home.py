@@ -53,7 +53,9 @@ class Home:
 
     @property
     def cache(self) -> Path:
-        return self.root / "cache"
+        """TRAINGUARD_CACHE if set (a fast local disk, say, when the state lies on a shared one), else `cache/`."""
+        named = os.environ.get("TRAINGUARD_CACHE")
+        return Path(named).absolute() if named else self.root / "cache"
 
     def prepare(self) -> None:
         """Create the folders, private where keys lie. Raises Unavailable if the disk will not have it."""
@@ -61,7 +63,7 @@ class Home:
             for folder in (self.root, self.log, self.runs, self.blobs):
                 folder.mkdir(parents=True, exist_ok=True)
             for private in (self.keys, self.cache):
-                private.mkdir(mode=0o700, exist_ok=True)
+                private.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise Unavailable(
                 f"{self.root}: state folder cannot be made: {error.strerror}",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,4 +72,6 @@ def clean_environment() -> dict[str, str]:
     """The environment without what test runners and guards put into it, threads limited as on a busy machine."""
     dropped = ("TRAINGUARD_", "PYTEST_", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "COV_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    # One cache for all tests: a cold one costs seconds of hashing and compiling in every test folder.
+    cache = Path(tempfile.gettempdir()) / f"trainguard-tests-{os.getuid()}"
+    return kept | {"OMP_NUM_THREADS": "1", "TRAINGUARD_CACHE": str(cache)}
