@@ -251,6 +251,8 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
     """DSSE envelope over the statement that binds all of the above."""
     data: bytes = b""
     """The bytes of the file as read or made."""
+    trusted: bool = False
+    """Whether a known key was found to have signed it; set by whoever knows the keys, never by a reader."""
 
     @property
     def digest(self) -> str:

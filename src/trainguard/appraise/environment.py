@@ -829,6 +829,10 @@ class Environment:
             self._blind.append(f"a measurement cannot be read: {error}")
             yield self._about(_finding("violated", ("G1",), f"a measurement cannot be read: {error}"), evidence)
             return
+        if lock is not None and evidence.body.get("signed") is False:
+            reason = f"the lock is signed by key {lock.signer[:16]}…, which the machine that ran this does not know"
+            self._blind.append(reason)
+            yield self._about(_finding("not_checked", (), reason), evidence)
         broken = 0
         for finding in self._findings(measurement, lock):
             broken += finding.outcome != "not_checked"

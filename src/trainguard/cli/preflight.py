@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from trainguard.appraise.verdict import Verdict, decide
+from trainguard.cli._lock import with_trust
 from trainguard.errors import Misuse, TrainguardError, Unavailable, VerificationError
 from trainguard.finding import Finding, LinkState, Subject
 from trainguard.home import Home
@@ -83,8 +84,8 @@ def preflight(
     lock: Lock | None = None
     findings: list[Finding] = []
     try:
-        lock = read_lock(lock_path)
-        findings += _signature(home, lock, keys, lock_path)
+        lock = with_trust(home, read_lock(lock_path), keys=keys, where=str(lock_path))
+        findings += [] if lock.trusted else [_unknown_signer(lock, lock_path)]
     except VerificationError as error:
         return Result(verdict=decide([_lock_finding(error, lock_path)], (), policy=policy.digest))
     except Unavailable as error:
@@ -116,26 +117,14 @@ def _link(findings: Sequence[Finding], measurement: Measurement, lock: Lock | No
     return LinkState(link="environment", held=held, broken=broken, blind=blind)
 
 
-def _signature(home: Home, lock: Lock, keys: Sequence[Path], where: Path) -> list[Finding]:
-    """Nothing when a known key signed; a not-checked finding for an unknown one; raises when it does not verify."""
-    from trainguard.envelope import key_id, load_public_key
-    from trainguard.lockfile import verify_lock
-
-    own = home.keys / "attestation.pub"
-    known = [load_public_key(path) for path in (*keys, *([own] if own.exists() else []))]
-    fitting = [key for key in known if key_id(key) == lock.signer]
-    if fitting:
-        verify_lock(lock, fitting, where=str(where))
-        return []
-    return [
-        Finding(
-            check="environment",
-            outcome="not_checked",
-            subject=Subject(path=str(where)),
-            message=f"{where} is signed by key {lock.signer[:16]}…, which is not among the {len(known)} known keys; "
-            "name the approver's public key with --key",
-        )
-    ]
+def _unknown_signer(lock: Lock, where: Path) -> Finding:
+    return Finding(
+        check="environment",
+        outcome="not_checked",
+        subject=Subject(path=str(where)),
+        message=f"{where} is signed by key {lock.signer[:16]}…, which this machine does not know; name the approver's "
+        "public key with --key, or put it into keys/approvers/",
+    )
 
 
 def _lock_finding(error: VerificationError, where: Path) -> Finding:

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from trainguard.cli._lock import with_trust
 from trainguard.cli._session import Outcome, Session, warn
 from trainguard.finding import Finding
 from trainguard.home import Home
@@ -40,9 +41,10 @@ def command(
     cmd: tuple[str, ...],
 ) -> int:
     """Run CMD guarded and unmodified, against trainguard.lock if there is one."""
-    lock = _lock(lock_path)
+    home = Home.find()
+    lock = _lock(home, lock_path)
     session = Session(
-        Home.find(),
+        home,
         cmd,
         policy=_policy(policy_path, links, lock),
         lock=lock,
@@ -58,10 +60,11 @@ def command(
     return _exit_status(outcome, gate=gate)
 
 
-def _lock(path: Path | None) -> Lock | None:
-    if path is not None:
-        return read_lock(path)
-    return read_lock(DEFAULT_LOCK) if DEFAULT_LOCK.exists() else None
+def _lock(home: Home, path: Path | None) -> Lock | None:
+    if path is None and not DEFAULT_LOCK.exists():
+        return None
+    where = path or DEFAULT_LOCK
+    return with_trust(home, read_lock(where), where=str(where))
 
 
 def _policy(path: Path | None, links: str | None, lock: Lock | None) -> Policy:

@@ -247,3 +247,16 @@ def test_what_is_odd_by_itself_is_listed_without_a_lock() -> None:
 )
 def test_each_variable_has_its_technique(name: str, technique: str) -> None:
     assert variable_kind(name)[1][0] == technique
+
+
+def test_a_lock_by_an_unknown_key_is_compared_and_never_green() -> None:
+    """G6: an insider who approves his own edit."""
+    blobs = Blobs()
+    check = Environment(Context(run="r", policy=Policy(), blob=blobs.get_blob))
+    lock = blobs.put(make_lock(measurement(), KEY, made="").data)
+    body = {"blob": blobs.put(measurement().encode()), "lock": lock, "signed": False, "attempt": 0}
+    (finding,) = check.see(record(0, body))
+    assert (finding.outcome, "does not know" in finding.message) == ("not_checked", True)
+    (state,) = check.end()
+    assert isinstance(state, LinkState)
+    assert state.state == "blind"
