@@ -222,6 +222,8 @@ class Code:
                 expected=f"what sha256 {ran.get('sha256')} compiles to",
                 found=f"code object {str(ran.get('code'))[:16]}",
             )
+        elif any(path == file for path, _ in self._told):
+            return  # the file itself has been named already
         elif self._origins.standing(file) in ("foreign", "planted") and place != "interpreter":
             yield from self._tell(
                 evidence,

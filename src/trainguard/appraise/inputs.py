@@ -21,6 +21,9 @@ from trainguard.finding import Finding, LinkState, Outcome
 POLLED_BYTES = 256 * 1024
 """A control file is small; data that is read again and again is not."""
 
+KNOWN_BEFORE_BYTES = 16 * 1024
+"""The same for a file that was read before the first step already, as data sets are."""
+
 READER_FILES = 8
 """A line that opens more different files than this reads data."""
 
@@ -144,11 +147,11 @@ class Inputs:
     def _end_polled(self) -> Iterator[Finding]:
         for path, (evidence, line) in self._polled.items():
             place, size, first = text(line.get("place"), 4096), line.get("size"), line.get("first")
-            small = isinstance(size, int) and size <= POLLED_BYTES
+            small = isinstance(size, int) and size <= (KNOWN_BEFORE_BYTES if first is None else POLLED_BYTES)
             data = len(self._readers.get(place or "", ())) > READER_FILES
             accepted = self._origins.lock is not None and self._origins.locked(path) == line.get("sha256")
             skipped = path in self._changed or path in self._outputs or accepted or data
-            if skipped or not small or first is None or place is None:
+            if skipped or not small or place is None:
                 continue
             if self._origins.standing(place) in ("library", "guard"):
                 continue
@@ -156,7 +159,7 @@ class Inputs:
             yield from self._tell(
                 evidence,
                 "suspicious",
-                f"{path} is read again and again while training runs, first in step {first}, at {place}: "
+                f"{path} is read again and again while training runs, at {place}: "
                 "what it says later can change what the code does",
                 path,
                 place,

@@ -170,7 +170,7 @@ class Origins:
     def standing(self, place: str) -> Standing:
         """What a path, or a `file:line`, is worth."""
         if place.startswith("<"):
-            return "generated"
+            return "library" if place.startswith("<frozen ") else "generated"
         path = self.normal(_file(place))
         area, _, below = self.area(path)
         loaded = self.hashes.get(path)

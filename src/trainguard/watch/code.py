@@ -88,6 +88,8 @@ class Code:
         self._unhashed: List[str] = []
         self._libraries = _libraries()
         self._alone = True
+        self.first: Callable[[], None] = lambda: None
+        """Called before code without a file is reported: sends which files were opened, so that a judge knows."""
 
     # -- the loader ---------------------------------------------------------------------------------------------
 
@@ -346,6 +348,7 @@ class Code:
             "times": count,
             "owner": owner,
         }
+        self.first()
         self.client.send("code", {"ran": ran}, self.step)
 
     def _source(self, filename: str) -> Optional[str]:
@@ -471,6 +474,8 @@ def _private_folder(root: Any) -> Optional[str]:
     tag = "%s-%s-%d" % (sys.implementation.cache_tag, external.MAGIC_NUMBER.hex(), sys.flags.optimize)
     folder = os.path.join(root, "code", tag)
     try:
+        if not _ours(os.lstat(root)):
+            return None
         os.makedirs(folder, mode=0o700, exist_ok=True)
         for place in (root, os.path.dirname(folder), folder):
             status = os.lstat(place)
@@ -509,7 +514,8 @@ def _imports(frame: Any) -> bool:
 def _place(frame: Any) -> Tuple[str, Optional[str]]:
     if frame is None:
         return "interpreter", None
-    return "%s:%d" % (os.path.abspath(frame.f_code.co_filename), frame.f_lineno), frame.f_code.co_name
+    name = frame.f_code.co_filename
+    return "%s:%d" % (name if name[:1] == "<" else os.path.abspath(name), frame.f_lineno), frame.f_code.co_name
 
 
 def _type_name(value: Any) -> str:

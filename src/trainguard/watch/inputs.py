@@ -351,6 +351,9 @@ def install(client: Client) -> None:
     global _inputs
     state = _inputs = Inputs(client)
     audit.on("open", state.on_open)
+    loaded = code.current()
+    if loaded is not None:
+        loaded.first = state.flush
     for event in ("os.rename", "os.link", "os.symlink"):
         audit.on(event, state.on_rename)
     audit.on("os.truncate", lambda args: state.wrote(_absolute(args[0])))
