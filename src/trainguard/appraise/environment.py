@@ -77,6 +77,11 @@ OPTIONS: tuple[tuple[re.Pattern[str], str], ...] = (
 WORTH_SHADOWING = frozenset(
     {"torch", "numpy", "transformers", "accelerate", "lightning", "pytorch_lightning", "deepspeed", "safetensors"}
 )
+REPACKAGERS = frozenset({"debian", "conda", "rpm"})
+SYSTEM_FOLDERS = ("/usr/lib/python3/dist-packages", "/usr/lib64/python3/site-packages")
+"""Packagers that strip or patch files after RECORD was written: theirs is stale from the start. Debian's name no
+installer; they are known by their folder, which pip does not write to."""
+
 NEVER_IMPORTED = frozenset({"test", "tests", "this", "antigravity", "idlelib", "turtledemo"})
 """Standard library names that nothing imports and that projects use for themselves."""
 
@@ -722,6 +727,8 @@ def _notes(found: Measurement) -> Iterator[Finding]:
 def intrinsic(measurement: Measurement) -> Iterator[Finding]:
     """What is odd in a measurement by itself: nothing here is approved, so nothing is proved either."""
     for package in measurement.distributions.values():
+        if _repackaged(measurement, package):
+            continue
         findings = (_stale_record(package, path) for path in package.mismatched)
         yield from _limited(findings, len(package.mismatched), f"package {package.name}", ("A5",))
     for hook in measurement.hooks:
@@ -752,6 +759,14 @@ def intrinsic(measurement: Measurement) -> Iterator[Finding]:
         if cache.foreign or cache.mode & 0o002:
             yield _open_cache(cache.name, cache.path, cache.mode, foreign=cache.foreign)
     yield from _notes(measurement)
+
+
+def _repackaged(measurement: Measurement, package: Distribution) -> bool:
+    if package.installer:
+        honest = not any(path.endswith("/INSTALLER") for path in package.mismatched)
+        return package.installer in REPACKAGERS and honest
+    tree = measurement.trees.get(package.tree)
+    return tree is not None and tree.root in SYSTEM_FOLDERS
 
 
 def _stale_record(package: Distribution, path: str) -> Finding:

@@ -16,12 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainguard.errors import Misuse
+from trainguard.measure.files import read_small
 
 PYTHON = re.compile(r"(python|pypy)[0-9.]*t?")
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh"})
 LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch", "deepspeed")
 VALUE_OPTIONS = frozenset({"-W", "-X", "--check-hash-based-pycs"})
 """Options of Python that take the next word as their value."""
+
+SWITCHING = frozenset(
+    {"uv", "poetry", "pipenv", "pdm", "hatch", "pixi", "conda", "mamba", "micromamba", "docker", "podman", "nerdctl"}
+    | {"singularity", "apptainer", "ssh", "sudo", "su", "kubectl"}
+)
+"""Programs that start what follows in another environment than ours: another Python may be the one that runs."""
 
 SCRIPT_WORDS = re.compile(r"(?<![\w/.-])((?:[\w./-]*/)?(?:python[0-9.]*|torchrun|accelerate|deepspeed))(?=\s)")
 SHELL_SCRIPT_LIMIT_BYTES = 1 << 20
@@ -158,13 +165,11 @@ def _shell_words(found: Resolved, words: list[str], cwd: Path, env: Mapping[str,
 
 def _shell_text(found: Resolved, script: Path, cwd: Path, env: Mapping[str, str]) -> None:
     found.kind = "shell"
-    try:
-        with script.open("rb") as file:
-            text = file.read(SHELL_SCRIPT_LIMIT_BYTES).decode("utf-8", "replace")
-    except OSError as error:
-        found.notes.append(f"{script}: cannot be read: {error.strerror}")
+    text = read_small(script, SHELL_SCRIPT_LIMIT_BYTES)
+    if text is None:
+        found.notes.append(f"{script}: cannot be read as a file")
         return
-    _from_text(found, text, cwd, env)
+    _from_text(found, text.decode("utf-8", "replace"), cwd, env)
 
 
 def _from_text(found: Resolved, text: str, cwd: Path, env: Mapping[str, str]) -> None:
@@ -181,6 +186,9 @@ def _from_text(found: Resolved, text: str, cwd: Path, env: Mapping[str, str]) ->
 
 def _wrapped(found: Resolved, words: list[str], cwd: Path, env: Mapping[str, str]) -> None:
     """`env`, `nice`, `numactl`, `srun …`: the first later word that is a Python program or a script run by one."""
+    wrapper = found.steps[-1].path.name
+    if wrapper in SWITCHING:
+        env = _switched(found, wrapper, cwd, env)
     for index, word in enumerate(words):
         if word.startswith("-") or "=" in word:
             continue
@@ -191,6 +199,17 @@ def _wrapped(found: Resolved, words: list[str], cwd: Path, env: Mapping[str, str
         if PYTHON.fullmatch(program.name) or program.name in SHELLS or (shebang and "python" in " ".join(shebang)):
             _follow(found, program, words[index + 1 :], cwd, env)
             return
+
+
+def _switched(found: Resolved, wrapper: str, cwd: Path, env: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment behind `uv run` and its like: the project's own `.venv`, where there is one; else a note."""
+    for folder in (cwd, *cwd.parents):
+        if wrapper in ("uv", "poetry", "pdm", "pipenv") and (folder / ".venv" / "bin" / "python").exists():
+            return dict(env) | {"PATH": f"{folder / '.venv' / 'bin'}:{env.get('PATH', os.defpath)}"}
+    found.notes.append(
+        f"{wrapper} may start another Python than the one on PATH; lock the command it starts, inside what it starts"
+    )
+    return env
 
 
 def _which(word: str, cwd: Path, env: Mapping[str, str]) -> Path | None:
@@ -208,12 +227,8 @@ def _inside(cwd: Path, word: str) -> Path:
 
 def _shebang(program: Path) -> list[str] | None:
     """The words after `#!`, or None for a file that does not start with it."""
-    try:
-        with program.open("rb") as file:
-            first = file.read(SHEBANG_LIMIT_BYTES)
-    except OSError:
-        return None
-    if not first.startswith(b"#!"):
+    first = read_small(program, SHEBANG_LIMIT_BYTES)
+    if first is None or not first.startswith(b"#!"):
         return None
     words = first[2:].split(b"\n", 1)[0].decode("utf-8", "replace").split()
     return words or None

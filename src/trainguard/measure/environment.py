@@ -29,6 +29,7 @@ from trainguard.lockfile import (
 from trainguard.measure import bytecode, caches, code, data, numeric, packages, startup, variables
 from trainguard.measure.cache import StatCache
 from trainguard.measure.command import SHELLS, Resolved, resolve
+from trainguard.measure.files import read_small
 from trainguard.measure.interpreter import Where, python_path, where
 from trainguard.measure.walk import Found, Walker
 
@@ -36,6 +37,7 @@ LIBRARY_SKIPPED = frozenset({"site-packages", "dist-packages", "__phello__"})
 NESTED_SITES = ("site-packages", "dist-packages")
 SEED = re.compile(r"(^|[-_.])seed$", re.IGNORECASE)
 WORLD = frozenset({"nproc_per_node", "nproc-per-node", "nnodes", "num_processes", "num-processes", "world_size"})
+SCRIPT_LIMIT_BYTES = 1 << 20
 BYTECODE_MODES = ("new", "all", "inert")
 
 
@@ -233,14 +235,15 @@ def _add_site(job: _Job, folder: Path, name: str) -> None:
 def _script_value(job: _Job, path: Path) -> str:
     """`<sha256> <size>`; of a script for our interpreter, without its first line, which names where that lies."""
     interpreter = job.resolved.interpreter
-    with path.open("rb") as file:
-        first = file.read(512)
-    if interpreter is None or not first.startswith(b"#!"):
+    data_read = read_small(path, SCRIPT_LIMIT_BYTES)
+    if interpreter is None or data_read is None or not data_read.startswith(b"#!"):
         return job.walker.file(path, fresh=False)
-    runner = first[2:].split(b"\n", 1)[0].strip().decode("utf-8", "replace")
+    first, _, text = data_read.partition(b"\n")
+    runner = first[2:].strip().decode("utf-8", "replace")
     if not os.path.exists(runner) or not _same_file(Path(runner), interpreter):  # noqa: PTH110
         return job.walker.file(path, fresh=False)
-    text = path.read_bytes().partition(b"\n")[2]
+    if len(data_read) == SCRIPT_LIMIT_BYTES:
+        return job.walker.file(path, fresh=False)
     return f"{hashlib.sha256(text).hexdigest()} {len(text)}"
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from trainguard.errors import Unavailable
 from trainguard.lockfile import Distribution
+from trainguard.measure.files import read_small
 from trainguard.measure.walk import Found
 
 RECORD_LIMIT_BYTES = 32 << 20
@@ -87,7 +88,7 @@ def _outside(site: Path, path: str, prefix: Path, outside: Callable[[Path], str]
         return None
     try:
         return outside(place)
-    except Unavailable:
+    except (Unavailable, OSError, ValueError):
         return None
 
 
@@ -105,11 +106,7 @@ def normalised(name: str) -> str:
 
 
 def _small(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(METADATA_LIMIT_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
-    except OSError:
-        return ""
+    return (read_small(path, METADATA_LIMIT_BYTES) or b"").decode("utf-8", "replace").replace("\r\n", "\n")
 
 
 def _record(path: Path) -> Iterator[tuple[str, str]]:
@@ -117,11 +114,7 @@ def _record(path: Path) -> Iterator[tuple[str, str]]:
 
     Lines of bytecode are left out: RECORD lists it without a hash.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(RECORD_LIMIT_BYTES).decode("utf-8", "backslashreplace")
-    except OSError:
-        return
+    text = (read_small(path, RECORD_LIMIT_BYTES) or b"").decode("utf-8", "backslashreplace")
     if '"' in text or "\\" in text:
         for row in csv.reader(io.StringIO(text)):
             if len(row) == 3 and row[0]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from trainguard.errors import Unavailable
 from trainguard.lockfile import Distribution, Hook
+from trainguard.measure.files import read_small
 
 TEXT_LIMIT_BYTES = 1 << 20
 LINES = 20
@@ -158,13 +159,7 @@ def _digest(path: Path, value: Callable[[Path], str]) -> str:
 
 
 def _bytes(path: Path) -> bytes | None:
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            return file.read(TEXT_LIMIT_BYTES)
-    except OSError:
-        return None
+    return read_small(path, TEXT_LIMIT_BYTES)
 
 
 def _lines(data: bytes) -> list[str]:

@@ -260,3 +260,14 @@ def test_a_lock_by_an_unknown_key_is_compared_and_never_green() -> None:
     (state,) = check.end()
     assert isinstance(state, LinkState)
     assert state.state == "blind"
+
+
+def test_a_stale_record_of_a_distributions_own_packaging_is_no_finding_without_a_lock() -> None:
+    """Debian strips libraries after RECORD was written; pip does not, and INSTALLER has a hash of its own."""
+    stale = Distribution(
+        name="tiny", version="1", tree="site-packages", installer="debian", files={"t.so": B}, mismatched=("t.so",)
+    )
+    assert list(intrinsic(measurement(distributions={"tiny": stale}))) == []
+    files = {"t.so": B, "tiny-1.dist-info/INSTALLER": B}
+    posing = msgspec.structs.replace(stale, files=files, mismatched=tuple(files))
+    assert len(list(intrinsic(measurement(distributions={"tiny": posing})))) == 2

@@ -68,6 +68,21 @@ def test_a_script_with_its_own_first_line_is_a_script(place: InstalledEnvironmen
     assert (found.kind, found.script, found.interpreter) == ("script", script, place.python)
 
 
+def test_behind_uv_the_projects_own_environment_is_measured_and_behind_conda_it_is_said(
+    place: InstalledEnvironment,
+) -> None:
+    for name in ("uv", "conda"):
+        (place.prefix / "bin" / name).write_bytes(b"\x7fELF")
+        (place.prefix / "bin" / name).chmod(0o755)
+    own = place.job / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.symlink_to(place.python)
+    found = resolved(place, "uv", "run", "python", "train.py")
+    assert (found.interpreter, found.notes) == (own, [])
+    found = resolved(place, "conda", "run", "-n", "x", "python", "train.py")
+    assert "may start another Python" in found.notes[0]
+
+
 def test_a_command_without_python_says_so(place: InstalledEnvironment) -> None:
     found = resolved(place, "/bin/true")
     assert found.interpreter is None

@@ -92,6 +92,23 @@ def test_a_record_that_points_outside_the_environment_reads_nothing_there(place:
     assert not [path for path in measurement.distributions["tinyoptim"].files if path.startswith("../../../..")]
 
 
+def test_a_pipe_in_the_place_of_any_file_we_read_does_not_hold_up_the_measurement(place: InstalledEnvironment) -> None:
+    info = next(place.site.glob("*.dist-info"))
+    record = (info / "RECORD").read_text() + "../../../bin/pipe,,\n../../../bin/absent,,\n"
+    (info / "RECORD").write_text(record)
+    (info / "METADATA").unlink()
+    for path in (
+        place.prefix / "bin" / "pipe",
+        info / "METADATA",
+        place.site / "x.pth",
+        place.job / "usercustomize.py",
+    ):
+        os.mkfifo(path)
+    measurement = measure(["python", "train.py"], cwd=place.job, env=place.environment)
+    assert measurement.distributions["tinyoptim"].version == "1.0"
+    assert any("neither a file nor a folder" in note for note in measurement.notes)
+
+
 def test_bytecode_is_compared_as_code_and_not_as_bytes(place: InstalledEnvironment) -> None:
     """Compiled under another file name it is the same; a constant of another type or sign is not."""
     answers = {}
