@@ -348,6 +348,7 @@ class Code:
             "times": count,
             "owner": owner,
         }
+        self.flush()
         self.first()
         self.client.send("code", {"ran": ran}, self.step)
 
