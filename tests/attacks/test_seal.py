@@ -570,3 +570,63 @@ def test_a_damaged_seal_of_one_file_never_passes_and_never_crashes(tmp_path: Pat
         bundle.write_bytes(data)
         with contextlib.suppress(TrainguardError):
             assert verify_seal(path, home=where).status != "upheld"
+
+
+# -- what a watched run sealed ----------------------------------------------------------------------------------------
+
+
+def sealed_by_run(where: Home, path: Path, step: int) -> SealReport:
+    """As the supervisor seals: nothing is written beside the file."""
+    report = seal_path(where, path, run="run-a", step=step, source="run")
+    assert not seal_path_of(path).exists()
+    return report
+
+
+def test_what_a_run_sealed_needs_no_file_beside_it(tmp_path: Path, where: Home) -> None:
+    """The log and our store hold the seal; edits are named, the file may be moved."""
+    path = save_file(tmp_path / "c.pt", 8)
+    sealed_by_run(where, path, 8)
+    report = verify_seal(path, home=where)
+    assert (report.status, report.findings) == ("upheld", ())
+    assert report.checked == ("signature", "logged", "newest", "content")
+    moved = Path(shutil.copy(path, tmp_path / "moved.pt"))
+    assert verify_seal(moved, home=where).status == "upheld"
+    edited = torch.load(path, weights_only=True)
+    edited["model"]["head.weight"] *= 1.01
+    torch.save(edited, path)
+    assert tensors(verify_seal(path, home=where)) == {"model.head.weight"}
+
+
+def test_a_rollback_of_what_a_run_sealed_is_told_as_one(tmp_path: Path, where: Home) -> None:
+    """E6: `last.pt` of step 500 put back over step 900."""
+    path = save_file(tmp_path / "last.pt", 500)
+    sealed_by_run(where, path, 500)
+    kept = path.read_bytes()
+    save_file(path, 900)
+    sealed_by_run(where, path, 900)
+    assert verify_seal(path, home=where).status == "upheld"
+    path.write_bytes(kept)
+    report = verify_seal(path, home=where)
+    assert (report.status, techniques(report)) == ("violated", {"E6"})
+    assert any("step 500" in finding.message for finding in report.findings)
+
+
+def test_an_older_seal_left_beside_a_file_a_run_wrote_anew_is_no_finding(tmp_path: Path, where: Home) -> None:
+    """Someone sealed `last.pt` by hand; the next watched run overwrote it."""
+    path = save_file(tmp_path / "last.pt", 500)
+    seal(where, path, 500)
+    save_file(path, 900)
+    seal_path(where, path, run="run-b", step=900, source="run")
+    report = verify_seal(path, home=where)
+    assert (report.status, report.run, report.step, report.findings) == ("upheld", "run-b", 900, ())
+
+
+def test_a_seal_whose_copy_we_lost_is_not_green(tmp_path: Path, where: Home) -> None:
+    """Without a file beside it and without our copy there is nothing to compare with."""
+    path = save_file(tmp_path / "c.pt", 8)
+    sealed_by_run(where, path, 8)
+    for blob in where.blobs.iterdir():
+        blob.write_bytes(b"altered")
+    report = verify_seal(path, home=where)
+    assert (report.status, report.exit_status, report.checked) == ("unknown", 3, ())
+    assert [finding.outcome for finding in report.findings] == ["not_checked"]

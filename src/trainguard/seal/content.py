@@ -145,8 +145,8 @@ def _check_changed(case: Case, seal: Seal, sealed: Mapping[str, Entry], changed:
     now = {entry.name: entry for entry in reread.entries}
     elsewhere = _index_others(case, seal)
     for name in changed:
-        _check_swapped(case, name, now[name], elsewhere)
-        _name_tensors(case, name, sealed[name], now[name])
+        swapped = _check_swapped(case, name, now[name], elsewhere)
+        _name_tensors(case, name, sealed[name], now[name], swapped)
 
 
 def _index_others(case: Case, seal: Seal) -> dict[str, tuple[SealLeaf, str]]:
@@ -166,29 +166,32 @@ def _index_others(case: Case, seal: Seal) -> dict[str, tuple[SealLeaf, str]]:
     return found
 
 
-def _check_swapped(case: Case, name: str, now: Entry, elsewhere: Mapping[str, tuple[SealLeaf, str]]) -> None:
-    """E7: the file is one that was sealed with another checkpoint."""
+def _check_swapped(case: Case, name: str, now: Entry, elsewhere: Mapping[str, tuple[SealLeaf, str]]) -> tuple[str, ...]:
+    """E6, E7: the file is one that was sealed with another checkpoint. The techniques, none where it is not."""
     if now.digest is None or now.digest not in elsewhere:
-        return
+        return ()
     leaf, other = elsewhere[now.digest]
     origin = leaf.called if other == SINGLE else f"{other!r} of {leaf.called}"
+    put_back = case.leaf is not None and (leaf.place, leaf.run) == (str(case.place), case.leaf.run)
+    techniques = ("E6", "E7") if put_back else ("E7", "E6")
     case.say(
         "violated",
-        ("E7", "E6"),
-        f"{'the file' if name == SINGLE else repr(name)} is {origin}, put here",
+        techniques,
+        f"{'the file' if name == SINGLE else repr(name)} is {origin}, put {'back' if put_back else 'here'}",
         file=name,
         expected="the file that was sealed with this checkpoint",
         found=origin,
         cites=(leaf.citation,),
     )
+    return techniques
 
 
-def _name_tensors(case: Case, name: str, sealed: Entry, now: Entry) -> None:
-    """One finding per tensor that differs; one for the file where none can be told."""
+def _name_tensors(case: Case, name: str, sealed: Entry, now: Entry, swapped: tuple[str, ...]) -> None:
+    """One finding per tensor that differs; one for the file where none can be told. swapped: a whole file's story."""
     file = case.place.name if name == SINGLE else name
     differences = list(_differences(sealed.tensors or {}, now.tensors or {})) if sealed.tensors else []
     for tensor, what, before, after in differences[:TENSORS_SHOWN]:
-        techniques = ("E5",) if is_training_state(tensor, file) else ("E3",)
+        techniques = swapped or (("E5",) if is_training_state(tensor, file) else ("E3",))
         message = f"{tensor} in {file} {what} since it was sealed"
         case.say("violated", techniques, message, file=name, tensor=tensor, expected=before, found=after)
     if len(differences) > TENSORS_SHOWN:
@@ -196,7 +199,7 @@ def _name_tensors(case: Case, name: str, sealed: Entry, now: Entry) -> None:
     if not differences:
         case.say(
             _outcome(name),
-            ("E5",) if is_training_state("", file) else ("E3", "E5"),
+            swapped or (("E5",) if is_training_state("", file) else ("E3", "E5")),
             f"{file} is not the file that was sealed; {_why_unnamed(sealed, now)}",
             file=name,
             expected=f"{sealed.size if sealed.size is not None else '?'} bytes, {sealed.digest}",

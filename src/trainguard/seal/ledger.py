@@ -29,6 +29,8 @@ from trainguard.seal.bundle import Bundle, LogEntry, Seal, Signed, fingerprint, 
 from trainguard.seal.parse import verify_bundle
 
 PREDICATE = "seal/v1"
+RUN = "run"
+"""`source` of a seal that the supervisor made as a run saved; such a seal has no bundle file beside the checkpoint."""
 _HASHEDREKORD = b'{"apiVersion":"0.0.2","kind":"hashedrekord",'
 
 

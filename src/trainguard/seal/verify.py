@@ -28,14 +28,14 @@ from trainguard.finding import worst_first
 from trainguard.home import Home
 from trainguard.log import load_verifier
 from trainguard.log.note import Verifier
-from trainguard.seal.bundle import Bundle, fingerprint
+from trainguard.seal.bundle import Bundle, digest_of, fingerprint
 from trainguard.seal.case import Case
 from trainguard.seal.content import check_content
 from trainguard.seal.freshness import check_logged, check_newest, check_run, means_newest
-from trainguard.seal.ledger import Ledger, home_verifier, read_ledger
-from trainguard.seal.manifest import SEAL_SUFFIX, resolve, seal_path_of
+from trainguard.seal.ledger import RUN, Ledger, SealLeaf, home_verifier, read_ledger
+from trainguard.seal.manifest import SEAL_SUFFIX, read_manifest, resolve, root_digest, seal_path_of
 from trainguard.seal.parse import BUNDLE_LIMIT_BYTES, parse_bundle, verify_bundle
-from trainguard.seal.report import SIGNATURE, SealReport, status_of
+from trainguard.seal.report import LOGGED, SIGNATURE, SealReport, status_of
 
 
 def verify_seal(
@@ -123,9 +123,11 @@ def _bundle(case: Case) -> Bundle | None:
     except MalformedEvidence as error:
         bundle = None
         case.say("violated", ("E10",), f"the seal cannot be believed: {error}")
-    if bundle is None:
-        _fall_back(case, missing=data is None)
-    return bundle
+    later = _later_run_seal(case)
+    if bundle is not None and later is None:
+        return bundle
+    _by_log(case, later or _logged_seal(case, missing=data is None))
+    return None
 
 
 def _believed(case: Case, data: bytes) -> Bundle | None:
@@ -167,26 +169,68 @@ def _read_bundle(case: Case) -> bytes | None:
         os.close(descriptor)
 
 
-def _fall_back(case: Case, *, missing: bool) -> None:
-    """Without a seal to believe, go by the one our log has for this place. Raises Unavailable where it has none."""
-    leaf = case.ledger.newest(place=str(case.place)) if case.ledger is not None else None
+def _later_run_seal(case: Case) -> SealLeaf | None:
+    """The seal by which a watched run sealed this place after the one beside it was made, if there is one.
+
+    A watched run leaves no bundle beside its files, so an older one may still lie there.
+    """
+    if case.ledger is None or case.seal is None:
+        return None
+    leaf = case.ledger.find(case.seal.payload_digest)
+    newest = case.ledger.newest(place=str(case.place))
+    if leaf is None or newest is None or newest.source != RUN or newest.leaf <= leaf.leaf:
+        return None
+    return newest
+
+
+def _logged_seal(case: Case, *, missing: bool) -> SealLeaf | None:
+    """Without a seal to believe beside it: the one our log has for this place, or else for these bytes.
+
+    Raises Unavailable where nothing was ever sealed here. A bundle that should be there and is not is a finding.
+    """
+    ledger = case.ledger
+    leaf = ledger.newest(place=str(case.place)) if ledger is not None else None
+    if not missing:
+        return leaf
+    if leaf is None and ledger is not None:
+        leaf = _by_content(case, ledger)
     if leaf is None:
-        if not missing:
-            return
         raise Unavailable(
             f"{case.path}: has no seal ({case.seal_file.name} is not there)",
             next_step=_sealing_hint(case.place),
         )
-    case.leaf = leaf
-    if missing and leaf.source != "run":
+    if leaf.source != RUN:
         case.say(
             "violated",
             ("E8", "E10"),
             f"the seal of {case.place.name} is gone; the log says it was sealed",
             expected=f"{case.seal_file.name} ({leaf.called})",
             found="no such file",
+            cites=(leaf.citation,),
         )
-    case.seal = case.ledger.kept(leaf, case.public) if case.ledger is not None else None
+    return leaf
+
+
+def _by_content(case: Case, ledger: Ledger) -> SealLeaf | None:
+    """The newest seal a watched run made of exactly these bytes, wherever they lay then."""
+    candidates = {seal.root: seal for seal in ledger.seals if seal.source == RUN}
+    if not candidates:
+        return None
+    manifest = read_manifest(case.place, tensors=False)
+    return candidates.get(root_digest(digest_of(entry) for entry in manifest.resources))
+
+
+def _by_log(case: Case, leaf: SealLeaf | None) -> None:
+    """Go by the log's own entry and the copy of the seal we kept, which is verified anew."""
+    case.leaf = leaf
+    if leaf is None or case.ledger is None:
+        return
+    case.seal = case.ledger.kept(leaf, case.public)
+    if case.seal is None:
+        case.blocking = True
+        case.say("not_checked", (), "the content was not checked: our copy of the seal is gone or was altered")
+    elif not case.broken:
+        case.checked = [SIGNATURE, LOGGED]
 
 
 def _sealing_hint(place: Path) -> str:
@@ -205,7 +249,7 @@ def _report(case: Case) -> SealReport:
     return SealReport(
         path=str(case.path),
         status=status,
-        seal=str(case.seal_file) if seal is not None else None,
+        seal=str(case.seal_file) if seal is not None and os.path.lexists(case.seal_file) else None,
         name=seal.name if seal else leaf.name if leaf else None,
         run=seal.facts.run if seal else leaf.run if leaf else None,
         step=seal.facts.step if seal else leaf.step if leaf else None,

@@ -37,7 +37,7 @@ from trainguard.seal.bundle import (
 )
 from trainguard.seal.freshness import collisions, live_differs
 from trainguard.seal.hashing import DIGEST_BYTES
-from trainguard.seal.ledger import Ledger, entries_of, entry_of, read_ledger
+from trainguard.seal.ledger import RUN, Ledger, entries_of, entry_of, read_ledger
 from trainguard.seal.manifest import SINGLE, Manifest, read_manifest, resolve, seal_path_of
 from trainguard.seal.parse import verify_bundle
 from trainguard.seal.report import SealReport, status_of
@@ -63,12 +63,14 @@ def seal_path(
     live_digest: `algorithm:hex` taken while the file was written (hashing.TeeHash), or one per name in a folder; where
     it differs from what lies on the disk, the seal says so for good and the report is violated (E9).
     log: the log, where the caller has it open; else it is opened for this call.
+    source: `command`, or `run` for what a watched run saved: then no bundle file is written beside it.
     The report's findings tell of an older seal this one collides with. Raises Misuse, Unavailable or
     VerificationError where nothing could be sealed.
     """
     _check_arguments(run, step, lock, hash_type)
     place = resolve(path)
-    _check_writable(seal_path_of(place))
+    if source != RUN:
+        _check_writable(seal_path_of(place))
     manifest = read_manifest(place, hash_type=hash_type)
     live = _live(place, live_digest, manifest)
     home.prepare()
@@ -91,7 +93,7 @@ def seal_path(
             live=live,
         )
         seal, leaf = _enter(home, place, manifest, facts, key, appender, source)
-    return _report(path, place, manifest, seal, leaf, _findings(seal, place, ledger))
+    return _report(path, place, manifest, seal, leaf, _findings(seal, place, ledger), source)
 
 
 def _check_arguments(run: str | None, step: int | None, lock: str | None, hash_type: str) -> None:
@@ -145,10 +147,10 @@ def _enter(
     signature, index, envelope = entries_of(signed, seal, place, key, source=source, now_ns=time.time_ns())
     home.store_blob(envelope)
     first, leaf = log.append([signature, index])
-    vkey = home.keys / "log.vkey"
-    reader = LogReader(home.log, vkey)
-    entry = entry_of(reader.inclusion(first), reader.head(), load_verifier(vkey), signature)
-    if source != "run":  # a watched run gets no files of ours beside its own; the log and our store keep the seal
+    if source != RUN:  # a watched run gets no files of ours beside its own; the log and our store keep the seal
+        vkey = home.keys / "log.vkey"
+        reader = LogReader(home.log, vkey)
+        entry = entry_of(reader.inclusion(first), reader.head(), load_verifier(vkey), signature)
         write_durably(seal_path_of(place), encode_bundle(signed, hint, entry))
     return seal, leaf
 
@@ -185,12 +187,12 @@ def _findings(seal: Seal, place: Path, ledger: Ledger) -> tuple[Finding, ...]:
 
 
 def _report(
-    path: Path, place: Path, manifest: Manifest, seal: Seal, leaf: int, findings: tuple[Finding, ...]
+    path: Path, place: Path, manifest: Manifest, seal: Seal, leaf: int, findings: tuple[Finding, ...], source: str
 ) -> SealReport:
     return SealReport(
         path=str(path),
         status=status_of(findings, blocking=False),
-        seal=str(seal_path_of(place)),
+        seal=str(seal_path_of(place)) if source != RUN else None,
         name=seal.name,
         run=seal.facts.run,
         step=seal.facts.step,
