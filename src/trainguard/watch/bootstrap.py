@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
-from . import audit, children, client, code, inputs
+from . import audit, children, client, code, inputs, shield
 
 _client: Optional[client.Client] = None
 
@@ -26,9 +26,10 @@ def start() -> None:
         return
     os.register_at_fork(after_in_child=_forked)
     atexit.register(_client.close)
+    audit.install(_client.fault)
+    shield.install(_client)
     if _client.settings.get("links") == "none":
         return
-    audit.install(_client.fault)
     children.install(_client)
     code.install(_client)
     inputs.install(_client)

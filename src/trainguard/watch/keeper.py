@@ -24,6 +24,7 @@ import select
 import signal
 import socket
 import struct
+import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -157,9 +158,9 @@ def answer(listener: int, book: "Book") -> None:
 class Book:
     """Writes one message a question to `hand_on`; the same sender, call, target and signal again is only counted.
 
-    Message: {"call", "signal" | None, "sender": facts, "targets": [facts], "target": as given, "repeats": n,
-    "lost": messages that could not be handed on, "faults": n}. `repeats` counts further equal calls since the last
-    message about them, sent at most once a second.
+    Message: {"call", "signal" | None, "sender": facts, "targets": [facts], "target": as given, "calls": n,
+    "lost": messages that could not be handed on, "faults": n}. `calls` is how many calls the message stands for: the
+    first is told at once, further equal ones are counted and told once a second.
     """
 
     def __init__(self, hand_on: Callable[[Dict[str, Any]], bool], supervisor: int) -> None:
@@ -171,6 +172,7 @@ class Book:
         self.orphaned = False
         """Nobody reads any more: stop gathering facts."""
         self.held: Dict[Tuple[Any, ...], List[Any]] = {}
+        self.lock = threading.Lock()
 
     def enter(self, tid: int, call: str, arguments: Tuple[int, ...]) -> None:
         """Book one call."""
@@ -180,10 +182,11 @@ class Book:
         number = _signed(arguments[SIGNAL_ARGUMENT[call]]) if call in SIGNAL_ARGUMENT else None
         key = (sender, call, arguments[:3])
         now = time.monotonic()
-        known = self.held.get(key)
-        if known is not None and now - known[0] < REPEAT_SECONDS:
-            known[1] += 1
-            return
+        with self.lock:
+            known = self.held.get(key)
+            if known is not None and now - known[0] < REPEAT_SECONDS:
+                known[1] += 1
+                return
         if len(self.held) >= KEY_LIMIT:
             self.flush(now + REPEAT_SECONDS)
         message: Dict[str, Any] = {
@@ -197,18 +200,19 @@ class Book:
         message["target"] = target
         message["targets"] = [facts(pid, self.supervisor) for pid in pids]
         if known is not None:
-            message["repeats"] = known[1]
+            message["calls"] += known[1]
         self.held[key] = [now, 0, message]
         self.send(message)
 
     def flush(self, now: float) -> None:
         """Send what was counted, and forget what is older than a second."""
-        for key, (since, count, message) in list(self.held.items()):
+        for key, (since, _, _) in list(self.held.items()):
             if now - since < REPEAT_SECONDS:
                 continue
-            del self.held[key]
-            if count:
-                self.send({**message, "repeats": count})
+            with self.lock:
+                known = self.held.pop(key, None)
+            if known is not None and known[1]:
+                self.send({**known[2], "calls": known[1]})
 
     def send(self, message: Dict[str, Any]) -> None:
         """Hand on, or count as lost."""
@@ -341,7 +345,11 @@ def _signed(value: int) -> int:
 
 
 def keep(listener: int, channel: socket.socket) -> None:
-    """Answer until no process carries the filter any more, whether or not anybody reads `channel`."""
+    """Answer until no process carries the filter any more, whether or not anybody reads `channel`.
+
+    A thread waits inside the receiving call, so that a question counts as taken the moment it is asked: until then any
+    signal with a handler would cut the asker's `kill` short (EINTR). Here we wait for the end of the job.
+    """
 
     def hand_on(message: Dict[str, Any]) -> bool:
         try:
@@ -353,17 +361,20 @@ def keep(listener: int, channel: socket.socket) -> None:
             return False
         return True
 
-    book = Book(hand_on, os.getppid())
-    poll = select.poll()
-    poll.register(listener, select.POLLIN)
-    while True:
-        events = poll.poll(1000 if book.held else None)
-        for _, event in events:
-            if event & select.POLLIN:
+    def serve() -> None:
+        while True:
+            try:
                 answer(listener, book)
-            elif event:
+            except OSError:
                 return
+
+    book = Book(hand_on, os.getppid())
+    threading.Thread(target=serve, daemon=True).start()
+    poll = select.poll()
+    poll.register(listener, 0)  # errors and hang-up are always told
+    while not poll.poll(500):
         book.flush(time.monotonic())
+    book.flush(float("inf"))
 
 
 def main() -> None:
@@ -371,6 +382,10 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
+    except OSError:
+        pass
     keep(3, socket.socket(fileno=4))
 
 

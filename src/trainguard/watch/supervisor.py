@@ -407,7 +407,8 @@ class Supervisor:
         self._add("process", body, process=peer.number, pid=peer.pid, uid=peer.uid, rank=peer.rank)
         welcome = {name: getattr(self.settings, name) for name in Settings.__dataclass_fields__}
         try:
-            peer.link.send(json.dumps(welcome | {"process": peer.number}).encode())
+            more = {"process": peer.number, "ledger": self._ledger.listener is not None}
+            peer.link.send(json.dumps(welcome | more).encode())
         except OSError:
             self._drop(peer)
 
