@@ -81,6 +81,23 @@ REVIEWED = {
     "torch.distributed.tensor._dtensor_spec.DTensorSpec": {"__setattr__": "checks the shard order, resets the hash"},
     "accelerate.state.PartialState": {"__getattr__": "raises AttributeError"},
     "accelerate.state.AcceleratorState": {"__getattr__": "raises AttributeError"},
+    **{
+        f"torch.nn.modules.activation.{name}": {"__setstate__": "Module's, then a missing dim"}
+        for name in ("Softmax", "Softmin", "LogSoftmax")
+    },
+    "transformers.configuration_utils.PreTrainedConfig": {
+        "__getattribute__": "renames by the class's own attribute_map before state is there; BUILD happens once",
+        "__setattr__": "the same renaming; not used by unpickling a __dict__",
+    },
+    "transformers.integrations.heterogeneity.configuration_utils.HeterogeneousConfigMixin": {
+        "__getattribute__": "warns or raises for per-layer names",
+    },
+    "torchmetrics.metric.Metric": {
+        "__setstate__": "updates __dict__, wraps its own update and compute",
+        "__setattr__": "refuses some names; not used by unpickling a __dict__",
+        "__getnewargs__": "constants that __new__ ignores",
+        "kind": "instance_constants",
+    },
     "transformers.utils.generic.ExplicitEnum": {"_missing_": "raises ValueError"},
     "accelerate.utils.dataclasses.BaseEnum": {},
     "accelerate.utils.dataclasses.EnumWithContains": {},
@@ -97,6 +114,10 @@ REVIEWED = {
         "__init__": "only on call",
         "__getitem__": "an item, with a warning",
     },
+    "sklearn.isotonic.IsotonicRegression": {"__setstate__": "BaseEstimator's, then interpolates its own thresholds"},
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor": {
+        "__setstate__": "updates __dict__, casts its nodes"
+    },
     "sklearn.utils._metadata_requests._MetadataRequester": {"__init_subclass__": "at class definition"},
 }
 """Class → its methods that were read and found to do nothing but what is said. Anything else excludes the class.
@@ -111,7 +132,7 @@ HARMLESS_BASES = {
         for name in ("Placement", "Shard", "StridedShard", "Replicate", "Partial")
     },
     "abc.ABC": "instance",
-    "typing.Generic": "instance",
+    **{f"typing.{name}": "instance" for name in ("Generic", "Iterable", "Iterator", "Mapping", "Sequence", "Callable")},
     "typing.Protocol": "instance",
     "typing_extensions.Protocol": "instance",
     **{
@@ -165,6 +186,18 @@ class Library:
     extra: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     """tier → kind → names added by hand: compiled classes and functions, which have no syntax tree."""
 
+
+TREES = tuple(
+    (tree, name + bits)
+    for tree, name in (("kd_tree", "KDTree"), ("ball_tree", "BallTree"))
+    for bits in ("", "32", "64")
+)
+DISTANCES = (
+    *("BrayCurtis", "Canberra", "Chebyshev", "Dice", "Euclidean", "Hamming", "Haversine", "Jaccard", "Kulsinski"),
+    *("Mahalanobis", "Manhattan", "Matching", "Minkowski", "RogersTanimoto", "RussellRao", "SEuclidean"),
+    *("SokalMichener", "SokalSneath"),
+)
+"""sklearn's compiled distances, without the one that holds a Python function."""
 
 LIBRARIES = (
     Library(
@@ -237,7 +270,7 @@ LIBRARIES = (
     Library(
         name="lightning",
         package="lightning",
-        uses=("torch", "torchmetrics"),
+        uses=("torch", "torchmetrics", "lightning_utilities"),
         training=(
             "lightning.fabric.utilities.data",
             "lightning.pytorch.utilities.parsing",
@@ -253,7 +286,9 @@ LIBRARIES = (
             }
         },
     ),
-    Library(name="torchmetrics", package="torchmetrics", uses=("torch",), framework=("torchmetrics",)),
+    Library(
+        name="torchmetrics", package="torchmetrics", uses=("torch", "lightning_utilities"), framework=("torchmetrics",)
+    ),
     Library(
         name="sklearn",
         package="sklearn",
@@ -268,15 +303,17 @@ LIBRARIES = (
                     "sklearn.metrics._dist_metrics.newObj",
                 ),
                 "sklearn_state": (
-                    "sklearn.neighbors._kd_tree.KDTree",
-                    "sklearn.neighbors._ball_tree.BallTree",
-                    "sklearn.neighbors._kd_tree.KDTree64",
-                    "sklearn.neighbors._ball_tree.BallTree64",
+                    *(f"sklearn.neighbors._{tree}.{name}" for tree, name in TREES),
                     *(
-                        f"sklearn.metrics._dist_metrics.{name}DistanceMetric64"
-                        for name in ("Euclidean", "Manhattan", "Minkowski")
+                        f"sklearn.metrics._dist_metrics.{name}Distance{bits}"
+                        for name in DISTANCES
+                        for bits in ("32", "64", "")
                     ),
-                    "sklearn.metrics._dist_metrics.EuclideanDistanceMetric",
+                ),
+                "constant": (
+                    "sklearn.cluster._kmeans._kmeans_single_lloyd",
+                    "sklearn.cluster._kmeans._kmeans_single_elkan",
+                    "sklearn.cluster._k_means_lloyd.lloyd_iter_chunked_dense",
                 ),
                 "constants": tuple(
                     f"sklearn._loss._loss.Cy{name}"
@@ -290,6 +327,13 @@ LIBRARIES = (
                         ),
                         *("HalfPoissonLoss", "HalfSquaredError", "HalfTweedieLoss", "HalfTweedieLossIdentity"),
                         *("HuberLoss", "PinballLoss"),
+                    )
+                )
+                + tuple(
+                    f"sklearn.linear_model._sgd_fast.{name}"
+                    for name in (
+                        *("Hinge", "SquaredHinge", "ModifiedHuber", "EpsilonInsensitive", "SquaredEpsilonInsensitive"),
+                        *("Huber", "Log", "SquaredLoss"),
                     )
                 ),
                 "dict_instance": ("sklearn.utils._bunch.Bunch", "sklearn.utils.Bunch"),
@@ -483,7 +527,7 @@ def kind_of(sources: Sources, name: str) -> str | None:
         if not clean(shapes, RUN_WHEN_FILLED - {"__init__"}):
             return None
         return f"{'dict' if 'dict' in kinds else 'list'}_instance"
-    reviewed = REVIEWED.get(name, {}).get("kind")
+    reviewed = next((REVIEWED[shape.name]["kind"] for shape in shapes if "kind" in REVIEWED.get(shape.name, {})), None)
     if reviewed:
         return reviewed
     return "instance_slots" if any(shape.slots or shape.dataclass_slots for shape in shapes) else "instance"

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import _compat_pickle
 import codecs
+import math
 import pickletools
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trainguard.scan.budget import Meter, OverBudget
@@ -38,6 +39,7 @@ from trainguard.scan.source import BytesSource, PartSource, Source
 from trainguard.scan.trust import Trust
 from trainguard.scan.values import (
     Bag,
+    FrozenBag,
     Global,
     Map,
     Object,
@@ -77,6 +79,10 @@ NUMBER = re.compile(rb"[-+]?([0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|inf|nan)")
 """What `repr` writes, which both unpicklers read alike; they differ on other spellings (octal, underscores, blanks)."""
 
 SIMPLE_KEYS = frozenset((str, int, bytes, bool, float, type(None)))
+CALL_ONLY = frozenset(("getattr", "reconstructor", "new_object", "partial", "torch_load_from_bytes", "encode"))
+"""Kinds whose rule guards what they are given. They may be called but not kept in a container or an object, from where
+a library could call them with arguments no rule has seen."""
+
 ARRAY_WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
 
 
@@ -171,6 +177,12 @@ class Machine:
         self._protocol = 0
         self._known: dict[tuple[str, str], Global] = {}
         self._sealed: list[Value] = []
+        self._guarded = False
+        """Whether a call-only name was resolved, so that containers must be looked through for it."""
+        self._built: set[int] = set()
+        """ids of objects that were given state; a second time, an attribute of theirs could stand in for __setstate__."""
+        self._kept: list[Value] = []
+        """Those objects, so that no id is used again."""
         self._steps = 0
         self._made = 0
         self._settled_steps = 0
@@ -225,7 +237,7 @@ class Machine:
                 self._check_key(key, KEY_DEPTH)
 
     def _check_key(self, key: Value, depth: int) -> None:
-        if type(key) in (tuple, Bag):
+        if type(key) in (tuple, FrozenBag):
             if not depth:
                 raise Refused("key", f"dict key: tuples nested more than {KEY_DEPTH} deep")
             for item in key:
@@ -265,7 +277,7 @@ class Machine:
         stored, and loaded again after it.
         """
         data, pos, limit, stack, memo = self._data, self._pos, self._limit, self._stack, self._memo
-        fence, keep, steps, made = self._fence, self._keep, 0, 0
+        fence, keep, steps, made, guarded = self._fence, self._keep, 0, 0, self._guarded
         others = OPCODES
         append = stack.append
         while True:
@@ -336,6 +348,9 @@ class Machine:
                 mark = self._marks.pop()
                 items = tuple(stack[mark:])
                 del stack[mark:]
+                if guarded:
+                    self._pos = pos
+                    self._refuse_guarded(items)
                 append(items)
                 fence = self._marks[-1] if self._marks else 0
                 made += 1 + (len(items) >> 3)
@@ -350,7 +365,11 @@ class Machine:
                 if len(stack) - count < fence:
                     self._pos = pos
                     raise Malformed("makes a tuple from an empty stack")
-                stack[-count:] = [tuple(stack[-count:])]
+                items = tuple(stack[-count:])
+                if guarded:
+                    self._pos = pos
+                    self._refuse_guarded(items)
+                stack[-count:] = [items]
                 made += 1
             elif op == 0x29:  # EMPTY_TUPLE
                 append(())
@@ -376,7 +395,7 @@ class Machine:
                 if handler is None:
                     raise Malformed(f"byte 0x{op:02x} is not an opcode")
                 handler(self)
-                data, pos, limit, fence = self._data, self._pos, self._limit, self._fence
+                data, pos, limit, fence, guarded = self._data, self._pos, self._limit, self._fence, self._guarded
 
     def _boundary(self) -> None:
         """Called at least every SLICE_BYTES: settle the budget, close a frame, move the window, notice the end."""
@@ -508,6 +527,12 @@ class Machine:
         self._fence = self._marks[-1] if self._marks else 0
         return items
 
+    def _refuse_guarded(self, items: Sequence[Value]) -> None:
+        """Raise when a call-only name is about to be kept in a container."""
+        for item in items:
+            if type(item) is Global and item.listed is not None and item.listed.kind in CALL_ONLY:
+                raise Refused("call", f"{item.name} kept as a value: it may only be called, under its rule")
+
     def _put(self, index: int, value: Value) -> None:
         memo = self._memo
         if index > len(memo) + MEMO_GAP:
@@ -541,6 +566,7 @@ class Machine:
             known = Global(full, self._trust.find(full))
             self._known[(module, name)] = known
             self._made += 1
+            self._guarded = self._guarded or (known.listed is not None and known.listed.kind in CALL_ONLY)
         if known.listed is None:
             self.unlisted(known, "value")
         return known
@@ -643,7 +669,10 @@ class Machine:
         line = self._line()
         if not NUMBER.fullmatch(line):
             raise Malformed(f"expected a number, found {line[:40]!r}")
-        self._stack.append(float(line))
+        value = float(line)
+        if math.isinf(value) and b"inf" not in line:
+            raise Malformed(f"a number too large for a float: {line[:40]!r}")
+        self._stack.append(value)
 
     def _float_binary(self) -> None:
         self._stack.append(_F8(self._take(8))[0])
@@ -708,6 +737,8 @@ class Machine:
 
     def _list(self) -> None:
         items = self._pop_mark()
+        if self._guarded:
+            self._refuse_guarded(items)
         self._made += 1 + (len(items) >> 3)
         self._stack.append(items)
 
@@ -718,9 +749,11 @@ class Machine:
 
     def _frozenset(self) -> None:
         items = self._pop_mark()
+        if self._guarded:
+            self._refuse_guarded(items)
         self._made += 1 + (len(items) >> 3)
         self.check_keys(items)
-        self._stack.append(Bag(items))
+        self._stack.append(FrozenBag(items))
 
     def _append(self) -> None:
         item = self._pop()
@@ -731,6 +764,8 @@ class Machine:
         self._extend(self._top(), items)
 
     def _extend(self, target: Value, items: list[Value]) -> None:
+        if self._guarded:
+            self._refuse_guarded(items)
         self._made += len(items) >> 3
         if type(target) is list:
             self._refuse_sealed(target)
@@ -754,17 +789,24 @@ class Machine:
             self._refuse_sealed(target)
             target.extend(pairs)
         else:
+            # A class whose items are attributes would find such an item where an unpickler looks for a method.
+            if any(type(key) is str and key.startswith("__") for key in pairs[::2]):
+                raise Refused("items", f"sets an item named like a method of {describe(target)}")
             self._fill(target, "dict", "sets items of")
 
     def _checked_pairs(self, items: list[Value]) -> list[Value]:
         if len(items) % 2:
             raise Malformed("a dict with a key and no value")
+        if self._guarded:
+            self._refuse_guarded(items)
         self.check_keys(items[::2])
         return items
 
     def _additems(self) -> None:
         items = self._pop_mark()
         target = self._top()
+        if self._guarded:
+            self._refuse_guarded(items)
         self.check_keys(items)
         self._made += len(items) >> 3
         if type(target) is Bag:
@@ -853,6 +895,10 @@ class Machine:
         self.trace.called = True
         if not isinstance(target, Object):
             raise Refused("build", f"writes state into {describe(target)}")
+        if id(target) in self._built:
+            raise Refused("build", f"writes state into a {target.origin.name} a second time")
+        self._built.add(id(target))
+        self._kept.append(target)
         listed = target.origin.listed
         if listed is None:
             self.unlisted(target.origin, "instance")

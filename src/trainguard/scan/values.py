@@ -82,7 +82,13 @@ class Map(list[Value]):
 
 
 class Bag(list[Value]):
-    """A set or frozenset under construction."""
+    """A set under construction."""
+
+    __slots__ = ()
+
+
+class FrozenBag(list[Value]):
+    """A frozenset, which unlike a set may be a dict key."""
 
     __slots__ = ()
 
@@ -99,7 +105,7 @@ def is_inert(value: Value, depth: int = 4) -> bool:
     """Whether `value` is built from constants only, down to `depth` levels; deeper counts as not."""
     if is_constant(value):
         return True
-    if depth and type(value) in (tuple, list, Map, Bag):
+    if depth and type(value) in (tuple, list, Map, Bag, FrozenBag):
         return all(is_inert(item, depth - 1) for item in value)
     return False
 

@@ -28,7 +28,6 @@ from trainguard.scan.verdict import Verdict
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
-LEGACY_HEAD = bytes((0x80, 2, 0x8A, 10)) + LEGACY_MAGIC.to_bytes(10, "little") + b"."
 PICKLES_IN_A_ROW = 10_000
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
 BROKEN_OPCODES = 3
@@ -107,14 +106,14 @@ def is_protocol_2(head: bytes, source: Source) -> bool:
 
 def judge(job: Job) -> tuple[str, str]:
     """A file that begins with a pickle: torch legacy, joblib, or one or more pickles and nothing else."""
-    if job.source.read(0, len(LEGACY_HEAD)) == LEGACY_HEAD:
-        from trainguard.scan.formats import torch_legacy
-
-        return torch_legacy.judge(job)
     # Up to its first array a joblib file is a pickle like any other, so the machine that knows both reads the first.
     trace = judge_stream(job, 0, JOBLIB)
     if trace is None:
         return "pickle", "pickle"
+    if trace.value == LEGACY_MAGIC and type(trace.value) is int:
+        from trainguard.scan.formats import torch_legacy
+
+        return torch_legacy.judge(job, trace.end)
     if not trace.inline_arrays:
         return judge_pickles(job, trace.end)
     if trace.end != job.source.size:

@@ -11,11 +11,11 @@ from trainguard.scan.machine import PICKLE, TORCH_LEGACY, Loader, Trace
 from trainguard.scan.values import Map
 
 
-def judge(job: Job) -> tuple[str, str]:
-    """Judge all five pickles and check that the storages fill the rest exactly."""
+def judge(job: Job, position: int) -> tuple[str, str]:
+    """Judge the four pickles after the magic, which ends at `position`, and the storages that must fill the rest."""
     traces: list[Trace] = []
-    position = 0
-    sections: tuple[Loader, ...] = (PICKLE, PICKLE, PICKLE, TORCH_LEGACY, PICKLE)
+    begin = position
+    sections: tuple[Loader, ...] = (PICKLE, PICKLE, TORCH_LEGACY, PICKLE)
     from trainguard.scan.formats.pickles import LEGACY_VERSION, judge_stream
 
     for loader in sections:
@@ -24,12 +24,12 @@ def judge(job: Job) -> tuple[str, str]:
             return "torch-legacy", "torch"
         traces.append(trace)
         position = trace.end
-    if traces[1].value != LEGACY_VERSION:
-        job.unsafe("torch-legacy", f"version section: expected {LEGACY_VERSION}", traces[0].end)
-    info = traces[2].value.text_keys() if type(traces[2].value) is Map else None
+    if traces[0].value != LEGACY_VERSION:
+        job.unsafe("torch-legacy", f"version section: expected {LEGACY_VERSION}", begin)
+    info = traces[1].value.text_keys() if type(traces[1].value) is Map else None
     if info is None or info.get("little_endian") is not True:
-        job.unsafe("torch-legacy", "system section: expected a dict with little_endian True", traces[1].end)
-    _check_storages(job, traces[3], traces[4].value, position)
+        job.unsafe("torch-legacy", "system section: expected a dict with little_endian True", traces[0].end)
+    _check_storages(job, traces[2], traces[3].value, position)
     return "torch-legacy", "torch"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trainguard.scan.rules.interface import CallRule, Kind, Refused, refuse
-from trainguard.scan.values import Bag, Global, Map, Object, Span, Value, is_constant, is_inert
+from trainguard.scan.values import Bag, FrozenBag, Global, Map, Object, Span, Value, is_constant, is_inert
 
 if TYPE_CHECKING:
     from trainguard.scan.machine import Machine
@@ -101,7 +101,7 @@ def _is_object_of(value: Value, prefix: str) -> bool:
 
 def sequence(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     """list, tuple, set, frozenset: nothing or one list, tuple or set."""
-    if args and (len(args) != 1 or type(args[0]) not in (list, tuple, Bag)):
+    if args and (len(args) != 1 or type(args[0]) not in (list, tuple, Bag, FrozenBag)):
         raise refuse("arguments", origin, "one list", args)
     if args and origin.name in ("builtins.set", "builtins.frozenset"):
         machine.check_keys(args[0])
@@ -200,7 +200,7 @@ def reconstruct(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Va
         raise refuse("arguments", origin, "object or a plain container type as base", args[1])
     if args[1].name == "builtins.object" and args[2] is not None:
         raise refuse("arguments", origin, "None as the state of object", args[2])
-    if not (is_inert(args[2]) or type(args[2]) in (list, tuple, Map, Bag)):
+    if not (is_inert(args[2]) or type(args[2]) in (list, tuple, Map, Bag, FrozenBag)):
         raise refuse("arguments", origin, "a plain value as base state", args[2])
     return made
 

@@ -43,21 +43,19 @@ _WIDTHS = {
     4: ("float32", "complex32", "qint32"),
     2: ("float16", "bfloat16", "bits16"),
     16: ("complex128",),
-    1: tuple(
-        [
-            "bool",
-            "qint8",
-            "quint8",
-            "quint4x2",
-            "quint2x4",
-            "bits8",
-            "bits1x8",
-            "bits2x4",
-            "bits4x2",
-            "float4_e2m1fn_x2",
-        ]
-    )
-    + tuple(f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")),
+    1: (
+        "bool",
+        "qint8",
+        "quint8",
+        "quint4x2",
+        "quint2x4",
+        "bits8",
+        "bits1x8",
+        "bits2x4",
+        "bits4x2",
+        "float4_e2m1fn_x2",
+        *tuple(f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")),
+    ),
 }
 _INTEGERS = {
     f"{sign}int{bits}": max(1, bits // 8) for sign in ("", "u") for bits in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
