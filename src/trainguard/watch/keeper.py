@@ -193,7 +193,7 @@ class Book:
             "call": call,
             "signal": number,
             "sender": facts(sender, self.supervisor),
-            "repeats": 0,
+            "calls": 1,
         }
         message["sender"]["tid"] = tid
         target, pids = targets(sender, call, arguments)
