@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,13 @@ CONFIG_SUFFIXES = frozenset(
 )
 """Taken when tracked, or where nothing is tracked: a run may write such files beside its code."""
 VOCABULARY = frozenset({"vocab.txt", "merges.txt", "meta.pkl", "spiece.model", "tokenizer.model"})
+WRITTEN_FOLDER = re.compile(
+    r"(^|/)(outputs?|results?|runs?|logs?|checkpoints?|ckpts?|checkpoint-[^/]*|multirun|tmp|\.?cache)/"
+)
+WRITTEN_NAME = re.compile(
+    r"metric|result|history|trainer_state|summary|eval|(^|[-_./])(log|logs|state|stats)[-_.]", re.I
+)
+"""Where nothing is tracked, configuration files in such folders or with such names are taken for a run's own."""
 FILE_LIMIT_BYTES = 16 << 20
 LIMITS = Limits(files=100_000, bytes=4 << 30, depth=24, file_bytes=FILE_LIMIT_BYTES)
 
@@ -166,5 +174,7 @@ class Selection:
         if suffix in CODE_SUFFIXES:
             return True
         if self._tracked is not None and path not in self._tracked:
+            return False
+        if self._tracked is None and (WRITTEN_FOLDER.search(path) or WRITTEN_NAME.search(os.path.basename(path))):  # noqa: PTH119
             return False
         return suffix in CONFIG_SUFFIXES or suffix in NATIVE_SOURCES or os.path.basename(path) in VOCABULARY  # noqa: PTH119

@@ -145,7 +145,7 @@ def _launched(found: Resolved, words: list[str], cwd: Path) -> None:
         if word in ("-m", "--module") and index + 1 < len(words) and "/" not in words[index + 1]:
             found.module = words[index + 1]
             return
-        if word.endswith(".py") and (path := _inside(cwd, word)).is_file():
+        if word.endswith(".py") and os.path.isfile(path := _inside(cwd, word)):  # noqa: PTH113 - too long a word is no path
             found.script = path
             return
 
@@ -216,7 +216,7 @@ def _which(word: str, cwd: Path, env: Mapping[str, str]) -> Path | None:
     """The program `word` names, absolute, links not followed."""
     if "/" in word:
         path = _inside(cwd, word)
-        return path if path.is_file() and os.access(path, os.X_OK) else None
+        return path if os.path.isfile(path) and os.access(path, os.X_OK) else None  # noqa: PTH113 - as above
     found = shutil.which(word, path=env.get("PATH", os.defpath))
     return _inside(cwd, found) if found else None
 

@@ -55,6 +55,10 @@ class Inputs:
     """Folders and files the job writes: never compared."""
 
 
+# os.path and not Path asks whether a word is a path: a word may be too long to be one, and only Path raises then.
+# ruff: noqa: PTH110, PTH113
+
+
 def inputs_of(
     argv: Sequence[str], *, cwd: Path, code_root: Path, data: Sequence[str], outputs: Sequence[str]
 ) -> Inputs:
@@ -63,9 +67,14 @@ def inputs_of(
     written = [Path(os.path.normpath(cwd / path)) for path in outputs]
     for option, word in valued(argv):
         path = Path(os.path.normpath(cwd / word))
-        if WRITTEN.search(option) and not (path.is_file() and path.suffix in CONFIG):
+        if WRITTEN.search(option) and not (path.suffix in CONFIG and os.path.isfile(path)):
             written.append(path)
-        elif not path.exists() or path.suffix == ".py" or path in (cwd, code_root) or code_root.is_relative_to(path):
+        elif (
+            not os.path.exists(path)
+            or path.suffix == ".py"
+            or path in (cwd, code_root)
+            or code_root.is_relative_to(path)
+        ):
             continue
         elif path.is_dir() and CHECKPOINTS.search(option) and not STARTS.search(option):
             written.append(path)

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from trainguard.errors import Misuse, Unavailable
 from trainguard.lockfile import (
@@ -151,7 +154,26 @@ def _measured(
         notes=tuple(dict.fromkeys(job.notes)),
     )
     stat_cache.save()
+    return _encodable(measurement)
+
+
+def _encodable(measurement: Measurement) -> Measurement:
+    """`measurement` with every name that is not UTF-8 written with backslashes; nearly always itself."""
+    try:
+        measurement.encode()
+    except UnicodeEncodeError:
+        return msgspec.convert(_escaped(msgspec.to_builtins(measurement)), Measurement)
     return measurement
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    return value
 
 
 @contextmanager
@@ -343,10 +365,13 @@ def _data_beside(job: _Job, root: code.Root, inputs: data.Inputs) -> dict[str, s
         path = root.path / name
         if not chosen or not data.data_beside(name) or path in taken or name in known:
             continue
-        if path.stat().st_size > data.CONVENTION_LIMITS.bytes:
-            job.notes.append(f"{path}: larger than {data.CONVENTION_LIMITS.bytes} bytes; declare it with --data")
-            continue
-        values[name] = job.walker.file(path, fresh=False)
+        try:
+            if path.stat().st_size > data.CONVENTION_LIMITS.bytes:
+                job.notes.append(f"{path}: larger than {data.CONVENTION_LIMITS.bytes} bytes; declare it with --data")
+                continue
+            values[name] = job.walker.file(path, fresh=False)
+        except (OSError, Unavailable) as error:
+            job.notes.append(str(error))
     return values
 
 

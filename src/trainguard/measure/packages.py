@@ -116,9 +116,12 @@ def _record(path: Path) -> Iterator[tuple[str, str]]:
     """
     text = (read_small(path, RECORD_LIMIT_BYTES) or b"").decode("utf-8", "backslashreplace")
     if '"' in text or "\\" in text:
-        for row in csv.reader(io.StringIO(text)):
-            if len(row) == 3 and row[0]:
-                yield row[0].replace("\\", "/"), _hex(row[1])
+        try:
+            for row in csv.reader(io.StringIO(text)):
+                if len(row) == 3 and row[0]:
+                    yield row[0].replace("\\", "/"), _hex(row[1])
+        except csv.Error:
+            return  # the rest of its files count as belonging to no package
         return
     for line in text.splitlines():  # the quick way, for nearly all of them
         name, _, rest = line.partition(",")

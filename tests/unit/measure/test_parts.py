@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from trainguard.errors import Misuse, Unavailable
+from trainguard.lockfile import parse_measurement
 from trainguard.measure import bytecode, code, data, measure, numeric, startup, variables
 from trainguard.measure.cache import StatCache
 from trainguard.measure.interpreter import ask, boot_folder, python_path, where
@@ -107,6 +108,22 @@ def test_a_pipe_in_the_place_of_any_file_we_read_does_not_hold_up_the_measuremen
     measurement = measure(["python", "train.py"], cwd=place.job, env=place.environment)
     assert measurement.distributions["tinyoptim"].version == "1.0"
     assert any("neither a file nor a folder" in note for note in measurement.notes)
+
+
+def test_hostile_records_words_and_names_are_measured_all_the_same(place: InstalledEnvironment) -> None:
+    """A cell past the CSV limit, a word too long to be a path, names that are no text, a file nobody may read."""
+    info = next(place.site.glob("*.dist-info"))
+    (info / "RECORD").write_text('tinyoptim.py,"' + "x" * 200_000 + '",1\n')
+    (info / "entry_points.txt").write_bytes(b"[a\n=\xff\n[b]\nc")
+    (place.site / "odd.pth").write_bytes(b"import \xff\xfe\n/nowhere\x00\n")
+    Path(os.fsdecode(os.fsencode(place.job) + b"/\xff.py")).write_text("a = 1\n")
+    (place.job / "rows.csv").write_text("1\n")
+    (place.job / "rows.csv").chmod(0)
+    words = ["python", "train.py", "x" * 5000, "--data", "y" * 300, os.fsdecode(b"--name=\xff"), "a=" + "z" * 5000]
+    measurement = measure(words, cwd=place.job, env=place.environment)
+    assert parse_measurement(measurement.encode(), where="blob") == measurement
+    assert "\\xff.py" in measurement.trees["code"].files
+    assert measure(["python", "-c", "x" * 10_000], cwd=place.job, env=place.environment).launch.kind == "code"
 
 
 def test_bytecode_is_compared_as_code_and_not_as_bytes(place: InstalledEnvironment) -> None:
