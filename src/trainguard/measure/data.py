@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainguard.lockfile import Tree
-from trainguard.measure.walk import Limits, Walker
+from trainguard.measure.walk import Limits, Walker, escaped
 
 WEIGHTS = frozenset({".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl", ".distcp", ".gguf", ".h5", ".msgpack"})
 DATA_FOLDERS = ("data", "dataset", "datasets", "corpus")
@@ -112,7 +112,7 @@ def measure_input(entry: Input, walker: Walker) -> tuple[Tree, list[str]]:
     if not entry.path.exists():
         return Tree(name=name, root=str(entry.path)), [f"{entry.path}: declared as data, but it is not there"]
     value = walker.file(entry.path, fresh=False)
-    return Tree(name=name, root=str(entry.path.parent), files={entry.path.name: value}), []
+    return Tree(name=name, root=str(entry.path.parent), files={escaped(entry.path.name): value}), []
 
 
 def _skip(_path: str, name: str) -> bool:

@@ -34,7 +34,7 @@ from trainguard.measure.cache import StatCache
 from trainguard.measure.command import SHELLS, Resolved, resolve
 from trainguard.measure.files import read_small
 from trainguard.measure.interpreter import Where, python_path, where
-from trainguard.measure.walk import Found, Walker
+from trainguard.measure.walk import Found, Walker, escaped
 
 LIBRARY_SKIPPED = frozenset({"site-packages", "dist-packages", "__phello__"})
 NESTED_SITES = ("site-packages", "dist-packages")
@@ -159,8 +159,9 @@ def _measured(
 
 def _encodable(measurement: Measurement) -> Measurement:
     """`measurement` with every name that is not UTF-8 written with backslashes; nearly always itself."""
+    small = msgspec.structs.replace(measurement, trees={}, distributions={}, native={})  # their paths are escaped
     try:
-        measurement.encode()
+        msgspec.json.encode((small, [(tree.name, tree.root) for tree in measurement.trees.values()]))
     except UnicodeEncodeError:
         return msgspec.convert(_escaped(msgspec.to_builtins(measurement)), Measurement)
     return measurement
@@ -369,7 +370,7 @@ def _data_beside(job: _Job, root: code.Root, inputs: data.Inputs) -> dict[str, s
             if path.stat().st_size > data.CONVENTION_LIMITS.bytes:
                 job.notes.append(f"{path}: larger than {data.CONVENTION_LIMITS.bytes} bytes; declare it with --data")
                 continue
-            values[name] = job.walker.file(path, fresh=False)
+            values[escaped(name)] = job.walker.file(path, fresh=False)
         except (OSError, Unavailable) as error:
             job.notes.append(str(error))
     return values

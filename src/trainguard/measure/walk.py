@@ -160,7 +160,7 @@ class Walker:
                 if info.st_mode & KIND == LINK:
                     info = entry.stat()
             except OSError:
-                found.files[_text(prefix + name)] = "-> " + _text(_target(name, descriptor))
+                found.files[escaped(prefix + name)] = "-> " + escaped(_target(name, descriptor))
                 continue
             mode, size, mtime = info.st_mode, info.st_size, info.st_mtime_ns
             if mode & KIND != REGULAR:
@@ -188,14 +188,14 @@ class Walker:
                 continue
             if value.count(" ") == 2:
                 value, _, identity = value.rpartition(" ")
-                found.native[_text(prefix + name)] = identity
-            found.files[_text(prefix + name)] = value
+                found.native[escaped(prefix + name)] = identity
+            found.files[escaped(prefix + name)] = value
             found.bytes += size
         self.cache.hits += hits
         for name, value in compiled:
             state = self._state(name, value, sources if cached else own, cached=cached)
             if state is not None:
-                found.bytecode[_text(prefix + name)] = f"{value[:64]} {state}"
+                found.bytecode[escaped(prefix + name)] = f"{value[:64]} {state}"
         return folders, own
 
     def _value(self, path: str, name: str, folder: int, info: os.stat_result, found: Found) -> str:
@@ -214,7 +214,7 @@ class Walker:
             found.notes.append(
                 f"{path}: content changed while every time stamp stayed: clock or disk was tampered with"
             )
-        if max(info.st_mtime_ns, info.st_ctime_ns) < self.cache.settled_ns and "\\" not in _text(path):
+        if max(info.st_mtime_ns, info.st_ctime_ns) < self.cache.settled_ns and "\\" not in escaped(path):
             entry = key + value.encode()
             if entry != known:
                 self.cache.fresh[path] = entry
@@ -320,7 +320,7 @@ def _target(name: str, folder: int) -> str:
         return "?"
 
 
-def _text(path: str) -> str:
+def escaped(path: str) -> str:
     """File names are bytes; those that are not UTF-8 are written with backslashes."""
     if path.isascii():
         return path
