@@ -32,8 +32,8 @@ from trainguard.render.terminal import moment
 
 PAGE_LIMIT_BYTES = 350_000
 
-LOCK_CHECKS = frozenset({"measurement", "lock", "preflight"})
-"""Checks that compare what ran with the lock: their findings form the table of lock differences."""
+LOCK_CHECK = "environment"
+"""The check that compares what is about to run with the lock: its findings form the section on lock differences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,9 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
 
 def _values(story: Story, limits: Limits) -> dict[str, Any]:
     verdict = story.verdict
-    differences = [finding for finding in verdict.findings if finding.check in LOCK_CHECKS]
-    others = [finding for finding in verdict.findings if finding.check not in LOCK_CHECKS]
+    compared = verdict.lock is not None
+    differences = [finding for finding in verdict.findings if compared and finding.check == LOCK_CHECK]
+    others = [finding for finding in verdict.findings if not (compared and finding.check == LOCK_CHECK)]
     curves = [curve for name in readings.UNITS if (curve := story.curve(name)) is not None]
     marked = [finding.subject.step for finding in others if finding.subject.step is not None]
     run = shlex.quote(story.run)

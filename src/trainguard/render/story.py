@@ -218,7 +218,7 @@ class _Quiet:
     """A stretch in which nothing notable happened."""
 
     def __init__(self) -> None:
-        self.heartbeats = self.steps = self.files = 0
+        self.heartbeats = self.steps = self.files = self.opened = self.sweeps = 0
         self.first_step: int | None = None
         self.last_step: int | None = None
         self.at: int | None = None
@@ -229,7 +229,11 @@ class _Quiet:
             span = f" ({self.first_step} to {self.last_step})" if self.steps > 1 else f" ({self.first_step})"
             parts.append(plural(self.steps, "step") + span)
         if self.files:
-            parts.append(f"{plural(self.files, 'code file')} hashed as they were compiled")
+            parts.append(f"{plural(self.files, 'code file')} hashed as compiled")
+        if self.opened:
+            parts.append(f"{plural(self.opened, 'file')} opened")
+        if self.sweeps:
+            parts.append(f"{plural(self.sweeps, 'sweep')} of hooks, names and threads")
         if self.heartbeats:
             parts.append(plural(self.heartbeats, "heartbeat"))
         if not parts:
@@ -273,9 +277,14 @@ class _Teller:
             self._step(record)
         elif record.kind == "heartbeat":
             self._hush(record).heartbeats += 1
-        elif record.kind == "code":
+        elif record.kind in ("code", "open"):
             files = record.body.get("files")
-            self._hush(record).files += len(files) if isinstance(files, list) else 0
+            count = len(files) if isinstance(files, list) else 0
+            quiet = self._hush(record)
+            quiet.files += count if record.kind == "code" else 0
+            quiet.opened += count if record.kind == "open" else 0
+        elif record.kind == "sweep":
+            self._hush(record).sweeps += 1
         else:
             self._notable(record)
         for finding in self._cited.get(record.hash or "", ()):
@@ -535,6 +544,37 @@ def _on_signal(record: Evidence) -> Event:
     return _event(record, "signal", "plain", f"{name} from {sender}, passed on to the command")
 
 
+def _on_signalled(record: Evidence) -> Event:
+    sender = record.body.get("sender")
+    sender = sender if isinstance(sender, dict) else {}
+    targets = record.body.get("targets")
+    pids = [str(target.get("pid")) for target in _list(targets) if isinstance(target, dict)][:4]
+    number = _integer(record.body.get("signal"))
+    name = signal_name(number) if number is not None else str(record.body.get("call", "a signal"))
+    to = f"to pid {', '.join(pids)}" if pids else "to nobody that was there"
+    title = f"pid {sender.get('pid')} (account {sender.get('uid')}) sent {name} {to}"
+    return _event(record, "signalled", "plain", title, shlex.join(_strings(sender.get("cmdline"))))
+
+
+def _on_ledger(record: Evidence) -> Event | None:
+    state = record.body.get("state")
+    if state == "on":
+        return None
+    reason = str(record.body.get("reason") or "")
+    return _event(record, "ledger", "quiet", f"senders of signals are not named: kill ledger {state}", reason)
+
+
+def _on_seal(record: Evidence) -> Event:
+    path = str(record.body.get("path", ""))
+    if record.body.get("unsealed") is not None:
+        return _event(record, "seal", "warn", f"saved and not sealed: {path}", str(record.body["unsealed"]))
+    return _event(record, "seal", "plain", f"checkpoint saved and sealed: {path}")
+
+
+def _on_opened(record: Evidence) -> Event:
+    return _event(record, "opened", "plain", f"sealed checkpoint opened: {record.body.get('path', '')}")
+
+
 def _on_gap(record: Evidence) -> Event:
     lost = record.body.get("lost")
     what = f"{lost} records could not be stored" if lost else "frames of a process never arrived"
@@ -554,6 +594,8 @@ def _on_note(record: Evidence) -> Event | None:
 
 def _on_end(record: Evidence) -> Event:
     number, status = _integer(record.body.get("signal")), record.body.get("status")
+    if "not_started" in record.body:
+        return _event(record, "end", "warn", "the command was not started", str(record.body["not_started"]))
     wall = _nanoseconds(record.body.get("wall_ns"))
     after = f" after {duration(wall)}" if wall is not None else ""
     if number is not None:
@@ -571,6 +613,10 @@ EVENTS: dict[str, Callable[[Evidence], Event | None]] = {
     "spawn": _on_spawn,
     "kill": _on_kill,
     "signal": _on_signal,
+    "signalled": _on_signalled,
+    "ledger": _on_ledger,
+    "seal": _on_seal,
+    "opened": _on_opened,
     "gap": _on_gap,
     "malformed": _on_malformed,
     "note": _on_note,
@@ -586,6 +632,10 @@ def _strings(value: object, limit: int = 64) -> tuple[str, ...]:
     """A list of words as it was recorded, each made safe to show; empty for anything else."""
     words: Iterable[object] = value if isinstance(value, list | tuple) else ()
     return tuple(plain(str(word), 300) for word in list(words)[:limit])
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _text(value: object) -> str | None:
