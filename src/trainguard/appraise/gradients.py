@@ -169,7 +169,7 @@ class Gradients:
             self._blind["reduced over ranks, and the ranks sampled different places"] += len(ranks)
             return
         for each in ranks:
-            pairs = [(t, means[t.position]) for t in each.sample.tensors if t.position in means and t.grad is not None]
+            pairs = [(t, means[t.position, t.at]) for t in each.sample.tensors if (t.position, t.at) in means]
             relation = relate(pairs)
             opt = _int(each.evidence, "opt")
             habits = self._habits.setdefault((each.evidence.process, opt), Habits())
@@ -371,15 +371,15 @@ def relate(pairs: list[tuple[Tensor, list[float]]]) -> Relation:
     return Relation("per_tensor", factors[odd], tuple(factors), tensor=kept[odd][0].name)
 
 
-def mean_over_ranks(samples: list[Sample]) -> dict[int, list[float]]:
-    """Position of a tensor → mean of the ranks' local gradients, where all sampled the same places."""
+def mean_over_ranks(samples: list[Sample]) -> dict[tuple[int, tuple[int, int, int]], list[float]]:
+    """Position of a tensor, and place in it → mean of the ranks' local gradients, where all sampled the same places."""
     places = [{(t.position, t.at): t.local for t in s.tensors if t.local is not None} for s in samples]
-    means: dict[int, list[float]] = {}
+    means: dict[tuple[int, tuple[int, int, int]], list[float]] = {}
     for key, first in places[0].items():
         others = [place.get(key) for place in places]
         if any(other is None or len(other) != len(first) for other in others):
             continue
-        means[key[0]] = [math.fsum(values) / len(values) for values in zip(*(o or [] for o in others), strict=True)]
+        means[key] = [math.fsum(values) / len(values) for values in zip(*(o or [] for o in others), strict=True)]
     return means
 
 
@@ -391,7 +391,8 @@ def odd_rank(ranks: list[_Waiting]) -> int | None:
         fits = []
         reference = ranks[0].sample.tensors
         for tensor in reference:
-            locals_ = [next((t.local for t in w.sample.tensors if t.position == tensor.position), None) for w in ranks]
+            same = (tensor.position, tensor.at)
+            locals_ = [next((t.local for t in w.sample.tensors if (t.position, t.at) == same), None) for w in ranks]
             if tensor.grad is None or any(v is None for v in locals_):
                 continue
             mixed = [

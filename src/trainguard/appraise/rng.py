@@ -30,6 +30,8 @@ class _Seeding:
     evidence: Evidence
     place: str | None
     text: str
+    caller: str = ""
+    """`file:line` in the job's own source from which the call came, where that is another."""
 
 
 @dataclass(slots=True)
@@ -43,6 +45,8 @@ class _Stream:
     still: int = 0
     was_moving: bool = False
     frozen_told: bool = False
+    repeating: bool = False
+    """The state before the last step had been there already: the stream runs along an old path."""
     others: dict[str, dict[str, int]] = field(default_factory=dict)
     """numpy and python: state → step."""
     cuda: dict[int, tuple[str, int]] = field(default_factory=dict)
@@ -101,10 +105,15 @@ class Rng:
         old = stream.seed
         if isinstance(seed, int):
             stream.seed = seed
-        if stream.steps == 1 or not (changed or place is not None):
+        if not (changed or place is not None):
             return False
+        if evidence.body.get("index") == 1:  # an optimizer's first step: a training begins, and seeding belongs to that
+            stream.seen.clear()
+            stream.others.clear()
+            stream.repeating = False
+            return True
         text = f"the generators were seeded again with {stream.seed}" + (f" (before: {old})" if changed else "")
-        stream.seedings.append(_Seeding(evidence, place, text))
+        stream.seedings.append(_Seeding(evidence, place, text, _caller(stack)))
         return True
 
     def _torch(
@@ -125,7 +134,8 @@ class Rng:
             stream.moved = stream.moved + 1 if not stream.still else 0
             stream.was_moving = stream.was_moving or stream.moved >= MOVING_STEPS
             stream.still = 0
-            if known is not None and not reseeded:
+            repeating, stream.repeating = stream.repeating, known is not None
+            if known is not None and not reseeded and not repeating:
                 stream.seedings.append(
                     _Seeding(evidence, None, f"torch's generator was put back to its state before step {known}")
                 )
@@ -181,7 +191,7 @@ class Rng:
             for each in events:
                 self._broken += 1
                 self._held -= 1
-                by = f", at {place}" if place else ", by nobody that could be named"
+                by = f", at {place}{each.caller}" if place else ", by nobody that could be named"
                 yield from self._give(each.evidence, "violated", ("D1",), each.text + by, place)
 
     def _give(
@@ -208,6 +218,15 @@ def _regular(steps: list[int]) -> bool:
         return False
     gaps = [b - a for a, b in pairwise(steps)]
     return max(gaps) - min(gaps) <= 1
+
+
+def _caller(stack: object) -> str:
+    """The innermost frame outside installed packages, for the message, where it is not the place itself."""
+    lines = [line for line in stack if isinstance(line, str)] if isinstance(stack, list) else []
+    own = next((line for line in lines if "-packages/" not in line), None)
+    if own is None or own is lines[0]:
+        return ""
+    return f", called from {own.rsplit(':', 1)[0]}"[:1024]
 
 
 def _place(stack: object) -> str | None:

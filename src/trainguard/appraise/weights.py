@@ -207,7 +207,7 @@ class Weights:
     ) -> Iterator[Finding]:
         kind = (evidence.rank, outcome + (path or ""))
         self._given[kind] += 1
-        if self._given[kind] > FINDINGS_PER_KIND:
+        if self._given[kind] > (1 if path else FINDINGS_PER_KIND):  # one line that writes is one thing to approve
             return
         where = f"before step {evidence.step}: "
         yield finding_from(

@@ -249,6 +249,8 @@ class Engine:
         chosen: List[Tuple[Entry, sample.Place]] = []
         for turn, number in zip(range(first, first + count), numbers):
             entry = pool[self._permutation(track, turn // len(pool), len(pool))[turn % len(pool)]]
+            if any(entry is known for known, _ in chosen):
+                continue  # the last of one permutation and the first of the next
             chosen.append((entry, sample.place(entry.numel, self.elements, number)))
         return chosen
 

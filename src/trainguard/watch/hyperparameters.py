@@ -134,7 +134,9 @@ def scalars(group: Dict[str, Any]) -> Dict[str, Any]:
 def _holds_tensor(key: Any, value: Any) -> bool:
     if key == "params":
         return False
-    return hasattr(value, "_version") or (isinstance(value, (list, tuple)) and any(hasattr(v, "_version") for v in value))
+    return hasattr(value, "_version") or (
+        isinstance(value, (list, tuple)) and any(hasattr(v, "_version") for v in value)
+    )
 
 
 def _plain(value: Any) -> Any:
