@@ -25,7 +25,6 @@ PYC_HEADER_BYTES = 16
 KIND, REGULAR, LINK = 0o170000, 0o100000, 0o120000
 """Bits of st_mode; constants, because this is asked of every file."""
 
-HOOK_NAMES = ("sitecustomize", "usercustomize")
 HOOK_SUFFIXES = (".pth", ".start")
 
 
