@@ -621,6 +621,16 @@ def test_an_older_seal_left_beside_a_file_a_run_wrote_anew_is_no_finding(tmp_pat
     assert (report.status, report.run, report.step, report.findings) == ("upheld", "run-b", 900, ())
 
 
+def test_an_edit_sealed_by_hand_over_what_the_run_saved_is_doubted(tmp_path: Path, where: Home) -> None:
+    """E10: the run sealed step 8 as it saved it; someone with the key seals another content for it."""
+    path = save_file(tmp_path / "c.pt", 8)
+    sealed_by_run(where, path, 8)
+    save_file(path, 9)
+    made = seal_path(where, path, run="run-a", step=8)
+    assert (made.status, techniques(made)) == ("unknown", {"E10"})
+    assert verify_seal(path, home=where).exit_status == 3
+
+
 def test_a_seal_whose_copy_we_lost_is_not_green(tmp_path: Path, where: Home) -> None:
     """Without a file beside it and without our copy there is nothing to compare with."""
     path = save_file(tmp_path / "c.pt", 8)

@@ -116,6 +116,36 @@ def test_files_that_never_change_may_be_sealed_at_every_step(tmp_path: Path, whe
         assert silent(verify_seal(path, home=where))
 
 
+def test_a_run_may_save_twice_in_a_step_and_save_what_it_does_not_train(tmp_path: Path, where: Home) -> None:
+    """`last.pt` again after the evaluation; a frozen base model and an unused RNG state at every step."""
+    last, base, rng = (tmp_path / name for name in ("last.pt", "base.pt", "rng_state.pth"))
+    torch.save({"w": torch.ones(3)}, base)
+    torch.save({"cpu": torch.zeros(5, dtype=torch.uint8)}, rng)
+    for step in (100, 200):
+        for attempt in (0, 1):
+            torch.save({"w": torch.full((3,), float(step)), "loss": attempt}, last)
+            for path in (last, base, rng):
+                assert not seal_path(where, path, run="run-a", step=step, source="run").findings
+    assert all(silent(verify_seal(path, home=where)) for path in (last, base, rng))
+    seal(where, last, 200)
+    seal(where, rng, 200)
+    assert silent(verify_seal(last, home=where))
+    assert silent(verify_seal(rng, home=where))
+
+
+def test_a_run_that_keeps_only_its_best(tmp_path: Path, where: Home) -> None:
+    """Retention deleted what came after the best: noted, not held against it, unless the newest is asked for."""
+    for step in (100, 200, 300):
+        path = save_file(tmp_path / f"{step}.pt", step)
+        seal_path(where, path, run="run-a", step=step, source="run")
+    for step in (100, 300):
+        (tmp_path / f"{step}.pt").unlink()
+    report = verify_seal(tmp_path / "200.pt", home=where)
+    assert silent(report)
+    assert report.notes == ("every later checkpoint of the run is gone: 300.pt (run run-a, step 300, leaf 5)",)
+    assert verify_seal(tmp_path / "200.pt", home=where, newest=True).status == "violated"
+
+
 def test_runs_sealing_at_once_do_not_disturb_each_other(tmp_path: Path, where: Home) -> None:
     """Four runs, one home and one log."""
     where.prepare()

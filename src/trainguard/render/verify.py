@@ -22,6 +22,8 @@ def verify_lines(report: SealReport) -> Iterator[str]:
     yield from _facts(report)
     if report.checked:
         yield f"  checked    {', '.join(report.checked)}"
+    for note in report.notes:
+        yield plain(f"  note       {note}")
     yield from _finding_lines(report.findings)
 
 

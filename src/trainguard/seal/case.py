@@ -25,6 +25,7 @@ class Case:
     seal: Seal | None = None
     leaf: SealLeaf | None = None
     findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
     blocking: bool = False
     files: int = 0

@@ -17,8 +17,10 @@ from trainguard.log import TreeHead
 from trainguard.log.note import Verifier
 from trainguard.seal.bundle import Bundle, Seal
 from trainguard.seal.case import Case
-from trainguard.seal.ledger import Ledger, SealLeaf, verify_entry
+from trainguard.seal.ledger import RUN, Ledger, SealLeaf, verify_entry
+from trainguard.seal.manifest import SINGLE
 from trainguard.seal.report import LOGGED, NEWEST
+from trainguard.seal.tensors import is_training_state
 
 NEWEST_NAMES = frozenset({"latest", "last", "current", "newest", "final"})
 """A link so named is meant to lead to the newest checkpoint of a run."""
@@ -105,7 +107,7 @@ def check_newest(case: Case, seal: Seal, *, must: bool) -> None:
     before = len(case.findings)
     _check_place(case, case.ledger, case.leaf)
     _check_later(case, case.ledger, case.leaf, must=must)
-    case.findings.extend(collisions(seal, case.leaf.place, case.ledger.seals))
+    case.findings.extend(collisions(seal, case.leaf.place, case.leaf.source, case.ledger.seals))
     if len(case.findings) == before:
         case.checked.append(NEWEST)
 
@@ -156,11 +158,16 @@ def _check_later(case: Case, ledger: Ledger, leaf: SealLeaf, *, must: bool) -> N
     kept = [seal for seal in later if seal.place != here and os.path.lexists(seal.place)]
     if not gone or kept or here not in {leaf.place, *(seal.place for seal in later)}:
         return
+    message = f"every later checkpoint of the run is gone: {_listed([seal.called for seal in gone])}"
+    certain = must or case.broken
+    if not certain and all(seal.source == RUN for seal in gone):
+        # What a run saved it may also have deleted: retention that keeps the best looks just so.
+        case.notes.append(message)
+        return
     case.say(
-        # Alone it may be a retention rule that keeps the best; together with a rollback it is none.
-        "violated" if must or case.broken else "suspicious",
+        "violated" if certain else "suspicious",
         ("E8", "E6"),
-        f"every later checkpoint of the run is gone: {_listed([seal.called for seal in gone])}",
+        message,
         expected=f"files of {len(gone)} later seals that the log has",
         found="none of them on the disk",
         cites=tuple(seal.citation for seal in gone[-20:]),
@@ -185,25 +192,35 @@ def live_differs(seal: Seal, name: str) -> Finding:
     )
 
 
-def collisions(seal: Seal, place: str, seals: tuple[SealLeaf, ...]) -> Iterator[Finding]:
+def collisions(seal: Seal, place: str, source: str, seals: tuple[SealLeaf, ...]) -> Iterator[Finding]:
     """Seals of the same run that cannot both be right: two contents for one step, one content for two steps.
 
-    Both have honest causes (a step done again after a restart, weights that nothing trains), so they are suspicious.
+    Only where someone sealed by hand: a run may itself save twice in a step, or save what it does not train. Even then
+    both have honest causes (a step done again after a restart), so they are suspicious.
     """
     run, step = seal.facts.run, seal.facts.step
     if run is None or step is None:
         return
-    has_tensors = any(entry.tensors for entry in seal.entries.values())
-    for other in seals:
-        if other.run != run or other.step is None or other.payload == seal.payload_digest:
+    others = [o for o in seals if o.run == run and o.step is not None and o.payload != seal.payload_digest]
+    last_saved = [o for o in others if (o.step, o.place, o.source) == (step, place, RUN)][-1:]
+    weights = _holds_weights(seal)
+    for other in others:
+        if source == RUN == other.source:
             continue
         same = (other.root, other.dir_hash) == (seal.root, seal.dir_hash)
-        if other.step == step and other.place == place and not same:
+        superseded = other.source == RUN and other not in last_saved
+        if (other.step, other.place) == (step, place) and not same and not superseded:
             message = f"two different contents were sealed for step {step} of run {run} at the same place"
             yield _collision(seal, other, ("E10",), message, f"root {other.root} ({other.called})")
-        elif other.step != step and other.root == seal.root and has_tensors:
+        elif other.step != step and other.root == seal.root and weights:
             message = f"the same bytes are sealed for step {other.step} and for step {step} of run {run}"
             yield _collision(seal, other, ("E6", "E10"), message, "another content than " + other.called)
+
+
+def _holds_weights(seal: Seal) -> bool:
+    """Whether any tensor in it is expected to change from step to step: RNG state need not."""
+    files = ((seal.name if name == SINGLE else name, entry) for name, entry in seal.entries.items())
+    return any(not is_training_state(tensor, file) for file, entry in files for tensor in entry.tensors or ())
 
 
 def _collision(seal: Seal, other: SealLeaf, techniques: tuple[str, ...], message: str, expected: str) -> Finding:

@@ -48,6 +48,8 @@ class SealReport(msgspec.Struct, frozen=True, kw_only=True):
     """`equal` or `differs`: against the digest taken while it was saved."""
     checked: tuple[str, ...] = ()
     """Which of signature, logged, newest and content were checked and held."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing and no finding: later checkpoints that are gone, as retention leaves them."""
     findings: tuple[Finding, ...] = ()
 
     @property

@@ -84,7 +84,7 @@ def read_layout(descriptor: int, size: int) -> Layout | None:
         layout = _torch_zip(descriptor, size) if head[:4] == b"PK\x03\x04" else _safetensors(descriptor, size, head)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError, struct.error, OverflowError):
         return None
-    if len(layout.ranges) > RANGE_LIMIT or not layout.ranges:
+    if len(layout.ranges) > RANGE_LIMIT or not (layout.ranges or layout.values):
         return None
     return layout
 
@@ -99,7 +99,8 @@ def _safetensors(descriptor: int, size: int, head: bytes) -> Layout:
         raise ValueError("no safetensors header")
     text = os.pread(descriptor, length, 8)
     header = json.loads(text)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    about_all = {"__metadata__" + VALUES: _short(json.dumps(metadata).encode())} if metadata else {}
     ranges = []
     for name, tensor in header.items():
         start, end = tensor["data_offsets"]
@@ -107,7 +108,7 @@ def _safetensors(descriptor: int, size: int, head: bytes) -> Layout:
             raise ValueError("offsets")
         about = f"{tensor['dtype']} {tensor['shape']}\n".encode()
         ranges.append(Range(8 + length + start, 8 + length + end, name[:1000], about))
-    return Layout(tuple(sorted(ranges)), {"__metadata__" + VALUES: _short(json.dumps(metadata).encode())})
+    return Layout(tuple(sorted(ranges)), about_all)
 
 
 # -- torch zip --------------------------------------------------------------------------------------------------------

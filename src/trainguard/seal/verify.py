@@ -263,5 +263,6 @@ def _report(case: Case) -> SealReport:
         lock=seal.facts.lock if seal else None,
         live=seal.facts.live if seal else None,
         checked=tuple(case.checked),
+        notes=tuple(case.notes),
         findings=findings,
     )

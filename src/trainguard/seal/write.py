@@ -93,7 +93,7 @@ def seal_path(
             live=live,
         )
         seal, leaf = _enter(home, place, manifest, facts, key, appender, source)
-    return _report(path, place, manifest, seal, leaf, _findings(seal, place, ledger), source)
+    return _report(path, place, manifest, seal, leaf, _findings(seal, place, ledger, source), source)
 
 
 def _check_arguments(run: str | None, step: int | None, lock: str | None, hash_type: str) -> None:
@@ -178,9 +178,9 @@ def _digest_by(place: Path, manifest: Manifest, name: str, algorithm: str) -> st
     return next((entry.digest for entry in manifest.entries if entry.name == name), None)
 
 
-def _findings(seal: Seal, place: Path, ledger: Ledger) -> tuple[Finding, ...]:
+def _findings(seal: Seal, place: Path, ledger: Ledger, source: str) -> tuple[Finding, ...]:
     """What is odd about this seal beside the ones before it."""
-    found = list(collisions(seal, str(place), ledger.seals))
+    found = list(collisions(seal, str(place), source, ledger.seals))
     if seal.facts.live == "differs":
         found.append(live_differs(seal, place.name))
     return tuple(found)

@@ -144,6 +144,13 @@ def test_the_digest_does_not_depend_on_how_the_file_is_cut(tmp_path: Path) -> No
     assert {"a", "b", "c"} <= set(tables[0])
 
 
+def test_a_file_of_plain_values_has_a_table(tmp_path: Path) -> None:
+    """`scheduler.pt` has no tensor, and is worth editing all the same."""
+    layout = layout_of(saved(tmp_path, {"last_epoch": 3, "base_lrs": [0.1]}))
+    assert layout is not None
+    assert (layout.ranges, set(layout.values)) == ((), {" (values)", "base_lrs (values)"})
+
+
 def test_other_formats_have_no_table(tmp_path: Path) -> None:
     """JSON, text, an old torch file, a plain zip without a pickle, nothing at all."""
     for number, data in enumerate((b"", b"{}", b"hello" * 100, pickle.dumps([1, 2]))):
