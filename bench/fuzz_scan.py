@@ -3,8 +3,8 @@
     python bench/fuzz_scan.py --seconds 600 [--seed 1]
 
 A mutant the machine calls safe must make both unpicklers (with an inert stub for every name) resolve the same names and
-persistent ids in the same order and stop at the same byte, without an exception. Anything else is printed with its bytes
-in hex and ends the run with status 1. Seeds are real streams of every protocol and random programs of opcodes.
+persistent ids in the same order and stop at the same byte, without an exception. Anything else is printed with its
+bytes in hex and ends the run with status 1. Seeds are real streams of every protocol and random programs of opcodes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Real benign files, made by really running the libraries. One function per file or folder; `make_all` makes a set.
 
-TUNED files were at hand when the lists were written; HELD_OUT ones were chosen after the lists were frozen and are
-never used to change them: their alarm rate is the honest one.
+WEIGHTS, TRAINING, SLOW and FRAMEWORK files were at hand when the lists were written. LATER ones were made next,
+measured once (1 of 32, 3 of 25, 6 of 40 alarms) and then used to correct the generator. HELD_OUT ones were chosen after
+the lists were frozen and are never used to change them: their alarm rate is the honest one (docs/checks/scan.md).
 """
 
 from __future__ import annotations
@@ -359,10 +360,10 @@ def fitted_estimators(path: Path) -> None:
         (path / f"{name}.pkl").write_bytes(pickle.dumps(estimator))
 
 
-# held out --------------------------------------------------------------------------------------------------------
+# later ----------------------------------------------------------------------------------------------------------
 
 
-def held_out_training(path: Path) -> None:
+def later_training(path: Path) -> None:
     """Weights and training state in shapes that were not looked at when the lists were made."""
     import decimal
     import fractions
@@ -416,19 +417,19 @@ def held_out_training(path: Path) -> None:
     (path / "events.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
 
 
-def held_out_accelerate(path: Path) -> None:
+def later_accelerate(path: Path) -> None:
     """accelerate's save_state of a small run."""
     import accelerate
     import torch
 
     runner = accelerate.Accelerator(cpu=True)
-    model, optimizer = runner.prepare(*_trained(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)))
+    _, optimizer = runner.prepare(*_trained(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)))
     scheduler = runner.prepare(torch.optim.lr_scheduler.StepLR(optimizer.optimizer, 1))
     runner.register_for_checkpointing(scheduler)
     runner.save_state(str(path / "state"), safe_serialization=False)
 
 
-def held_out_pretrained(path: Path) -> None:
+def later_pretrained(path: Path) -> None:
     """save_pretrained of another architecture, with its tokenizer and generation config."""
     from tokenizers import Tokenizer, models
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -439,13 +440,13 @@ def held_out_pretrained(path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{{ message['content'] | trim }}"
-        "{% if loop.last and add_generation_prompt %}{{ raise_exception('x') if false else '<|assistant|>' }}{% endif %}"
+        "{% if loop.last and add_generation_prompt %}{{ raise_exception('x') if false else 'assistant' }}{% endif %}"
         "{% endfor %}"
     )
     tokenizer.save_pretrained(path / "gpt2")
 
 
-def held_out_framework(path: Path) -> None:
+def later_framework(path: Path) -> None:
     """Whole modules, optimizers, schedulers and models of libraries."""
     import torch
     from transformers import DistilBertConfig, DistilBertModel, LlamaConfig, LlamaForCausalLM
@@ -472,14 +473,13 @@ def held_out_framework(path: Path) -> None:
     }
     for name, module in modules.items():
         torch.save(module, path / f"{name}.pt")
-    model, _ = _trained(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     for name in ("SGD", "RMSprop", "NAdam", "Adagrad", "LBFGS"):
         optimizer = _trained(lambda parameters, name=name: getattr(torch.optim, name)(parameters, lr=0.1))[1]
         torch.save(optimizer, path / f"optimizer_{name}.pt")
         torch.save(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5), path / f"scheduler_{name}.pt")
 
 
-def held_out_sklearn(path: Path) -> None:
+def later_sklearn(path: Path) -> None:
     """Forty fitted estimators, by joblib and by pickle in turns."""
     import joblib
     import numpy
@@ -506,6 +506,160 @@ def held_out_sklearn(path: Path) -> None:
             (path / f"{name}.pkl").write_bytes(pickle.dumps(estimator))
 
 
+# held out --------------------------------------------------------------------------------------------------------
+
+
+def held_out_training(path: Path) -> None:
+    """Training state in further shapes."""
+    import joblib
+    import numpy
+    import torch
+
+    for name, extra in {
+        "AdamW": {"fused": True},
+        "SGD": {"nesterov": True, "momentum": 0.9},
+        "Adam": {"capturable": False},
+    }.items():
+        model, optimizer = _trained(lambda p, name=name, extra=extra: getattr(torch.optim, name)(p, lr=0.1, **extra))
+        torch.save((model.state_dict(), optimizer.state_dict(), {"step": 1}), path / f"step_{name}.pt")
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    sparse = torch.optim.SparseAdam(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    sparse.step()
+    torch.save({"optimizer": sparse.state_dict(), "grad": embedding.weight.grad}, path / "sparse_optimizer.pt")
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.1, "tag": "a"}, {"params": [], "weight_decay": 0}]
+    torch.save(torch.optim.AdamW(groups).state_dict(), path / "groups.pt")
+    torch.save(
+        {"rng": random.Random(5), "state": random.getstate(), "np": numpy.random.RandomState(1)},
+        path / "rng_state_0.pth",
+    )
+    torch.save({"loader": {"epoch": 1, "perm": torch.randperm(5), "idx": numpy.arange(5)}}, path / "dataloader.pt")
+    torch.save(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2)).state_dict(), path / "wn.bin")
+    torch.save(torch.ao.quantization.MinMaxObserver().state_dict(), path / "observer.pt")
+    torch.save(
+        {"bits": torch.arange(4).to(torch.uint8), "nan": float("nan"), 1.5: "x", None: 0, (1, 2): b""}, path / "odd.pt"
+    )
+    torch.save(numpy.memmap(path / "raw.tmp", dtype="f4", mode="w+", shape=(2,)), path / "memmap.pt")
+    (path / "raw.tmp").unlink()
+    for protocol in (0, 1):
+        (path / f"old{protocol}.pkl").write_bytes(pickle.dumps({"a": [1, 2.5], "b": numpy.ones(3)}, protocol=protocol))
+    joblib.dump([numpy.zeros((3, 3), dtype="i2"), {"x": 1}], path / "cache.joblib", compress=("zlib", 9))
+    joblib.dump(numpy.array(["a", None], dtype=object), path / "names.joblib")
+    numpy.save(path / "tokens.npy", numpy.arange(10, dtype=numpy.uint16))
+    (path / "trainer_state.json").write_text('{"global_step": 1, "log_history": [{"loss": NaN}]}')
+    (path / "tokenizer_config.json").write_text(
+        '{"chat_template": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"}'
+    )
+    (path / "latest").write_text("global_step1")
+    (path / "notes.rst").write_text("Notes\n=====\n")
+
+
+def held_out_trainer(path: Path) -> None:
+    """Seq2Seq arguments and a causal model through the Trainer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Seq2SeqTrainingArguments, Trainer
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16, n_positions=8))
+    rows = [{"input_ids": torch.arange(4), "labels": torch.arange(4)} for _ in range(4)]
+    settings = Seq2SeqTrainingArguments(
+        output_dir=str(path / "run"),
+        max_steps=2,
+        save_steps=1,
+        lr_scheduler_type="cosine",
+        optim="adafactor",
+        label_smoothing_factor=0.1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=settings, train_dataset=rows).train()
+
+
+def held_out_sharded(path: Path) -> None:
+    """FSDP2 and its distributed checkpoint, on one rank."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(_model(), mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(3, 8)).sum().backward()
+        optimizer.step()
+        dcp.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=path / "sharded")
+        torch.save(optimizer.state_dict(), path / "optimizer_rank0.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def held_out_framework(path: Path) -> None:
+    """Other modules, other models, metrics."""
+    import torch
+    import torchmetrics
+    from transformers import BertConfig, BertModel, T5Config, T5Model, ViTConfig, ViTModel
+
+    nn = torch.nn
+    modules = {
+        "rnn": nn.RNN(2, 2),
+        "cell": nn.LSTMCell(2, 2),
+        "decoder": nn.TransformerDecoderLayer(4, 1, 4),
+        "conv3d": nn.Conv3d(1, 1, 1),
+        "padding": nn.Sequential(nn.ReflectionPad2d(1), nn.ZeroPad2d(1), nn.PixelShuffle(2)),
+        "dropouts": nn.Sequential(nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout()),
+        "losses": nn.ModuleList([nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.KLDivLoss(), nn.HuberLoss(), nn.CTCLoss()]),
+        "more": nn.Sequential(nn.ELU(), nn.CELU(), nn.SELU(), nn.GLU(), nn.Mish(), nn.Tanhshrink(), nn.LogSoftmax(1)),
+        "sync": nn.SyncBatchNorm(2),
+        "unfold": nn.Sequential(nn.Unfold(2), nn.Fold((2, 2), 1)),
+        "bert": BertModel(
+            BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=8)
+        ),
+        "t5": T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8)),
+        "vit": ViTModel(
+            ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16)
+        ),
+        "accuracy": torchmetrics.classification.MulticlassAccuracy(3),
+        "mean": torchmetrics.MeanMetric(),
+        "averaged": torch.optim.swa_utils.AveragedModel(nn.Linear(1, 1)),
+    }
+    for name, module in modules.items():
+        torch.save(module, path / f"{name}.pt")
+    for name in ("AdamW", "RAdam", "NAdam", "Adamax"):
+        optimizer = _trained(lambda parameters, name=name: getattr(torch.optim, name)(parameters, lr=0.1))[1]
+        torch.save(optimizer, path / f"optimizer_{name}.pt")
+        torch.save(torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 5), path / f"scheduler_{name}.pt")
+
+
+def held_out_sklearn(path: Path) -> None:
+    """Forty other fitted estimators."""
+    import joblib
+    import numpy
+    from sklearn.utils import all_estimators
+
+    random_state = numpy.random.RandomState(2)
+    x, y = random_state.rand(60, 4), random_state.randint(0, 2, 60)
+    count = 0
+    for name, kind in all_estimators():
+        if count == 40:
+            return
+        if (
+            len(name) % 3 != 1
+            or "CV" in name
+            or name in ("RandomForestClassifier", "LinearRegression", "StandardScaler")
+        ):
+            continue
+        try:
+            estimator = kind()
+            estimator.fit(x, y)
+        except Exception:
+            continue
+        count += 1
+        joblib.dump(estimator, path / f"{name}.joblib", compress=count % 3)
+
+
 WEIGHTS: tuple[Maker, ...] = (weights_of_every_dtype, weights_of_every_protocol, special_tensors, safetensors_weights)
 TRAINING: tuple[Maker, ...] = (
     optimizers,
@@ -521,9 +675,9 @@ TRAINING: tuple[Maker, ...] = (
 )
 SLOW: tuple[Maker, ...] = (hf_trainer, lightning_checkpoint)
 FRAMEWORK: tuple[Maker, ...] = (whole_modules, fitted_estimators)
-HELD_OUT_TRAINING: tuple[Maker, ...] = (held_out_training, held_out_accelerate, held_out_pretrained)
-HELD_OUT_FRAMEWORK: tuple[Maker, ...] = (held_out_framework,)
-HELD_OUT_SKLEARN: tuple[Maker, ...] = (held_out_sklearn,)
+LATER_TRAINING: tuple[Maker, ...] = (later_training, later_accelerate, later_pretrained)
+LATER_FRAMEWORK: tuple[Maker, ...] = (later_framework,)
+LATER_SKLEARN: tuple[Maker, ...] = (later_sklearn,)
 
 
 def make_all(folder: Path, makers: tuple[Maker, ...]) -> Path:
@@ -544,3 +698,8 @@ def buffer_of(value: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+HELD_OUT_TRAINING: tuple[Maker, ...] = (held_out_training, held_out_trainer, held_out_sharded)
+HELD_OUT_FRAMEWORK: tuple[Maker, ...] = (held_out_framework,)
+HELD_OUT_SKLEARN: tuple[Maker, ...] = (held_out_sklearn,)

@@ -45,7 +45,7 @@ class ScanPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     depth: int = 6
     """Containers inside containers. tar.gz of a folder with torch zips is 3."""
     json_bytes: int = 32 * MIB
-    """Text parsed as JSON. The largest public tokenizer.json is 33 MB and takes the streaming path."""
+    """Text parsed as JSON. The largest public tokenizer.json is 33 MB: up to twice this, only keys are read."""
     json_nodes: int = 1_000_000
     """Brackets and commas in JSON that is parsed to objects."""
     header_bytes: int = 100_000_000

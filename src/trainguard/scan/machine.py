@@ -94,6 +94,8 @@ class Trace:
     """(module, name) of every find_class call, mapped, in order."""
     raw_globals: list[tuple[str, str]] = field(default_factory=list)
     """The same as written in the stream; find_class is given these and maps them itself."""
+    implied: set[str] = field(default_factory=set)
+    """Classes of what is built that the stream does not name; torch's weights_only asks for them."""
     persistent: int = 0
     """Calls of persistent_load."""
     end: int = 0
@@ -180,7 +182,7 @@ class Machine:
         self._guarded = False
         """Whether a call-only name was resolved, so that containers must be looked through for it."""
         self._built: set[int] = set()
-        """ids of objects that were given state; a second time, an attribute of theirs could stand in for __setstate__."""
+        """ids of objects that were given state: a second time, an attribute could stand in for __setstate__."""
         self._kept: list[Value] = []
         """Those objects, so that no id is used again."""
         self._steps = 0
@@ -199,6 +201,10 @@ class Machine:
     def steps(self) -> int:
         """Opcodes taken so far."""
         return self._steps
+
+    def implies(self, name: str) -> None:
+        """Note a class that what is loaded will have, though the stream does not name it."""
+        self.trace.implied.add(name)
 
     def spend(self, *, values: int) -> None:
         """Charge `values` containers to the budget."""

@@ -282,7 +282,8 @@ def _judge_second_face(job: Job, found: Format | None, head: bytes, form: str) -
         job.unsafe(
             "polyglot", "begins with a tar header as well: tarfile and torch's old reader open it as an archive", 0
         )
-    if found is not zips.ZIP and _ends_like_zip(job.source):
+    # A tar may well end with a zip; it was judged as a member, and so was a member that only ends like one.
+    if found not in (zips.ZIP, tar.TAR) and _ends_like_zip(job.source):
         job.unsafe("polyglot", "ends with a zip directory as well: zip readers open it as an archive")
 
 

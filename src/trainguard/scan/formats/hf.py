@@ -65,6 +65,14 @@ def judge(job: Job, data: bytes | None) -> tuple[str, str]:
 
 
 def _judge_keys(job: Job) -> None:
+    if job.source.size > 2 * job.policy.json_bytes:
+        job.unknown("json", f"{job.source.size} bytes of JSON, limit {2 * job.policy.json_bytes}")
+        return
+    try:
+        jsons.check_brackets(job.source)
+    except jsons.BadJson as error:
+        job.unsafe("json", str(error))
+        return
     for key in jsons.keys(job.source):
         if key in INTERESTING:
             job.unknown("config", f"{key!a}: names code, in a file too large to read whole")

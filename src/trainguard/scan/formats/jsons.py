@@ -12,6 +12,10 @@ from trainguard.scan.limits import ScanPolicy
 from trainguard.scan.source import Source
 
 KEY = re.compile(rb'"((?:[^"\\\x00-\x1f]|\\.){1,200})"\s*:')
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+DEPTH = 200
+"""Objects in objects; Python's own parser gives up at about 1,000."""
 STEP_BYTES = 1 << 20
 OVERLAP_BYTES = 1024
 
@@ -52,6 +56,21 @@ def keys(source: Source) -> Iterator[str]:
             text = match[1].decode("utf-8", "replace")
             yield json.loads(f'"{text}"') if "\\u" in text else text
         carry = chunk[-OVERLAP_BYTES:]
+
+
+def check_brackets(source: Source) -> None:
+    """Raise BadJson unless brackets outside strings match, and OverBudget when they nest deeper than DEPTH."""
+    bare = STRING.sub(b"", source.read(0, source.size)).translate(None, NOT_BRACKETS)
+    open_ones = bytearray()
+    for byte in bare:
+        if byte in b"[{":
+            open_ones.append(byte + 2)
+            if len(open_ones) > DEPTH:
+                raise OverBudget(f"JSON nested more than {DEPTH} deep")
+        elif not open_ones or open_ones.pop() != byte:
+            raise BadJson("not JSON: a bracket that closes none")
+    if open_ones:
+        raise BadJson("not JSON: ends inside brackets")
 
 
 def walk(value: Any) -> Iterator[tuple[str, Any]]:

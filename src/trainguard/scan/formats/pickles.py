@@ -73,6 +73,7 @@ def judge_stream(job: Job, start: int, loader: Loader) -> Trace | None:
         return None
     trace = machine.trace
     job.notes.globals.update(f"{module}.{name}" for module, name in trace.globals)
+    job.notes.globals |= trace.implied
     if refused is not None:
         job.unsafe(refused.rule, str(refused), trace.end)
         return None

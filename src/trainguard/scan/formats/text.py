@@ -59,6 +59,7 @@ def _is_lines(start: bytes, data: bytes | None) -> bool:
 
 
 def _lines(job: Job) -> tuple[str, str]:
+    """JSON Lines are data; still, a line may hold a config."""
     hf.judge(job, None)
     return "jsonl", "json"
 

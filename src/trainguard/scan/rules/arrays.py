@@ -66,6 +66,8 @@ def parse_dtype(text: str) -> DType | None:
     if match is None:
         return None
     code, digits = match["code"], match["bytes"]
+    if text.lstrip("<>|=") == "b1":
+        return DType(1)
     if match["unit"] and code not in "Mm":
         return None
     if code == "O":
@@ -86,8 +88,33 @@ def dtype(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
         found = SCALAR_TYPES.get(args[0].name.rpartition(".")[2])
     if found is None or len(args) > 3 or not all(type(arg) in (bool, int) for arg in args[1:]):
         raise refuse("arguments", origin, "a numpy typestring and two flags", args)
+    if type(args[0]) is str:
+        machine.implies(_class_of(args[0], found))
     return Object(origin, found)
 
+
+def _class_of(text: str, kind: DType) -> str:
+    """The class of the dtype a typestring makes; torch's restricted unpickler wants that listed too."""
+    match = DTYPE_TEXT.match(text)
+    code = match["code"] if match else "V"
+    if text.lstrip("<>|=") == "b1":
+        return "numpy.dtypes.BoolDType"
+    name = CLASSES.get(code) or f"{SIZED.get(code, 'Int')}{8 * kind.item_bytes}"
+    return f"numpy.dtypes.{name}DType"
+
+
+CLASSES = {"?": "Bool", "O": "Object", "S": "Bytes", "a": "Bytes", "U": "Str", "V": "Void", "M": "DateTime64"} | {
+    "m": "TimeDelta64"
+}
+SIZED = {
+    "u": "UInt",
+    "f": "Float",
+    "c": "Complex",
+    "e": "Float",
+    "d": "Float",
+    "F": "Complex",
+    "D": "Complex",
+} | dict.fromkeys("BHILQP", "UInt")
 
 SCALAR_TYPES = {
     "bool_": DType(1),
