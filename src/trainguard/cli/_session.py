@@ -146,7 +146,8 @@ class Session:
         except Exception as error:  # whatever fails in measuring, the command still runs, and the link is blind
             recorder.add("unmeasured", {"reason": f"{type(error).__name__}: {error}"[:1000]})
             return
-        recorder.add("measurement", {"blob": blob, "lock": lock, "attempt": 0})
+        signed = self._lock.trusted if self._lock is not None else None
+        recorder.add("measurement", {"blob": blob, "lock": lock, "signed": signed, "attempt": 0})
 
     def _watch_unless_refused(self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer) -> Ended | None:
         """How the command ended; None when preflight refused it. A command that is not started is on record as such."""
