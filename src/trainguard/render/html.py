@@ -117,13 +117,13 @@ def _values(story: Story, limits: Limits) -> dict[str, Any]:
 def _tiles(story: Story) -> list[tuple[str, str, str]]:
     """(label, value, note): the five numbers a reader looks for first."""
     coverage, links = story.verdict.coverage, story.verdict.links
-    needed = [link for link in links if words.link_word(link) != "unused"]
+    needed = [link for link in links if link.required]
     held = sum(link.state == "held" for link in needed)
     violated = sum(finding.outcome == "violated" for finding in story.verdict.findings)
     share = f"{story.own_ns / story.step_ns:.2%}" if story.step_ns else "–"
     return [
         ("steps checked in full", f"{coverage.watched_steps:,}", f"of {coverage.steps:,}"),
-        ("links that held", f"{held}", f"of {len(needed)}"),
+        ("links that held", f"{held}", f"of {len(needed)} this level needs"),
         ("findings", f"{len(story.verdict.findings):,}", f"{violated:,} violated"),
         ("steps replayed", f"{coverage.replayed_steps:,}", _chance(coverage.detection_probability)),
         ("guard's own time", share, "of the steps' time"),

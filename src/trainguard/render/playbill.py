@@ -38,6 +38,8 @@ class Scene(Protocol):
     @property
     def run(self) -> str: ...
     @property
+    def folder(self) -> str: ...
+    @property
     def verdict(self) -> Verdict: ...
     @property
     def proof(self) -> Finding | None: ...
@@ -72,7 +74,13 @@ def scene_view(scene: Scene, clean: Scene | None, *, ascii_only: bool = False) -
 
 
 def rows(scene: Scene, clean: Scene | None) -> list[tuple[str, str]]:
-    """(label, text) of one act, shared by terminal and page; every text comes from the run."""
+    """(label, text) of one act, shared by terminal and page; every text comes from the run, with paths below the
+    demo's folder shortened to where they lie in it."""
+    below = scene.folder.rstrip("/") + "/"
+    return [(name, value.replace(below, "")) for name, value in _rows(scene, clean)]
+
+
+def _rows(scene: Scene, clean: Scene | None) -> list[tuple[str, str]]:
     listed: list[tuple[str, str]] = []
     if scene.naive:
         listed.append(("stayed green", scene.naive))

@@ -73,6 +73,8 @@ class Scene:
 
     act: Act
     run: str
+    folder: str
+    """The demo's folder; paths in findings lie below it."""
     verdict: Verdict
     seconds: float
     """Wall time of `trainguard run`, judging included."""
@@ -214,7 +216,7 @@ class Stage:
                 process.wait()
         if process.returncode:
             raise Unavailable(f"act {act.key}: the run ended with {process.returncode}: {ears.tail()}")
-        return ears.scene(act, time.monotonic() - began)
+        return ears.scene(act, str(self.out), time.monotonic() - began)
 
 
 class _Ears:
@@ -250,7 +252,7 @@ class _Ears:
         self._thread.join(timeout=10)
         return "".join(self._errors)[-800:].strip()
 
-    def scene(self, act: Act, seconds: float) -> Scene:
+    def scene(self, act: Act, folder: str, seconds: float) -> Scene:
         self._thread.join(timeout=10)
         text = "".join(self._lines)
         try:
@@ -263,6 +265,7 @@ class _Ears:
         return Scene(
             act=act,
             run=verdict.run or act.key,
+            folder=folder,
             verdict=verdict,
             seconds=seconds,
             heard_seconds=heard,
