@@ -205,6 +205,8 @@ def test_a_deleted_checkpoint_is_not_just_a_missing_file(tmp_path: Path, where: 
     path.unlink()
     report = verify_seal(path, home=where)
     assert (report.status, report.exit_status, techniques(report)) == ("violated", 1, {"E8"})
+    (tmp_path / "latest").symlink_to("c.pt")
+    assert techniques(verify_seal(tmp_path / "latest", home=where)) == {"E8"}
     with pytest.raises(Unavailable, match="No such file"):
         verify_seal(tmp_path / "never-there.pt", home=where)
 

@@ -95,7 +95,7 @@ def _log_verifier(home: Home | None, log_key: str | Path | None, own: bool) -> V
 
 def _if_deleted(path: Path, ledger: Ledger | None, public: ec.EllipticCurvePublicKey) -> SealReport | None:
     """E8: nothing lies at `path`, and the log says that a sealed checkpoint did."""
-    if os.path.lexists(path) or ledger is None:
+    if ledger is None or not _is_gone(path):
         return None
     place = Path(os.path.realpath(path))
     leaf = ledger.newest(place=str(place))
@@ -110,6 +110,17 @@ def _if_deleted(path: Path, ledger: Ledger | None, public: ec.EllipticCurvePubli
         found="nothing at this path",
     )
     return _report(case)
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether nothing lies there, a link that leads nowhere included; what may not be looked at is not gone."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 # -- 1, 2: bundle and signature ---------------------------------------------------------------------------------------
