@@ -5,8 +5,8 @@
 
 For every module-level class of a library the syntax tree is read, its bases are resolved through imports to the end,
 and the methods of the whole chain are looked at. A class is listed only when making an instance without its constructor
-and filling its `__dict__` can run nothing of its own: no `__new__`, `__setstate__`, `__reduce__`, `__getattr__`, `__del__`,
-`__setattr__`, no item setter … anywhere in the chain, except the ones in REVIEWED, each read by a person. The
+and filling its `__dict__` can run nothing of its own: no `__new__`, `__setstate__`, `__reduce__`, `__getattr__`,
+`__del__`, `__setattr__`, no item setter anywhere in the chain, except the ones in REVIEWED, each read by a person. The
 result holds exact names, the version they come from and a digest over every source file read.
 """
 

@@ -1,7 +1,7 @@
 """Scan reports as SARIF 2.1.0 (OASIS standard), for code scanning dashboards.
 
 One run; one rule for each rule name that occurs; one result for each reason. Levels: unsafe is error, unknown warning,
-error is note plus `invocations[0].executionSuccessful` false, so a file that could not be judged never reads as clean.
+an error a note plus `invocations[0].executionSuccessful` false, so what could not be judged never reads as clean.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def sarif(reports: Sequence[Report]) -> dict[str, Any]:
         "name": "trainguard",
         "version": __version__,
         "semanticVersion": __version__,
-        "rules": [_rule(rule) for rule in used],
+        "rules": [_rule(rule.removeprefix("scan/")) for rule in used],
     }
     read = all(report.verdict is not Verdict.ERROR and not _errors(report) for report in reports)
     return {
@@ -86,8 +86,8 @@ def _errors(report: Report) -> bool:
 
 def _rule(rule: str) -> dict[str, Any]:
     return {
-        "id": f"scan/{rule}" if not rule.startswith("scan/") else rule,
-        "shortDescription": {"text": RULES.get(rule.removeprefix("scan/"), rule.removeprefix("scan/"))},
+        "id": f"scan/{rule}",
+        "shortDescription": {"text": RULES.get(rule, rule)},
         "properties": {"tags": ["security", "model-file"]},
     }
 

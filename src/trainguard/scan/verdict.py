@@ -84,7 +84,8 @@ class FileReport(msgspec.Struct, frozen=True, kw_only=True):
     """As sha256, when the policy asks for BLAKE3."""
     reasons: tuple[Reason, ...] = ()
     globals: tuple[str, ...] = ()
-    """Every `module.qualname` that loading resolves, and the classes of dtypes it makes, sorted; the list for `torch.serialization.safe_globals`."""
+    """Every `module.qualname` that loading resolves, and the classes of the dtypes it makes, sorted: the list for
+    `torch.serialization.safe_globals`."""
     second_opinion: str = "not needed"
     """`agrees`, `not needed` (no pickle inside) or `not run: why`."""
 

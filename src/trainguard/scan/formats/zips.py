@@ -12,10 +12,11 @@ over. Encrypted or split archives and methods other than stored and deflate are 
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trainguard.scan.budget import OverBudget
 from trainguard.scan.formats import compressed
@@ -34,6 +35,9 @@ DESCRIPTOR = 1 << 3
 ZIP64, UNICODE_NAME = 0x0001, 0x7075
 """Extra fields: wide sizes; a second name that only some readers use (Info-ZIP Unicode Path)."""
 NAME_BYTES = 4096
+PAGE_BYTES = 4096
+PLAIN_NAME = re.compile(r"(?:[^/\\\0]+/)*[^/\\\0]+/?\Z")
+"""Relative, without empty parts, backslashes and NULs."""
 SYMLINK = 0o120000
 CENTRAL_BYTES = 64 << 20
 """A central directory is read in one piece up to this; 100,000 torch members need 9 MiB."""
@@ -47,8 +51,7 @@ class BadZip(Exception):
         self.offset = offset
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One file of an archive."""
 
     name: str
@@ -62,9 +65,9 @@ class Member:
     """Offset of the packed bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: bytes
+class _Entry(NamedTuple):
+    raw: bytes
+    name: str
     flags: int
     method: int
     crc: int
@@ -72,6 +75,23 @@ class _Entry:
     size: int
     offset: int
     mode: int
+
+
+class _Pages:
+    """A source read in pages: headers of small members lie close together, those of large ones far apart."""
+
+    def __init__(self, source: Source) -> None:
+        self.size = source.size
+        self._source = source
+        self._start = 0
+        self._page = b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As Source.read."""
+        begin = offset - self._start
+        if begin < 0 or begin + length > len(self._page):
+            self._start, self._page, begin = offset, self._source.read(offset, max(length, PAGE_BYTES)), 0
+        return self._page[begin : begin + length]
 
 
 def read_members(source: Source, *, start: int = 0, end: int | None = None, limit: int) -> list[Member]:
@@ -89,7 +109,7 @@ def read_members(source: Source, *, start: int = 0, end: int | None = None, limi
     entries = _entries(source.read(directory, size), count, directory)
     _check_names(entries)
     entries.sort(key=lambda entry: entry.offset)
-    return _members(source, entries, start, directory)
+    return _members(_Pages(source), entries, start, directory)
 
 
 def find_directory(source: Source, end: int) -> tuple[int, int, int, int]:
@@ -135,10 +155,9 @@ def _entries(directory: bytes, count: int, where: int) -> list[_Entry]:
     while position < len(directory):
         if len(directory) - position < CENTRAL.size:
             raise BadZip("directory ends in the middle of an entry", where + position)
-        (signature, made_by, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment, disk) = (
-            CENTRAL.unpack_from(directory, position)[:14]
-        )
-        external, offset = struct.unpack_from("<II", directory, position + 38)
+        fields = CENTRAL.unpack_from(directory, position)
+        signature, made_by, _, flags, method, _, _, crc, packed, size, name_length, extra_length = fields[:12]
+        comment, disk, _, external, offset = fields[12:]
         if signature != 0x02014B50 or disk not in (0, 0xFFFF) or comment:
             raise BadZip("directory entry of an unknown shape", where + position)
         begin = position + CENTRAL.size
@@ -149,9 +168,10 @@ def _entries(directory: bytes, count: int, where: int) -> list[_Entry]:
             raise BadZip("directory entry runs past the directory", where + begin)
         if extra and any(kind == UNICODE_NAME for kind, _ in _extras(extra)):
             raise BadZip(f"member {name[:80]!r}: a second name in its extra fields", where + begin)
-        size, packed, offset = _zip64(extra, size, packed, offset)
+        if FULL4 in (size, packed, offset):
+            size, packed, offset = _zip64(extra, size, packed, offset)
         mode = external >> 16 if made_by >> 8 == 3 else 0
-        entries.append(_Entry(name, flags, method, crc, packed, size, offset, mode))
+        entries.append(_Entry(name, _decoded(name, flags, offset), flags, method, crc, packed, size, offset, mode))
     if len(entries) != count:
         raise BadZip(f"directory has {len(entries)} entries, its end record says {count}", where)
     return entries
@@ -179,19 +199,24 @@ def _zip64(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int,
     return values[0], values[1], values[2]
 
 
+def _decoded(name: bytes, flags: int, offset: int) -> str:
+    if name.isascii():
+        return name.decode("ascii")
+    try:
+        return name.decode("utf-8" if flags & 0x800 else "cp437")
+    except UnicodeDecodeError as error:
+        raise BadZip("a member name that is not UTF-8", offset) from error
+
+
 def _check_names(entries: list[_Entry]) -> None:
     seen: set[str] = set()
     for entry in entries:
-        try:
-            name = entry.name.decode("utf-8" if entry.flags & 0x800 else "cp437")
-        except UnicodeDecodeError as error:
-            raise BadZip("a member name that is not UTF-8", entry.offset) from error
+        name = entry.name
         folded = name.casefold()
         if folded in seen:
             raise BadZip(f"member {name!a} twice (readers take different ones)", entry.offset)
         seen.add(folded)
-        parts = name.rstrip("/").split("/")
-        if "\\" in name or "\0" in name or name.startswith("/") or ".." in parts or "" in parts:
+        if not PLAIN_NAME.match(name) or ".." in name.split("/"):
             raise BadZip(f"member {name!a}: not a plain relative name", entry.offset)
 
 
@@ -203,15 +228,15 @@ def _members(source: Source, entries: list[_Entry], start: int, directory: int) 
         following = start + entries[index + 1].offset if index + 1 < len(entries) else directory
         if start + entry.offset != position:
             raise BadZip(
-                f"member {entry.name[:80]!r} begins at byte {start + entry.offset}, expected {position}", position
+                f"member {entry.name[:80]!a} begins at byte {start + entry.offset}, expected {position}", position
             )
         data = _check_local(source, entry, position)
         position = data + entry.packed
         if position > directory:
-            raise BadZip(f"member {entry.name[:80]!r} runs into the directory", position)
+            raise BadZip(f"member {entry.name[:80]!a} runs into the directory", position)
         if entry.flags & DESCRIPTOR:
             position += _descriptor(source, entry, position, following)
-        name = entry.name.decode("utf-8" if entry.flags & 0x800 else "cp437")
+        name = entry.name
         if not name.endswith("/"):
             members.append(Member(name, entry.method, entry.crc, entry.packed, entry.size, data))
         elif entry.size:
@@ -223,20 +248,20 @@ def _members(source: Source, entries: list[_Entry], start: int, directory: int) 
 
 def _check_local(source: Source, entry: _Entry, position: int) -> int:
     """Offset of the member's data, after the local header was compared with the directory entry."""
-    head = source.read(position, LOCAL.size + len(entry.name))
+    head = source.read(position, LOCAL.size + len(entry.raw))
     if len(head) < LOCAL.size or head[:4] != b"PK\3\4":
         raise BadZip("no local header where the directory says", position)
     _, _, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(head)
-    if head[LOCAL.size :] != entry.name or name_length != len(entry.name):
-        raise BadZip(f"local header names {head[LOCAL.size :][:80]!r}, directory {entry.name[:80]!r}", position)
+    if head[LOCAL.size :] != entry.raw or name_length != len(entry.raw):
+        raise BadZip(f"local header names {head[LOCAL.size :][:80]!r}, directory {entry.name[:80]!a}", position)
     if flags != entry.flags or method != entry.method:
-        raise BadZip(f"member {entry.name[:80]!r}: local header and directory disagree on flags or method", position)
+        raise BadZip(f"member {entry.name[:80]!a}: local header and directory disagree on flags or method", position)
     if flags & ~(DESCRIPTOR | 0x800 | 0x6):
-        raise BadZip(f"member {entry.name[:80]!r}: encrypted or patched", position)
+        raise BadZip(f"member {entry.name[:80]!a}: encrypted or patched", position)
     if method not in (STORED, DEFLATED) or (method == STORED and entry.packed != entry.size):
-        raise BadZip(f"member {entry.name[:80]!r}: compression method {method}, expected stored or deflate", position)
+        raise BadZip(f"member {entry.name[:80]!a}: compression method {method}, expected stored or deflate", position)
     if entry.mode & 0o170000 == SYMLINK:
-        raise BadZip(f"member {entry.name[:80]!r}: a symbolic link", position)
+        raise BadZip(f"member {entry.name[:80]!a}: a symbolic link", position)
     data: int = position + LOCAL.size + name_length + extra_length
     if FULL4 in (packed, size) and extra_length:
         extra = source.read(position + LOCAL.size + name_length, extra_length)
@@ -244,21 +269,19 @@ def _check_local(source: Source, entry: _Entry, position: int) -> int:
     told = (crc, packed, size)
     there = (entry.crc, entry.packed, entry.size)
     if told != there and not (flags & DESCRIPTOR and told == (0, 0, 0)):
-        raise BadZip(f"member {entry.name[:80]!r}: local header and directory disagree on size or checksum", position)
+        raise BadZip(f"member {entry.name[:80]!a}: local header and directory disagree on size or checksum", position)
     return data
 
 
 def _descriptor(source: Source, entry: _Entry, position: int, following: int) -> int:
     """Length of the data descriptor, whose values must be the directory's."""
-    raw = source.read(position, 24)
-    for signature in (b"PK\7\x08", b""):
-        for shape in ("<IQQ", "<III"):
-            length = len(signature) + struct.calcsize(shape)
-            if position + length != following or not raw.startswith(signature):
-                continue
-            if struct.unpack_from(shape, raw, len(signature)) == (entry.crc, entry.packed, entry.size):
-                return length
-    raise BadZip(f"member {entry.name[:80]!r}: descriptor disagrees with the directory", position)
+    length = following - position
+    raw = source.read(position, length) if length in (12, 16, 20, 24) else b""
+    values = raw.removeprefix(b"PK\7\x08") if length in (16, 24) else raw
+    shape = {12: "<III", 20: "<IQQ"}.get(len(values))
+    if shape and struct.unpack(shape, values) == (entry.crc, entry.packed, entry.size):
+        return length
+    raise BadZip(f"member {entry.name[:80]!a}: descriptor disagrees with the directory", position)
 
 
 def open_member(job: Job, member: Member) -> Source:

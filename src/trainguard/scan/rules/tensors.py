@@ -64,6 +64,7 @@ DTYPE_BYTES = _INTEGERS | {name: width for width, names in _WIDTHS.items() for n
 """Bytes per element of `torch.<dtype>`; sub-byte types are stored one to a byte or packed, never smaller."""
 
 MAX_DIMENSIONS = 64
+_INT = {int}
 MAX_ELEMENTS = 1 << 62
 
 
@@ -106,13 +107,13 @@ def _legacy_view(machine: Machine, view: Value, key: str, item_bytes: int, numel
 
 
 def _ints(value: Value) -> tuple[int, ...] | None:
-    if isinstance(value, Object) and value.origin.name == "torch.Size":
+    if type(value) is Object and value.origin.name == "torch.Size":
         value = value.facts
     if type(value) is list:
         value = tuple(value)
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
         return None
-    return value if all(type(item) is int for item in value) else None
+    return value if {*map(type, value)} <= _INT else None
 
 
 def check_view(origin: Global, storage: Value, offset: Value, size: Value, stride: Value, item_bytes: int) -> None:
