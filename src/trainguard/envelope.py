@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,18 +120,7 @@ def _signed_by(key: ec.EllipticCurvePublicKey, signature: bytes, encoded: bytes)
 def load_or_create_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The attestation key at `path` (PKCS#8 PEM, mode 0600), made on first use with its `.pub` beside it."""
     if not path.exists():
-        key = ec.generate_private_key(ec.SECP256R1())
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_durably(path.with_suffix(".pub"), public_pem(key.public_key()))
-        write_durably(
-            path,
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            ),
-            mode=0o600,
-        )
+        _create_key(path)
     try:
         loaded = serialization.load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
@@ -139,6 +130,27 @@ def load_or_create_key(path: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(loaded, ec.EllipticCurvePrivateKey) or not isinstance(loaded.curve, ec.SECP256R1):
         raise MalformedEvidence(f"{path}: expected an ECDSA P-256 private key, found another kind")
     return loaded
+
+
+def _create_key(path: Path) -> None:
+    """Make a key, once: of several processes that come here first together, one makes it and all use it."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        lock = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unavailable(f"{path}: attestation key cannot be made: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        key = ec.generate_private_key(ec.SECP256R1())
+        pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        write_durably(path.with_suffix(".pub"), public_pem(key.public_key()))
+        write_durably(path, pem, mode=0o600)
+    finally:
+        os.close(lock)
 
 
 def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:

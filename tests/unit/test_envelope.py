@@ -3,6 +3,8 @@
 import base64
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainguard.envelope import (
+    key_id,
     load_or_create_key,
     load_public_key,
     pre_authentication_encoding,
@@ -103,3 +106,17 @@ def test_a_file_that_is_no_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "k.pem").write_bytes(b"hello")
     with pytest.raises(MalformedEvidence, match=r"k\.pem: expected an ECDSA P-256 private key"):
         load_or_create_key(tmp_path / "k.pem")
+
+
+def test_processes_that_come_first_together_use_one_key(tmp_path: Path) -> None:
+    """The key is made once, whoever comes first; the public half always belongs to it."""
+    code = (
+        "import sys; from pathlib import Path; from trainguard.envelope import *;"
+        "print(key_id(load_or_create_key(Path(sys.argv[1])).public_key()))"
+    )
+    path = tmp_path / "keys" / "attestation.pem"
+    racers = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    used = {racer.communicate(timeout=60)[0].strip() for racer in racers}
+    assert used == {key_id(load_public_key(path.with_suffix(".pub")))}

@@ -1,13 +1,15 @@
 """Check *gradients*: is the gradient that the optimizer used the one that backward left? (docs/checks/gradients.md)
 
-Three relations, each over the sampled elements of all sampled tensors of one step:
+Four relations, each over the sampled elements of all sampled tensors of one step:
 
 1. *direction*: used = α · local with one α > 0 for all tensors. Where ranks reduce their gradients, `local` is the
    mean of what all ranks sampled at the same places in the same step.
 2. *pattern*: α is 1 (nothing), 1/scale (a gradient scaler), or that of a clip; or every element is
    min(max(local, -c), c) (value clip). A clip by norm leaves the total norm at the same constant c whenever it bites,
    so c is learnt from the run: a norm above c, or a factor that leaves another norm, is a departure.
-3. *presence*: a tensor that had a gradient in every checked step does not lose it for good.
+3. *hooks*: what hooks of the job on a tensor make of its gradient. From the first steps on it is the script's own
+   habit, suspicious until approved, then explained; later, or against the direction, it is a departure.
+4. *presence*: a tensor that had a gradient in every checked step does not lose it for good.
 
 What differs from the first checked steps on (one α per tensor, noise for privacy, gradients of another making) is the
 script's own doing as far as this check can tell: it is reported blind with its reason, or suspicious, never held.
@@ -72,6 +74,8 @@ class Habits:
     present: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
     lost: set[str] = field(default_factory=set)
+    hooked: Counter[str] = field(default_factory=Counter)
+    """Place of a tensor hook → early checked steps in which it changed a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,8 @@ class Gradients:
         self._held = 0
         self._broken = 0
         self._blind: Counter[str] = Counter()
+        self._explained: set[str] = set()
+        self._said: set[str] = set()
         self._given: Counter[tuple[int | None, str]] = Counter()
         self._pending: dict[tuple[int, int], dict[int, _Waiting]] = {}
         self._order: deque[tuple[int, int]] = deque()
@@ -122,7 +128,11 @@ class Gradients:
         if not self._held and not self._broken and not blind:
             blind = list(self._blind) or ["no gradient was sampled right after backward"]
         yield LinkState(
-            link=self.name, held=self._held, broken=self._broken, blind=tuple(sorted(r.lstrip("!") for r in blind))
+            link=self.name,
+            held=self._held,
+            broken=self._broken,
+            blind=tuple(sorted(r.lstrip("!") for r in blind)),
+            explained=tuple(sorted(self._explained)),
         )
 
     # -- one step ---------------------------------------------------------------------------------------------
@@ -135,6 +145,7 @@ class Gradients:
         habits.checked += 1
         yield from self._presence(evidence, value, sample, habits)
         yield from self._calls(evidence, value, habits)
+        yield from self._hooked(evidence, value, sample, habits)
         tensors = [t for t in sample.tensors if t.local is not None and t.grad is not None]
         if not tensors:
             self._blind["the gradients do not come from backward on these tensors, or not before they are reduced"] += 1
@@ -266,6 +277,45 @@ class Gradients:
         habits.norms = norms[-2:]
         return f"gradients were multiplied by {factor:.6g} after backward, and no clip constant explains it"
 
+    # -- hooks on tensors -------------------------------------------------------------------------------------
+
+    def _hooked(
+        self, evidence: Evidence, value: dict[str, object], sample: Sample, habits: Habits
+    ) -> Iterator[Finding]:
+        """Gradients that a hook on their tensor changed before they were written."""
+        for number_, places, before, after in _hooked_rows(value.get("hooked")):
+            tensor = sample.tensors[number_].name if number_ < len(sample.tensors) else None
+            place = places[0] if places else "a hook without code"
+            if self._context.policy.approves(self.name, place):
+                self._explained.add(place)
+                continue
+            habits.hooked[place] += habits.checked <= LEARN_STEPS
+            dot = math.fsum(x * y for x, y in zip(before, after, strict=True))
+            turned = dot < 0
+            habit = habits.hooked[place] >= min(2, habits.checked) and not turned
+            if habit and place in self._said:
+                continue
+            self._said.add(place)
+            self._broken += 1
+            effect = "turned its direction" if turned else "changed it"
+            text = f"a hook on the tensor ({', '.join(places[:3])}) {effect} before the gradient was written"
+            if habit:
+                text += (
+                    f', as from the first steps on; approve it with [[approve]] check = "{self.name}" place = "{place}"'
+                )
+            yield finding_from(
+                self.name,
+                "suspicious" if habit else "violated",
+                f"step {evidence.step}: {tensor or 'a tensor'}: {text}",
+                evidence,
+                run=self._context.run,
+                techniques=("B5", "C1"),
+                tensor=tensor,
+                path=place,
+                expected=f"{before[0]:.9g}" if before else None,
+                found=f"{after[0]:.9g}" if after else None,
+            )
+
     # -- presence ---------------------------------------------------------------------------------------------
 
     def _presence(
@@ -335,6 +385,18 @@ _HABITS = {
     "other": "gradients are changed element by element after backward",
     "value_clip": "gradients are clipped by varying values",
 }
+
+
+def _hooked_rows(value: object) -> Iterator[tuple[int, list[str], list[float], list[float]]]:
+    """The rows of `hooked`; raises MalformedEvidence for one that is not as its specification says."""
+    for row in value if isinstance(value, list) else [] if value is None else [value]:
+        fits = isinstance(row, list) and len(row) == 4 and isinstance(row[0], int) and row[0] >= 0
+        fits = fits and all(isinstance(part, list) for part in row[1:]) and len(row[2]) == len(row[3])
+        fits = fits and all(isinstance(place, str) for place in row[1])
+        fits = fits and all(isinstance(x, int | float) for x in (*row[2], *row[3]))
+        if not fits:
+            raise MalformedEvidence(f"hooked: expected [tensor, places, before, after], found {str(row)[:80]}")
+        yield row[0], row[1], row[2], row[3]
 
 
 def relate(pairs: list[tuple[Tensor, list[float]]]) -> Relation:

@@ -37,7 +37,8 @@ class Seals:
             self._unsealed.append(unsealed)
             return
         findings = [self._own(finding, evidence) for finding in _findings(evidence.body.get("findings"))]
-        self._broken += bool(findings)
+        broken = any(finding.outcome != "not_checked" for finding in findings)
+        self._broken += broken
         self._held += not findings
         yield from findings
 

@@ -9,7 +9,13 @@ Value of the link (only in checked steps; spec/evidence.md "gradients"):
     {"armed": bool, "calls": [times backward added to tensor i of link *optimizer* since the last step],
      "world": world size, "scale": the GradScaler's scale, where one calls the step,
      "norm": total 2-norm of the gradients used, "zero": [names of tensors whose whole gradient is zero, at most 32],
-     "sharded": true where the tensors are shards and the norm is of this rank's shards only}
+     "sharded": true where the tensors are shards and the norm is of this rank's shards only,
+     "hooked": [[tensor i, [file:line of its hooks], sampled gradient before them, and after], …] where hooks of the
+      job on the tensor itself changed it}
+
+A hook on a tensor (`Tensor.register_hook`) changes its gradient before `.grad` is written, so what is right after
+backward has its mark already. Where a sampled tensor has such hooks, one of ours runs before the first and one after
+the last of them; what they changed is reported. Tensors without hooks cost nothing.
 
 The norm is measured at every checked step from the first one on that changed a gradient after backward (a clip),
 and at every 8th before that. The copies themselves travel in link *optimizer* (`local`).
@@ -41,6 +47,8 @@ class _Watch:
         self.calls = [0] * len(chosen)
         self.values: List[Any] = [None] * len(chosen)
         self.handles: List[Any] = []
+        self.hooked: Dict[int, List[Any]] = {}
+        """Index of a sampled tensor → places of its hooks, sampled gradient before them, and after."""
         for number, (entry, _) in enumerate(chosen):
             self._arm(number, entry)
 
@@ -56,9 +64,44 @@ class _Watch:
 
         handle = entry.param.register_post_accumulate_grad_hook(copy)
         self.handles.append(handle)
-        hooks = entry.param._post_accumulate_grad_hooks
-        if len(hooks) > 1:
-            hooks.move_to_end(handle.id, last=False)  # before every other hook, so that what they change shows
+        _put_first(entry.param._post_accumulate_grad_hooks, handle.id)
+        if entry.param._backward_hooks:
+            self._embrace(number, entry)
+
+    def _embrace(self, number: int, entry: Entry) -> None:
+        """Take the gradient before the first and after the last hook that the job has put on this tensor."""
+        where = self.chosen[number][1]
+        places = [_place(hook) for hook in list(entry.param._backward_hooks.values())[:NAMES_LIMIT]]
+
+        def taken(grad: Any) -> Any:
+            with self.torch.no_grad():
+                return sample.view(self.torch, sample.plain(grad), where).clone()
+
+        def before(grad: Any) -> None:
+            try:
+                self.hooked[number] = [places, taken(grad), None]
+            except Exception as error:
+                self.fault("gradients.hooked", error)
+
+        def after(grad: Any) -> None:
+            try:
+                if number in self.hooked:
+                    self.hooked[number][2] = taken(grad)
+            except Exception as error:
+                self.fault("gradients.hooked", error)
+
+        first = entry.param.register_hook(before)
+        self.handles += [first, entry.param.register_hook(after)]
+        _put_first(entry.param._backward_hooks, first.id)
+
+    def turned(self) -> List[Any]:
+        """What hooks on the sampled tensors changed: [tensor, places, before, after], JSON values."""
+        found = []
+        for number, (places, before, after) in self.hooked.items():
+            finite = after is not None and bool((before.isfinite() & after.isfinite()).all())
+            if finite and not self.torch.equal(before, after):
+                found.append([number, places, before.double().tolist(), after.double().tolist()])
+        return found
 
     def _copy(self, number: int, param: Any) -> None:
         grad = param.grad
@@ -125,6 +168,9 @@ class Gradients:
         value: Dict[str, Any] = {"armed": watch is not None, "world": _world(step.torch)}
         if watch is not None:
             value["calls"] = watch.calls
+            hooked = watch.turned()
+            if hooked:
+                value["hooked"] = hooked
         scale = step.scratch.get("scale")
         if scale is not None:
             value["scale"] = scale
@@ -137,6 +183,21 @@ class Gradients:
         """Take the parent's hooks off this child's copies of the tensors."""
         for watch in self.watches.values():
             watch.remove()
+
+
+def _put_first(hooks: Any, own: int) -> None:
+    """Have our hook run first. Autograd walks the plain dictionary, which `move_to_end` does not reorder."""
+    if len(hooks) > 1:
+        others = [(key, hook) for key, hook in hooks.items() if key != own]
+        for key, hook in others:
+            del hooks[key]
+            hooks[key] = hook
+
+
+def _place(hook: Any) -> str:
+    """`file:line` of the code of a hook, or its type where it has none."""
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    return "%s:%d" % (code.co_filename, code.co_firstlineno) if code is not None else type(hook).__name__
 
 
 def _measure(step: Step) -> Any:
