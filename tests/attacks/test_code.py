@@ -250,3 +250,22 @@ def test_two_interpreters_of_other_options_do_not_share_bytecode(job: Path) -> N
     assert watch(job, "-O", "train.py").output == "scale 1\n"
     assert watch(job).output == "scale 2\n"
     assert sys.flags.optimize == 0
+
+
+def test_a_poisoned_entry_of_the_private_cache_is_found_by_compiling_anew(tmp_path: Path) -> None:
+    """The entry of one watched module is replaced between two starts: source hash green, code not its own."""
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    write(
+        tmp_path, {"random_target.py": "VALUE = 1\n", "train.py": "import random_target\nprint(random_target.VALUE)\n"}
+    )
+    assert watch(tmp_path, pycache=str(cache)).output == "1\n"
+    (entry,) = cache.rglob(hashlib.sha256(b"VALUE = 1\n").hexdigest())
+    entry.write_bytes(marshal.dumps(compile("VALUE = 2\n", "x", "exec")))
+    ask = "import sys, random_target\nprint(random_target.VALUE)\nlink = sys.modules['_trainguard.code'].current()\n"
+    write(tmp_path, {"train.py": ask + "[link.recompile_one() for _ in range(60)]\n"})
+    run = watch(tmp_path, pycache=str(cache))
+    assert run.output == "2\n"
+    (found,) = findings_of(run)
+    assert (found.outcome, found.techniques[0]) == ("violated", "A6")
+    assert found.subject.path == f"{tmp_path}/random_target.py"

@@ -105,3 +105,27 @@ signal.signal(signal.SIGTERM, lambda number, frame: None)
     listed = [line["kind"] for r in run.records if r.body.get("what") == "deferred" for line in r.body["found"]]
     assert listed.count("thread") == 2
     assert "signal handler" in listed
+
+
+def test_a_debugger_that_attaches_is_named(tmp_path: Path) -> None:
+    """The job's own child attaches to it and lets go at the end; nothing is changed."""
+    attach = """
+import ctypes, os, subprocess, sys, time
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1 & (2**64 - 1)), 0, 0, 0)
+CHILD = '''
+import ctypes, os, time
+call = ctypes.CDLL(None, use_errno=True).ptrace
+call.argtypes = [ctypes.c_long] * 4
+print(call(0x4206, os.getppid(), 0, 0), flush=True)
+time.sleep(20)
+'''
+child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
+print("attached", child.stdout.readline().strip())
+"""
+    write(tmp_path, {"train.py": training(steps=2, top=attach) + "child.kill(); child.wait()\n"})
+    run = watch(tmp_path)
+    if "attached 0" not in run.output:
+        pytest.skip("this kernel lets no child attach to its parent")
+    (found,) = [f for f in run.judge(Deferred)[0] if "debugger" in f.message]
+    assert (found.outcome, found.techniques, found.subject.step) == ("suspicious", ("B8",), 1)
+    assert "python" in found.message

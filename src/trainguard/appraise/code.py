@@ -212,12 +212,12 @@ class Code:
         if any(mark in file for mark in CACHE_MARKS):
             yield from self._cached(evidence, ran, file, place)
             return
-        if ran.get("same") is False and self._origins.standing(place) != "library":
+        if ran.get("same") is False and (":" not in place or self._origins.standing(place) != "library"):
             yield from self._tell(
                 evidence,
-                "violated" if place == "interpreter" or self._origins.lock is not None else "suspicious",
+                "violated" if ":" not in place or self._origins.lock is not None else "suspicious",
                 f"code that calls itself {file} ran in step {step or 0}, but that file does not compile to it",
-                place if place != "interpreter" else file,
+                place if ":" in place else file,
                 ("A6", "B2"),
                 expected=f"what sha256 {ran.get('sha256')} compiles to",
                 found=f"code object {str(ran.get('code'))[:16]}",

@@ -25,6 +25,9 @@ class Deferred(SweepCheck):
 
     def line(self, evidence: Evidence, line: dict[str, Any]) -> Iterator[Finding]:
         kind, place = text(line.get("kind")) or "?", place_of(line)
+        if kind == "debugger":
+            yield from self._debugger(evidence, line)
+            return
         if place is None:
             return  # native code, or a timer whose handler is judged for itself
         standing = self._origins.standing(place)
@@ -42,4 +45,16 @@ class Deferred(SweepCheck):
             techniques=("B7",),
             expected=f"no {kind} outside the job's code and its libraries",
             found=f"{kind} {function}",
+        )
+
+    def _debugger(self, evidence: Evidence, line: dict[str, Any]) -> Iterator[Finding]:
+        name, on = text(line.get("function")) or "?", text(line.get("on")) or "?"
+        yield from self._finding(
+            evidence,
+            "suspicious",
+            f"{name} ({on}) is attached to the training process as a debugger ({self._since(evidence)})",
+            place=name,
+            techniques=("B8",),
+            expected="no debugger",
+            found=name,
         )

@@ -110,7 +110,7 @@ class Inputs:
                 expected=f"sha256 {locked}",
                 found=f"sha256 {found}",
             )
-        elif path not in self._outputs and not self._origins.declared_output(path):
+        elif path not in self._outputs and not self._origins.declared_output(path) and not _is_metadata(path):
             yield from self._tell(
                 evidence,
                 "suspicious",
@@ -261,6 +261,11 @@ class Inputs:
             expected=expected,
             found=found,
         )
+
+
+def _is_metadata(path: str) -> bool:
+    """Whether a path is a package's own description, which importing asks for; entry points are measured as such."""
+    return any(mark in path for mark in (".dist-info/", ".egg-info/"))
 
 
 def _is_local(what: str) -> bool:

@@ -23,6 +23,7 @@ import atexit
 import hashlib
 import marshal
 import os
+import random
 import stat
 import sys
 import threading
@@ -39,6 +40,7 @@ BATCH_SECONDS = 0.25
 FILE_LIMIT_BYTES = 16 << 20
 """Source files beyond this are reported without being compiled a second time for comparison."""
 
+RECOMPILE_LIMIT_BYTES = 64 << 10
 RAN_LIMIT = 400
 """Reports of code without a file, per process; past it they are only counted."""
 
@@ -88,6 +90,7 @@ class Code:
         self._unhashed: List[str] = []
         self._libraries = _libraries()
         self._alone = True
+        self._chance = random.Random(os.urandom(16))
         self.first: Callable[[], None] = lambda: None
         """Called before code without a file is reported: sends which files were opened, so that a judge knows."""
 
@@ -130,7 +133,14 @@ class Code:
         """What the source of the loaded file `path` says of its functions (facts.read), or None."""
         digest = self.known.get(path)
         found = self._entry(digest + ".facts") if digest is not None else None
-        return found if isinstance(found, dict) else None
+        if isinstance(found, dict) or digest is None:
+            return found
+        data = _read(path)
+        if data is None or len(data) > RECOMPILE_LIMIT_BYTES or hashlib.sha256(data).hexdigest() != digest:
+            return None
+        found = facts.read(data)  # its code was cached for another module of the same text, an empty one mostly
+        self._keep(digest + ".facts", found)
+        return found
 
     def code_of(self, path: str) -> Any:
         """The code object of the whole module that was loaded from `path`, or None where it cannot be had."""
@@ -214,6 +224,19 @@ class Code:
             path = self._unhashed.pop(0)
             self.known[path] = file_sha256(path)
             self.add(path, self.known[path], "", "hash of " + _EXTENSION)
+
+    def recompile_one(self) -> None:
+        """When there is time: is the code object of one file, drawn by chance, what its source compiles to?
+
+        The private cache belongs to the job's account. An entry that was poisoned between two starts is found here.
+        """
+        path = self._chance.choice(list(self.kept)) if self.kept else None
+        data = _read(path) if path is not None else None
+        if path is None or data is None or len(data) > RECOMPILE_LIMIT_BYTES or self.kept[path] is None:
+            return
+        digest = hashlib.sha256(data).hexdigest()
+        if digest == self.known.get(path) and not _compiles_to(data, self.kept[path]):
+            self.report_ran(self.kept[path], path, None, digest, False, None, place="the private cache")
 
     def forked(self) -> None:
         """In a forked child: the parent reports what it had queued; from here on everything goes out at once."""
@@ -302,14 +325,14 @@ class Code:
                 return  # namedtuple, dataclasses, torch.fx and their like; their own code is verified
         elif filename.startswith("<frozen"):
             return
-        self._report(code, filename, caller, None, None, self._source(filename))
+        self.report_ran(code, filename, caller, None, None, self._source(filename))
 
     def _named(self, code: Any, path: str, caller: Any) -> None:
         """Code that says it comes from `path`: compare it with that file's bytes, compiled afresh."""
         if path in self.known and caller is not None and _imports(caller):
             return  # a second loader for a file that was reported; the walk over sys.modules names it
         if not _may_be_file(path):
-            self._report(code, path, caller, None, None, self._source(code.co_filename))
+            self.report_ran(code, path, caller, None, None, self._source(code.co_filename))
             return
         data = _read(path)
         digest = None if data is None else hashlib.sha256(data).hexdigest()
@@ -319,10 +342,10 @@ class Code:
             self.known[path] = digest
             self.add(path, digest, "__main__" if main else "", "main" if main else "run")
         if not (main and same):
-            self._report(code, path, caller, digest, same, None)
+            self.report_ran(code, path, caller, digest, same, None)
         self.flush()
 
-    def _report(
+    def report_ran(
         self,
         code: Any,
         path: str,
@@ -330,12 +353,16 @@ class Code:
         digest: Optional[str],
         same: Optional[bool],
         source: Optional[str],
+        place: str = "",
     ) -> None:
-        place, function = _place(caller)
+        """Report code that no line of `files` accounts for: the first time at a place, and then every doubling."""
+        function = None
+        if not place:
+            place, function = _place(caller)
         count = self._ran.get((place, path), 0) + 1
         self._ran[(place, path)] = count
         if count & (count - 1) or len(self._ran) > RAN_LIMIT:
-            return  # the first, and then every doubling
+            return
         owner = _owner(path)
         ran = {
             "file": path,

@@ -1,8 +1,8 @@
 """Link *deferred*: code that will run later, or elsewhere, without being called.
 
 Threads, signal handlers, interval timers, exit and garbage-collector callbacks, trace and profile functions, import
-hooks, exception hooks, and Python functions in place of builtins. Each with the file and line of its code. Looked at
-in the first step, whenever the number of threads changes, and every 50 steps.
+hooks, exception hooks, Python functions in place of builtins, and a debugger that is attached. Each with the file and
+line of its code. Looked at in the first step, whenever the number of threads changes, and every 50 steps.
 
 Frames (spec/evidence.md, "sweep"):
 
@@ -180,4 +180,17 @@ def replaced_builtins() -> Iterator[Dict[str, Any]]:
                 yield line
 
 
-LOOKS = (threads, handlers, timers, collectors, tracers, importers, exceptions, replaced_builtins)
+def tracers_outside() -> Iterator[Dict[str, Any]]:
+    """A process that is attached to this one as a debugger (Linux)."""
+    try:
+        with open("/proc/self/status") as file:
+            pid = next((int(line.split()[1]) for line in file if line.startswith("TracerPid:")), 0)
+        if pid:
+            with open("/proc/%d/comm" % pid) as file:
+                name = file.read().strip()
+            yield {"kind": "debugger", "origin": None, "function": name, "name": name, "on": "process %d" % pid}
+    except (OSError, ValueError):
+        return
+
+
+LOOKS = (tracers_outside, threads, handlers, timers, collectors, tracers, importers, exceptions, replaced_builtins)

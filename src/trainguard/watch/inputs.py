@@ -37,6 +37,9 @@ FILES_LIMIT = 5_000
 POLLED_STEPS = 3
 """A file opened again in this many different steps is reported as polled."""
 
+RECOMPILE_EVERY = 40
+"""Steps between comparisons of one cached code object with its source."""
+
 SCAN_EVERY = 200
 """Steps between looks at what native code has mapped."""
 
@@ -339,6 +342,8 @@ class InputsLink:
             loaded = code.current()
             if loaded is not None:
                 loaded.hash_one()
+                if step.number % RECOMPILE_EVERY == RECOMPILE_EVERY // 2:
+                    loaded.recompile_one()
         finally:
             audit.left(inside)
 
@@ -358,10 +363,24 @@ def install(client: Client) -> None:
         audit.on(event, state.on_rename)
     audit.on("os.truncate", lambda args: state.wrote(_absolute(args[0])))
     audit.on("socket.connect", lambda args: _connected(state, args[1]))
+    audit.on("cpython.remote_debugger_script", lambda args: state.outside("remote script", str(args[0])))
     audit.on("urllib.Request", lambda args: state.outside("url", str(args[0])))
     audit.on("ctypes.dlopen", lambda args: state.outside("dlopen", str(args[0])) if args[0] else None)
-    os.register_at_fork(after_in_child=state.forked)
+    # Another program may read what we wrote, or take our place: what we know goes out first.
+    for event in ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.system"):
+        audit.on(event, lambda args: _flush(state))
+    os.register_at_fork(before=lambda: _flush(state), after_in_child=state.forked)
     atexit.register(_last, state)
+
+
+def _flush(state: Inputs) -> None:
+    try:
+        loaded = code.current()
+        if loaded is not None:
+            loaded.flush()
+        state.flush()
+    except Exception as error:
+        state.client.fault("inputs.flush", error)
 
 
 def note_saved(torch: Any) -> None:

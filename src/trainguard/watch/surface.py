@@ -268,7 +268,10 @@ class Surface:
                 self.indexes[path] = None
                 self.unread.add(path)
             else:
-                self.indexes[path] = Index(module_code, loaded.facts(path))
+                found = loaded.facts(path)
+                if found is None and path.startswith(loaded._libraries):
+                    self.unread.add(path)  # code can be compared, defaults and constants not
+                self.indexes[path] = Index(module_code, found)
         return self.indexes[path]
 
     # -- following one name ---------------------------------------------------------------------------------------
