@@ -84,6 +84,7 @@ class Step:
     """What a link is given: before the update, when the gradients are final, and after the update."""
 
     __slots__ = (
+        "depth",
         "engine",
         "full",
         "grads",
@@ -127,6 +128,8 @@ class Step:
         """Whether the gradients were final when we looked (false while a closure is still to run)."""
         self.own_ns = 0
         self.wall_ns = 0
+        self.depth = 0
+        """Steps of the same optimizer that began inside this one and have not ended."""
 
 
 class Engine:
@@ -160,6 +163,12 @@ class Engine:
     def before(self, optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         """The pre-hook: nothing of the update has happened yet. May return arguments with the closure wrapped."""
         start = clock()
+        stack = self._stack()
+        if stack and stack[-1].optimizer is optimizer:
+            if _inside_step_of(optimizer):
+                stack[-1].depth += 1  # a subclass that calls its base's step: one step, the outer one
+                return None
+            stack.pop()  # left behind by an exception
         track = self.track(optimizer)
         with self.lock:
             self.steps += 1
@@ -171,7 +180,6 @@ class Engine:
         self._refresh(track, optimizer)
         if step.full:
             step.sample = track.next_sample if track.next_sample is not None else self.draw_sample(track, step.index)
-        stack = self._stack(optimizer)
         stack.append(step)
         changed = None
         with self.torch.no_grad():
@@ -199,8 +207,11 @@ class Engine:
     def after(self, optimizer: Any) -> None:
         """The post-hook: the update has been made."""
         start = clock()
-        stack = self._stack(None)
+        stack = self._stack()
         if not stack or stack[-1].optimizer is not optimizer:
+            return
+        if stack[-1].depth:
+            stack[-1].depth -= 1
             return
         step = stack.pop()
         self.plan(step.track, wall_clock())
@@ -331,13 +342,11 @@ class Engine:
 
         return watched
 
-    def _stack(self, optimizer: Any) -> List[Step]:
-        """Open steps of this thread; those that `optimizer` left behind by an exception are dropped."""
+    def _stack(self) -> List[Step]:
+        """Open steps of this thread, outermost first."""
         stack: Optional[List[Step]] = getattr(self.local, "stack", None)
         if stack is None:
             stack = self.local.stack = []
-        while optimizer is not None and stack and stack[-1].optimizer is optimizer:
-            stack.pop()
         return stack
 
     def _call(self, link: Any, phase: str, step: Step) -> Any:
@@ -352,6 +361,18 @@ class Engine:
             value = self._call(link, "between", step)
             if value is not None:
                 self.client.send("link", {"link": link.name, "value": value}, step.number)
+
+
+def _inside_step_of(optimizer: Any) -> bool:
+    """Whether a step of this optimizer is on the stack besides the one that is calling us."""
+    frame: Any = sys._getframe(1)
+    found = 0
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "wrapper" and code.co_filename.endswith("optim/optimizer.py"):
+            found += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found > 1
 
 
 _engine: Optional[Engine] = None

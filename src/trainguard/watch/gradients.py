@@ -147,7 +147,9 @@ class Gradients:
     def ready(self, step: Step) -> None:
         """Hand the copies to link *optimizer*; measure the norm of the gradients about to be used."""
         watch = self.watches.get(step.opt)
-        if watch is not None and watch.chosen is step.sample:
+        if watch is not None and watch.chosen is not step.sample:
+            watch = None  # the groups changed since it was armed
+        if watch is not None:
             step.scratch["local"] = watch.values
         memory = step.track.memory.setdefault(self.name, {"changed": False})
         if not memory["changed"]:
@@ -165,6 +167,8 @@ class Gradients:
             self.watches[step.opt] = _Watch(step.torch, chosen, self.client.fault)
         if not step.ready:
             return None
+        if watch is not None and watch.chosen is not step.sample:
+            watch = None
         value: Dict[str, Any] = {"armed": watch is not None, "world": _world(step.torch)}
         if watch is not None:
             value["calls"] = watch.calls

@@ -1,0 +1,165 @@
+"""C1, C2: gradients changed between backward and the update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.helpers.recorded import judge
+from tests.helpers.training import Run, looks_fine, train
+from torch import nn
+
+from trainguard.appraise.gradients import Gradients
+from trainguard.appraise.hyperparameters import Hyperparameters
+from trainguard.appraise.optimizer import Optimizer
+
+pytestmark = pytest.mark.torch
+
+
+def quiet_controls(run: Run) -> None:
+    """Loss, hyper-parameters and the optimizer's own arithmetic: all as they should be."""
+    assert looks_fine(run)
+    for check in (Hyperparameters, Optimizer):
+        findings, states = judge(check, run.records)
+        assert findings == []
+        assert states[check.name].state == "held"
+
+
+def test_a_sign_turned_on_one_step_in_fifty_is_found_at_that_step() -> None:
+    """C1, in place, after backward, before the step: loss and optimizer arithmetic are clean."""
+
+    def turn(run: Run) -> None:
+        if run.step % 50 == 0:
+            for p in run.net.parameters():
+                assert p.grad is not None
+                p.grad.neg_()
+
+    run = train(120, after_backward=turn)
+    quiet_controls(run)
+    findings, _ = judge(Gradients, run.records)
+    assert [f.subject.step for f in findings] == [50, 100]
+    assert {f.techniques[0] for f in findings} == {"C1"}
+    assert all(f.subject.tensor and f.outcome == "violated" for f in findings)
+
+
+def test_a_planted_hook_that_turns_the_accumulated_gradient_is_found() -> None:
+    """B5 with C1: a post-accumulate hook put there long before the guard's own."""
+
+    def start(run: Run) -> None:
+        def turn(p: torch.Tensor) -> None:
+            if run.step == 30 and p.grad is not None:
+                p.grad.neg_()
+
+        for p in run.net.parameters():
+            p.register_post_accumulate_grad_hook(turn)
+
+    run = train(40, start=start)
+    quiet_controls(run)
+    findings, _ = judge(Gradients, run.records)
+    assert [f.subject.step for f in findings] == [30]
+    assert findings[0].techniques[0] == "C1"
+
+
+def test_one_tensor_turned_is_named_within_two_rounds() -> None:
+    """C1 on one of six tensors, from step 20 on."""
+
+    def turn(run: Run) -> None:
+        weight = run.net[3].weight  # type: ignore[index]
+        if run.step >= 20:
+            weight.grad.neg_()
+
+    findings, _ = judge(Gradients, train(40, after_backward=turn).records)
+    assert findings[0].techniques[0] == "C1"
+    assert findings[0].subject.tensor == "3.weight"
+    assert 20 <= (findings[0].subject.step or 0) <= 24
+
+
+@pytest.mark.parametrize("factor", [0.1, 3.0], ids=["threshold x0.1", "threshold x3"])
+def test_another_clip_threshold_is_found_at_once(factor: float) -> None:
+    """C2: the run clips at 0.2; from step 30 on somebody clips at another norm instead."""
+
+    def clip(run: Run) -> None:
+        nn.utils.clip_grad_norm_(run.net.parameters(), 0.2 * (factor if run.step >= 30 else 1.0))
+
+    run = train(40, before_step=clip)
+    quiet_controls(run)
+    findings, _ = judge(Gradients, run.records)
+    assert findings[0].subject.step == 30
+    assert findings[0].techniques == ("C2", "C1")
+    assert "clips at 0.2" in findings[0].message
+
+
+def test_a_clip_that_does_not_act_is_found() -> None:
+    """C2: clipping left out on one step in ten."""
+
+    def clip(run: Run) -> None:
+        if run.step < 20 or run.step % 10:
+            nn.utils.clip_grad_norm_(run.net.parameters(), 0.2)
+
+    run = train(45, before_step=clip)
+    quiet_controls(run)
+    findings, _ = judge(Gradients, run.records)
+    assert [f.subject.step for f in findings] == [20, 30, 40]
+    assert "did not act" in findings[0].message
+
+
+def test_a_clip_of_one_tensor_only_is_found() -> None:
+    """C2 per tensor: one matrix scaled down after the clip."""
+
+    def shrink(run: Run) -> None:
+        if run.step >= 20:
+            run.net[0].weight.grad.mul_(0.1)  # type: ignore[index]
+
+    run = train(40, clip=0.2, before_step=shrink)
+    quiet_controls(run)
+    findings, _ = judge(Gradients, run.records)
+    assert findings[0].techniques[0] == "C2"
+    assert 20 <= (findings[0].subject.step or 0) <= 24
+    assert "0.weight" in findings[0].message or "norm" in findings[0].message
+
+
+def test_noise_of_a_thousandth_is_found() -> None:
+    """C1: something small added to every gradient, in one step."""
+
+    def noise(run: Run) -> None:
+        if run.step == 25:
+            for p in run.net.parameters():
+                assert p.grad is not None
+                p.grad.add_(torch.cos(torch.arange(p.numel()) * 7.7).reshape(p.shape) * p.grad.abs().max() * 1e-3)
+
+    run = train(40, after_backward=noise)
+    quiet_controls(run)
+    findings, _ = judge(Gradients, run.records)
+    assert [f.subject.step for f in findings] == [25]
+    assert "something was added" in findings[0].message
+
+
+def test_a_layer_whose_gradient_is_zeroed_for_good_is_suspicious() -> None:
+    """C5 by a tensor hook: consistent everywhere else, but the layer learns no more."""
+
+    def start(run: Run) -> None:
+        run.net[3].weight.register_hook(lambda g: g * 0 if run.step >= 40 else g)  # type: ignore[index]
+
+    run = train(90, start=start)
+    quiet_controls(run)
+    findings, _ = judge(Gradients, run.records)
+    assert {f.subject.tensor for f in findings} == {"3.weight"}
+    assert ("C5", "suspicious") in {(f.techniques[0], f.outcome) for f in findings}
+
+
+def test_updates_left_out_around_the_optimizer_show_as_a_second_backward() -> None:
+    """C9 outside the hooks: the caller's step() returns early, so no step is seen, but backward ran twice."""
+
+    def start(run: Run) -> None:
+        real = run.optimizer.step
+
+        def step(*args: object) -> None:
+            if run.step % 40:
+                real(*args)  # type: ignore[arg-type]
+
+        run.optimizer.step = step  # type: ignore[method-assign,assignment]
+
+    run = train(100, start=start)
+    findings, _ = judge(Gradients, run.records)
+    assert findings
+    assert findings[0].techniques[0] == "C9"
+    assert "backward ran 2 times" in findings[0].message

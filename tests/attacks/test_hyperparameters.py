@@ -1,0 +1,168 @@
+"""C3, C4, C5 through the parameter groups: rates, betas and members changed behind the script's back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.helpers.recorded import judge
+from tests.helpers.training import Run, looks_fine, train
+
+from trainguard.appraise.hyperparameters import Hyperparameters
+from trainguard.appraise.optimizer import Optimizer
+from trainguard.watch import writers
+
+pytestmark = pytest.mark.torch
+
+Schedule = Callable[[torch.optim.Optimizer], Any]
+SCHEDULES: dict[str, Schedule | None] = {
+    "constant": None,
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 400),
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 50, 0.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's own source sets no hyper-parameter (this file, which does, is the attacker's)."""
+    monkeypatch.setattr(writers, "places", dict)
+
+
+def quiet_controls(run: Run) -> None:
+    """Loss and the optimizer's arithmetic are clean: the update is right for the rate it was given."""
+    assert looks_fine(run)
+    findings, states = judge(Optimizer, run.records)
+    assert findings == []
+    assert states["optimizer"].state == "held"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_wrapper_that_lowers_the_rate_during_the_step_is_found_at_its_first_step(name: str) -> None:
+    """C3 toy: lr x 0.7 after step 100, put back after the call, so that logs of the script show nothing."""
+
+    def start(run: Run) -> None:
+        real = run.optimizer.step
+
+        def step(*args: Any) -> None:
+            rates = [group["lr"] for group in run.optimizer.param_groups]
+            for group in run.optimizer.param_groups if run.step > 100 else ():
+                group["lr"] *= 0.7
+            real(*args)
+            for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or torch warns
+        run.optimizer.step = step  # type: ignore[method-assign]
+
+    run = train(120, schedule=SCHEDULES[name], start=start)
+    quiet_controls(run)
+    findings, _ = judge(Hyperparameters, run.records)
+    assert findings[0].subject.step == 101
+    assert findings[0].techniques == ("C3",)
+    assert findings[0].outcome == "violated"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_hook_that_lowers_the_rate_inside_the_step_is_found_by_the_update(name: str) -> None:
+    """The same by hooks of the instance: the groups look right before and after, the weights do not."""
+
+    def start(run: Run) -> None:
+        def before(optimizer: Any, *_: Any) -> None:
+            if run.step > 100:
+                optimizer.param_groups[0]["lr"] *= 0.7
+
+        def after(optimizer: Any, *_: Any) -> None:
+            if run.step > 100:
+                optimizer.param_groups[0]["lr"] /= 0.7
+
+        run.optimizer.register_step_pre_hook(before)
+        run.optimizer.register_step_post_hook(after)
+
+    run = train(110, schedule=SCHEDULES[name], start=start)
+    assert looks_fine(run)
+    findings, _ = judge(Optimizer, run.records)
+    assert findings[0].subject.step == 101
+    assert findings[0].techniques == ("C3", "C4")
+    told = float(findings[0].message.split("learning rate is ")[1].split()[0])
+    assert told == pytest.approx(0.7, rel=1e-3)
+
+
+def test_one_group_lowered_once_and_left_so_is_found() -> None:
+    """C3 per group, by a thread or anything else, with no scheduler."""
+
+    def change(run: Run) -> None:
+        if run.step == 30:
+            run.optimizer.param_groups[0]["lr"] = 2e-3
+
+    findings, _ = judge(Hyperparameters, train(40, after_step=change).records)
+    assert [(f.subject.step, f.techniques) for f in findings] == [(31, ("C3",))]
+
+
+def test_a_scheduler_stepped_twice_is_found_although_the_rate_is_its_own() -> None:
+    """C3: the schedule runs ahead by one."""
+
+    def twice(run: Run) -> None:
+        if run.step == 60:
+            run.scheduler.step()
+
+    run = train(80, schedule=SCHEDULES["cosine"], after_step=twice)
+    findings, _ = judge(Hyperparameters, run.records)
+    assert [(f.subject.step, f.techniques[0]) for f in findings] == [(61, "C3")]
+    assert "2 times between two updates" in findings[0].message
+
+
+def test_a_jump_in_a_smooth_schedule_is_suspicious_even_where_the_script_sets_rates_by_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """nanoGPT's way: the script writes the rate at every step, and something multiplies it afterwards."""
+    monkeypatch.setattr(writers, "places", lambda: {"lr": ["/job/train.py:78"]})
+
+    def by_hand(run: Run) -> None:
+        rate = 3e-3 * (1 - run.step / 400)
+        run.optimizer.param_groups[0]["lr"] = rate * (0.7 if run.step > 100 else 1.0)
+
+    run = train(120, before_step=by_hand)
+    quiet_controls(run)
+    findings, _ = judge(Hyperparameters, run.records)
+    assert [(f.subject.step, f.outcome, f.techniques) for f in findings] == [(101, "suspicious", ("C3",))]
+    assert findings[0].subject.path == "/job/train.py:78"
+
+
+@pytest.mark.parametrize(("key", "value"), [("betas", (0.5, 0.999)), ("eps", 1e-3), ("weight_decay", 0.0)])
+def test_other_hyperparameters_that_change_for_no_reason_are_found(key: str, value: Any) -> None:
+    """C4, in the group itself."""
+
+    def change(run: Run) -> None:
+        if run.step == 25:
+            run.optimizer.param_groups[0][key] = value
+
+    findings, _ = judge(Hyperparameters, train(30, after_step=change).records)
+    assert [(f.subject.step, f.techniques, f.outcome) for f in findings] == [(26, ("C4",), "violated")]
+    assert key in findings[0].message
+
+
+def test_a_tensor_taken_out_of_its_group_is_found() -> None:
+    """C5: the optimizer forgets a matrix."""
+
+    def change(run: Run) -> None:
+        if run.step == 25:
+            del run.optimizer.param_groups[0]["params"][2]
+
+    run = train(40, after_step=change)
+    assert looks_fine(run)
+    findings, _ = judge(Hyperparameters, run.records)
+    assert (findings[0].subject.step, findings[0].techniques, findings[0].outcome) == (26, ("C5",), "violated")
+
+
+def test_a_matrix_that_needs_no_gradient_any_more_is_suspicious() -> None:
+    """C5: frozen mid-run, named."""
+
+    def change(run: Run) -> None:
+        if run.step == 40:
+            run.net[3].weight.requires_grad_(False)  # type: ignore[index]
+            run.net[3].weight.grad = None  # type: ignore[index]
+
+    findings, _ = judge(Hyperparameters, train(80, after_step=change).records)
+    assert [(f.subject.tensor, f.techniques[0]) for f in findings] == [("3.weight", "C5")]
