@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "scan": ("trainguard.cli.scan", "Vet model files without loading them."),
     "seal": ("trainguard.cli.seal", "Sign a checkpoint file or folder and log it."),
     "verify": ("trainguard.cli.verify", "Check a sealed checkpoint, naming the tensors that changed."),
+    "probe": ("trainguard.cli.probe", "The same code as rank 0 of a big job, on one CPU."),
     "explain": ("trainguard.cli.explain", "Per link of a run: held, broken, blind or explained."),
     "verdict": ("trainguard.cli.verdict", "The four-valued verdict of a run, with findings and reasons."),
     "runs": ("trainguard.cli.runs", "List recorded runs."),

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
-from . import audit, children, client, code, inputs, shield
+from . import audit, children, client, code, inputs, probe, shield
 
 _client: Optional[client.Client] = None
 
@@ -34,6 +34,7 @@ def start() -> None:
     code.install(_client)
     inputs.install(_client)
     after_import("torch", _attach_engine)
+    probe.install(_client)
 
 
 def _forked() -> None:
@@ -41,6 +42,7 @@ def _forked() -> None:
         return
     try:
         _client.after_fork()
+        probe.forked()
         engine = sys.modules.get(__package__ + ".engine")
         if engine is not None:
             engine.forked(_client)
@@ -53,6 +55,7 @@ def _attach_engine() -> None:
 
     if _client is not None:
         engine.attach(_client)
+        probe.attach(sys.modules["torch"])
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:

@@ -102,6 +102,8 @@ class Settings:
     elements: int = 32
     kills: str = "ledger"
     """ledger: name the sender of every signal in the job (docs/checks/kills.md); off: put no filter on it."""
+    probe: dict[str, Any] | None = None
+    """Plan of a scale probe (watch/probe.py); None in every real run."""
     pycache: str = ""
     """Folder of the private bytecode cache (mode 0700)."""
     key: str = field(default_factory=lambda: secrets.token_hex(32))
@@ -225,6 +227,11 @@ class Supervisor:
                 self._read(peer)
             number, rank = (peer.number, peer.rank) if peer is not None else (None, None)
             self._add("signalled", told, pid=who.get("pid"), uid=who.get("uid"), process=number, rank=rank)
+
+    @property
+    def child(self) -> int | None:
+        """Pid of the command while it runs."""
+        return self._child if self._ended is None else None
 
     def _listen(self, path: str) -> socket.socket:
         try:
