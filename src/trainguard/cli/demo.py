@@ -90,11 +90,12 @@ def _progress(aloud: bool) -> Iterator[_Say]:
         return
     from trainguard.render.terminal import screen
 
-    with screen(stderr=True).status("") as status:
+    console = screen(stderr=True)
+    with console.status("") as status:
 
         def pause(action: Callable[[], None]) -> None:
             status.stop()
             action()
             status.start()
 
-        yield _Say(status.update, pause)
+        yield _Say(lambda line: status.update(line[: max(20, console.width - 4)]), pause)

@@ -139,7 +139,7 @@ class Stage:
         """Approve, tamper, run under guard, judge. Raises Unavailable where the command line itself failed."""
         job = self.out / "jobs" / (act.key if act.helper is not None else CLEAN.key)
         if not job.exists():
-            self._say("approving it: trainguard lock")
+            self._say("approving it (trainguard lock)")
             self._write_job(job, act)
             self._trainguard(job, "lock", "--output", "out", "--quiet", "--", *self._command())
         with act.tamper(self):
@@ -181,7 +181,7 @@ class Stage:
             raise Unavailable(f"trainguard {arguments[0]} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
 
     def _run(self, act: Act, job: Path) -> Scene:
-        self._say("running it: trainguard run -- python train.py")
+        self._say("starting it (trainguard run)")
         began = time.monotonic()
         process = subprocess.Popen(
             [
