@@ -2,7 +2,7 @@
 
     python bench/bench_kills.py
 
-Runs the same loop in a child with and without the ledger, alternately, and prints the best of five each: CPU nanoseconds
+Runs the same loop in a child with and without the ledger by turns, and prints the best of five each: CPU nanoseconds
 a getppid, wall microseconds a kill, and how often kill was cut short (EINTR) while signals rained on the sender (an
 interpreter without the guard inside, so without watch/shield.py).
 """
