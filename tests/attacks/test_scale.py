@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from tests.helpers.guarded import trainguard
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes that import torch, one after another, on a busy machine."""
+    monkeypatch.setattr("tests.helpers.guarded.TIMEOUT_SECONDS", 250)
+
 
 TRAIN = """
 import torch, torch.distributed as dist

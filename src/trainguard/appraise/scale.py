@@ -163,6 +163,10 @@ def _take_time(seen: Observation, record: Evidence) -> None:
     seen.timed_out = True
 
 
+def _installed(file: str) -> bool:
+    return "/site-packages/" in file or "/dist-packages/" in file
+
+
 def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
@@ -258,17 +262,20 @@ class _Comparison:
 
     def _lines(self, other: Observation) -> Iterator[Finding]:
         """Python lines that ran only there, one finding a file."""
-        for file, lines in sorted(other.lines.items()):
+        own = False
+        for file, lines in sorted(other.lines.items(), key=lambda item: (_installed(item[0]), item[0])):
             known = self.base.lines.get(file, {})
             new = {line: step for line, step in lines.items() if line not in known}
             if not new:
                 continue
             shown = ", ".join(str(line) for line in sorted(new)[:PLACES_SHOWN])
-            if any(part in file for part in EXPECTED):
-                self.listed.append(f"at {other.name}, torch's distributed code also ran {file}:{shown}")
+            if any(part in file for part in EXPECTED) or (own and _installed(file)):
+                why = "which the lines above may have called" if own else "torch's distributed code"
+                self.listed.append(f"at {other.name}, {file} also ran line {shown}: {why}")
                 continue
             first = min(new, key=lambda line: (new[line], line))
             more = f" and {len(new) - PLACES_SHOWN} more" if len(new) > PLACES_SHOWN else ""
+            own = own or not (_installed(file) or self.policy.approves("scale", f"{file}:{first}"))
             message = f"{file} ran line{'s' if len(new) > 1 else ''} {shown}{more}"
             yield self._finding(other, "suspicious", message, path=f"{file}:{first}", step=new[first] + 1)
 

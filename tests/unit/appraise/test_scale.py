@@ -46,6 +46,17 @@ def test_torchs_own_distributed_code_is_only_listed() -> None:
     assert any("torch's distributed code" in reason for reason in verdict.reasons)
 
 
+def test_what_the_jobs_own_line_called_in_a_package_is_listed() -> None:
+    """One finding, where the decision is made; a package that decides by itself is accused itself."""
+    package = {"/x/site-packages/torch/nn/modules/module.py": {9: 2}}
+    both = replace(BIG, lines={"/job/train.py": {7: 2}, **package})
+    assert [f.subject.path for f in compare(BASE, [both], Policy()).findings] == ["/job/train.py:7"]
+    alone = compare(BASE, [replace(BIG, lines=package)], Policy()).findings
+    assert [f.subject.path for f in alone] == ["/x/site-packages/torch/nn/modules/module.py:9"]
+    approved = Policy(approve=(Approval(check="scale", place="/job/train.py:7"),))
+    assert len(compare(BASE, [both], approved).findings) == 1
+
+
 def test_a_link_that_breaks_only_there_is_as_grave_as_it_is_there() -> None:
     """The finding of the other check, with the code that ran only then as its likeliest place."""
     broken = Finding(check="optimizer", outcome="violated", techniques=("C4",), subject=Subject(step=3), message="m")
