@@ -8,15 +8,18 @@ A user's own file adds names, one a line: `module.qualname USE [sha256:HEX]`, US
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trainguard.errors import Misuse
 from trainguard.scan.limits import ScanPolicy, Tier
 from trainguard.scan.rules import KINDS, Kind
+
+LISTS = Path(__file__).with_name("lists")
+"""The shipped lists. A plain path: importlib.resources would cost more than all of them."""
 
 TIERS: tuple[Tier, ...] = ("weights", "training", "framework")
 
@@ -115,16 +118,15 @@ def tier_of(name: str) -> str | None:
 
 
 def _shelves(*, framework: bool) -> list[dict[str, Any]]:
-    folder = importlib.resources.files("trainguard.scan") / "lists"
-    files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".json"))
+    files = sorted(path.name for path in LISTS.glob("*.json"))
     prefixes = ("core", "training_", "framework_") if framework else ("core", "training_")
     wanted = [name for name in files if name.startswith(prefixes)]
-    return [json.loads((folder / name).read_text()) for name in wanted]
+    return [json.loads((LISTS / name).read_text()) for name in wanted]
 
 
 @functools.cache
 def _dangerous() -> tuple[frozenset[str], frozenset[str]]:
-    data = json.loads((importlib.resources.files("trainguard.scan") / "lists" / "dangerous.json").read_text())
+    data = json.loads((LISTS / "dangerous.json").read_text())
     return frozenset(data["modules"]), frozenset(data["names"])
 
 

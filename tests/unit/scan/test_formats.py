@@ -238,6 +238,15 @@ def test_safetensors_header_must_tile_the_data() -> None:
     assert judged(struct.pack("<Q", len(text)) + text + bytes(8))[0] is Verdict.UNSAFE
 
 
+def test_safetensors_whose_length_looks_like_a_pickle_is_still_safetensors() -> None:
+    """A header of 0x0480 bytes begins like PROTO 4; and a pickle dressed up that way is refused as both."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    good = struct.pack("<Q", 0x480) + header + b" " * (0x480 - len(header)) + b"x"
+    assert judged(good)[:2] == (Verdict.SAFE, "safetensors")
+    dressed = b'\x80\x04C\x05\0\0\0\0{"0' + touch("x") + b"."
+    assert judged(dressed + bytes(2000))[0] is Verdict.UNSAFE
+
+
 def test_gguf_template_is_looked_at() -> None:
     """An ordinary template passes, one that reaches for attributes does not."""
     good = forge._gguf("{% for m in messages %}{{ m['role'] + ': ' + m.content | trim }}{% endfor %}")

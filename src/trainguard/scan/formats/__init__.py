@@ -13,9 +13,15 @@ from trainguard.scan.formats.safetensors import SAFETENSORS
 from trainguard.scan.formats.tar import TAR
 from trainguard.scan.formats.zips import ZIP
 
-STRONG: tuple[Format, ...] = (PICKLE_FORMAT, ZIP, NPY, HDF5, GGUF, ARCHIVE_FORMAT, *COMPRESSED[:5], IMAGE, CODE_FORMAT)
+STRONG: tuple[Format, ...] = (
+    SAFETENSORS,  # before pickle: one header length in a few hundred looks like a PROTO opcode
+    PICKLE_FORMAT,
+    *(ZIP, NPY, HDF5, GGUF, ARCHIVE_FORMAT),
+    *COMPRESSED[:5],
+    *(IMAGE, CODE_FORMAT),
+)
 """Formats with a magic, asked first."""
-SHAPED: tuple[Format, ...] = (TAR, SAFETENSORS, EVENTS, *COMPRESSED[5:], ONNX, SENTENCEPIECE)
+SHAPED: tuple[Format, ...] = (TAR, EVENTS, *COMPRESSED[5:], ONNX, SENTENCEPIECE)
 """Formats known by a checksum or their whole shape; asked of what is not text."""
 
 __all__ = ["SHAPED", "STRONG", "Format"]

@@ -8,13 +8,13 @@ are believed; a Lambda layer carries code, and so do classes that wrap other fra
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import json
 from typing import Any
 
 from trainguard.scan.formats import jsons
 from trainguard.scan.formats.interface import Job
 from trainguard.scan.formats.zips import Member, judge_member, open_member
+from trainguard.scan.trust import LISTS
 from trainguard.scan.verdict import Verdict
 
 CONFIG_BYTES = 16 << 20
@@ -41,7 +41,7 @@ CODE = frozenset(
 
 @functools.cache
 def _known() -> tuple[frozenset[str], frozenset[str]]:
-    data = json.loads((importlib.resources.files("trainguard.scan") / "lists" / "keras.json").read_text())
+    data = json.loads((LISTS / "keras.json").read_text())
     return frozenset(data["modules"]), frozenset(data["classes"])
 
 
