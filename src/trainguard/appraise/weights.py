@@ -135,11 +135,15 @@ class Weights:
             text = f"the record says that step {index} began from {expected}, but the step before left {track.after}"
             yield from self._give(evidence, "violated", ("E4", "G2"), text, None)
             return
-        if before == expected:
+        whole = _whole(value.get("whole"))
+        if before == expected and not whole:
             self._held += 1
             return
         self._broken += 1
         changes = [_change(each) for each in _list(value.get("changed"))[:CHANGED_LIMIT]]
+        if not changes:
+            text = "the sum over the whole tensor is another; none of the sampled elements is"
+            changes = [Change(name, "weight", 0, 0, text) for name in whole]
         total = value.get("changed_tensors")
         if value.get("replaced") is True and all(change.what != "weight" for change in changes):
             text = "the optimizer's state was replaced as a whole between two steps (load_state_dict)"
@@ -227,7 +231,18 @@ def _words(each: _Open) -> str:
         return f"{each.tensors} tensors changed"
     first = each.changes[0]
     more = f" and {each.tensors - 1} more tensors" if each.tensors > 1 else ""
-    return f"{first.tensor}{more} changed ({first.differ} of {first.of} sampled elements; {first.text})"
+    seen = f"{first.differ} of {first.of} sampled elements; " if first.of else ""
+    return f"{first.tensor}{more} changed ({seen}{first.text})"
+
+
+def _whole(value: object) -> list[str]:
+    """Names of tensors whose sum changed; none where nothing was summed."""
+    if value is None:
+        return []
+    names = _list(_object(value).get("changed"))[:CHANGED_LIMIT]
+    if not all(isinstance(name, str) for name in names):
+        raise MalformedEvidence("weights: whole: names are no strings")
+    return [str(name)[:512] for name in names]
 
 
 def _change(value: object) -> Change:

@@ -57,9 +57,11 @@ _MISSING: Any = object()
 class Binding:
     """One name and what it led to when it was last followed."""
 
-    __slots__ = ("expected", "functions", "label", "name", "own", "owner", "value")
+    __slots__ = ("expected", "functions", "hides", "label", "name", "own", "owner", "value")
 
-    def __init__(self, owner: Any, name: str, label: str, expected: Tuple[Any, ...], own: bool) -> None:
+    def __init__(
+        self, owner: Any, name: str, label: str, expected: Tuple[Any, ...], own: bool, hides: bool = False
+    ) -> None:
         self.owner = owner
         """Namespace: the `__dict__` of a module, class or object."""
         self.name = name
@@ -68,6 +70,8 @@ class Binding:
         """Code objects one of which must be reached; empty where the source defines no function of that name."""
         self.own = own
         """Whether the name lies in the job's own code, where its own functions are at home."""
+        self.hides = hides
+        """Whether it is a method that a base class has as well: code without a file has no business there."""
         self.value: Any = _MISSING
         self.functions: Tuple[Tuple[Any, Any, Any, Any], ...] = ()
         """(function, code, defaults, keyword defaults) of all that were reached."""
@@ -254,10 +258,13 @@ class Surface:
         for attribute in {**methods, **held}:
             value = held.get(attribute, _MISSING)
             if attribute in methods or _callable(value):
-                self._bind(held, attribute, label, methods.get(attribute, ()), own)
+                hides = attribute[:2] != "__" and any(attribute in vars(base) for base in kind.__mro__[1:])
+                self._bind(held, attribute, label, methods.get(attribute, ()), own, hides)
 
-    def _bind(self, owner: Any, name: str, label: str, expected: Tuple[Any, ...], own: bool = False) -> None:
-        self.bindings.append(Binding(owner, name, label + "." + name, expected, own))
+    def _bind(
+        self, owner: Any, name: str, label: str, expected: Tuple[Any, ...], own: bool = False, hides: bool = False
+    ) -> None:
+        self.bindings.append(Binding(owner, name, label + "." + name, expected, own, hides))
 
     def _index(self, path: str) -> Optional[Index]:
         """The code objects of a loaded file; None when its source cannot be had any more."""
@@ -269,7 +276,7 @@ class Surface:
                 self.unread.add(path)
             else:
                 found = loaded.facts(path)
-                if found is None and path.startswith(loaded._libraries):
+                if found is None and path in loaded.critical:
                     self.unread.add(path)  # code can be compared, defaults and constants not
                 self.indexes[path] = Index(module_code, found)
         return self.indexes[path]
@@ -318,9 +325,10 @@ class Surface:
         if loaded is None:
             return True
         if found.co_filename[:1] == "<":
-            if first and binding.expected:
+            planted = first and bool(binding.expected or binding.hides)
+            if planted:
                 self._differs(binding.label, "replaced", *_origin(function))
-            return not (first and binding.expected)
+            return not planted
         path = os.path.abspath(found.co_filename)
         of_library = path.startswith(loaded._libraries)
         home = _file_of(function.__globals__)
