@@ -316,3 +316,31 @@ def test_messages_that_are_no_json_object_are_passed_over() -> None:
     assert told == [{"call": "kill"}]
     other.close()
     one.close()
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not Path("/usr/bin/python3").exists(), reason="needs root to give its rights up"
+)
+def test_the_ledger_needs_no_privilege(tmp_path: Path) -> None:
+    """As account 65534 the kernel wants no_new_privs, for the job alone; senders are named all the same."""
+    package = Path(ledger.__file__).parents[2]
+    if not all(folder.stat().st_mode & 0o005 == 0o005 for folder in (package, *package.parents)):
+        pytest.skip("other accounts cannot read the package")
+    code = f"""
+    import os, sys
+    sys.path.insert(0, {str(package)!r})
+    os.setgid(65534); os.setuid(65534); os.chdir("/")
+    from trainguard.watch import ledger
+    one = ledger.Ledger()
+    words = ["sh", "-c", "sleep 20 & kill -9 $!; wait"]
+    pid = one.start(lambda: os.posix_spawn("/bin/sh", words, {{"PATH": "/usr/bin:/bin"}}))
+    os.waitpid(pid, 0)
+    told = [(m["call"], m["signal"], m["sender"]["uid"]) for m in one.messages()]
+    own = [line for line in open("/proc/self/status") if line.startswith("NoNewPrivs")][0].split()[1]
+    print(one.reason, one.no_new_privs, own, told)
+    one.close()
+    """
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "None True 0 [('kill', 9, 65534)]", done.stderr
