@@ -21,6 +21,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from trainguard.appraise.interface import Context, finding_from
 from trainguard.appraise.steps import Sample, Tensor, number, parse_sample
@@ -389,6 +390,7 @@ _HABITS = {
 
 def _hooked_rows(value: object) -> Iterator[tuple[int, list[str], list[float], list[float]]]:
     """The rows of `hooked`; raises MalformedEvidence for one that is not as its specification says."""
+    row: Any
     for row in value if isinstance(value, list) else [] if value is None else [value]:
         fits = isinstance(row, list) and len(row) == 4 and isinstance(row[0], int) and row[0] >= 0
         fits = fits and all(isinstance(part, list) for part in row[1:]) and len(row[2]) == len(row[3])

@@ -306,7 +306,7 @@ def explain(
 def _explain_weight(
     tensor: Tensor, case: Case, reference: Reference, expected: Expected, ulp: float
 ) -> tuple[tuple[str, ...], str]:
-    ratio = fitted_ratio(tensor, expected)
+    ratio = fitted_ratio(tensor, case, expected)
     if ratio is not None and _fits_ratio(tensor, case, expected, ratio, ulp):
         if abs(ratio + 1) < 1e-2:
             return ("C1",), "the update was applied in the opposite direction"
@@ -343,14 +343,18 @@ def _explain_state(tensor: Tensor, case: Case, reference: Reference, ulp: float)
     return ("C4", "C9"), "the optimizer's state is not what its formula gives"
 
 
-def fitted_ratio(tensor: Tensor, expected: Expected) -> float | None:
-    """The factor by which the whole change of the weight differs from the expected one (least squares)."""
+def fitted_ratio(tensor: Tensor, case: Case, expected: Expected) -> float | None:
+    """The factor by which the whole change of the weight differs from the expected one.
+
+    Least squares; small weights count more, for their changes are rounded less.
+    """
     top = bottom = 0.0
     for before, after, want in zip(tensor.weight, tensor.weight_after, expected.weight, strict=True):
         change = want - before
         if math.isfinite(change) and math.isfinite(after):
-            top += (after - before) * change
-            bottom += change * change
+            share = 1 / max(spacing(max(abs(before), abs(after), abs(want)), case.dtype), 1e-100) ** 2
+            top += share * (after - before) * change
+            bottom += share * change * change
     return top / bottom if bottom > 0 else None
 
 

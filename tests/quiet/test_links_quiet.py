@@ -1,0 +1,130 @@
+"""Honest scripts under the arithmetic links: no finding, every link held, and bit for bit the same result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.helpers.guarded import clean_environment
+from tests.helpers.recorded import judge
+
+from trainguard.appraise.gradients import Gradients
+from trainguard.appraise.hyperparameters import Hyperparameters
+from trainguard.appraise.interface import Check
+from trainguard.appraise.optimizer import Optimizer
+from trainguard.appraise.rng import Rng
+from trainguard.appraise.weights import Weights
+from trainguard.evidence import Evidence
+from trainguard.policy import Approval, Policy
+from trainguard.testing.guarded import run_guarded
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
+CHECKS: tuple[type[Check], ...] = (Rng, Gradients, Hyperparameters, Optimizer, Weights)
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+QUIET = {
+    "own_batch_gpt": 12,
+    "mlp_adadelta": 30,
+    "cnn_workers": 10,
+    "gan_two_optimizers": 20,
+    "ema_swap": 25,
+    "tied_weights": 15,
+    "schedulers": 20,
+    "resume": 12,
+    "accum_amp": 8,
+    "reinforce_loop": 10,
+    "lightning_fit": 12,
+    "hf_trainer": 8,
+}
+"""Script → steps: enough for a schedule to move, a checkpoint to be written, an epoch to end."""
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    """How the script is started; two ranks where it needs them."""
+    path = str(SCRIPTS / f"{script}.py")
+    if script.endswith("two_ranks"):
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", path, *arguments]
+    return [sys.executable, path, *arguments]
+
+
+def digest(output: str) -> str:
+    """The line with the digest of the final parameters."""
+    (line,) = [line for line in output.splitlines() if line.startswith("digest ")]
+    return line
+
+
+def recorded(folder: Path, *parts: str) -> tuple[list[Evidence], str]:
+    """Records and digest line of a guarded run, which must end well and without a fault inside the guard."""
+    folder.mkdir(exist_ok=True)
+    records, done = run_guarded(parts, cwd=folder, links="all", env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout
+    faults = [r.body for r in records if r.kind in ("note", "bye") and (r.body.get("fault") or r.body.get("faults"))]
+    assert faults == []
+    return records, digest(done.stdout)
+
+
+def plain(folder: Path, *parts: str) -> str:
+    """Digest line of the same run without the guard."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(parts, cwd=folder, env=clean_environment(), capture_output=True, text=True, check=True)
+    return digest(done.stdout)
+
+
+@pytest.mark.parametrize("script", QUIET)
+def test_an_honest_script_holds_every_link(tmp_path: Path, script: str) -> None:
+    """Every check in every step, no finding, nothing broken."""
+    records, _ = recorded(tmp_path / "a", *command(script, "--steps", str(QUIET[script])))
+    for check in CHECKS:
+        findings, states = judge(check, records)
+        assert [(f.check, f.message) for f in findings] == []
+        assert states[check.name].broken == 0
+        assert states[check.name].state == "held"
+
+
+@pytest.mark.parametrize("script", ["own_batch_gpt", "gan_two_optimizers", "lightning_fit", "wgan_clamp"])
+def test_the_result_is_the_same_to_the_bit_without_the_guard(tmp_path: Path, script: str) -> None:
+    """Final parameters of both runs have one digest; the critic's script is watched by a dispatch mode on top."""
+    parts = command(script, "--steps", "9")
+    assert recorded(tmp_path / "a", *parts)[1] == plain(tmp_path / "b", *parts)
+
+
+def test_two_ranks_that_reduce_their_gradients_hold(tmp_path: Path) -> None:
+    """Reduction truth: the gradient used is the mean of what both ranks had, then clipped; no_sync now and then."""
+    parts = command("ddp_two_ranks", "--steps", "12")
+    records, guarded = recorded(tmp_path / "a", *parts)
+    assert guarded == plain(tmp_path / "b", *parts)
+    for check in CHECKS:
+        findings, states = judge(check, records)
+        assert findings == []
+        assert states[check.name].state == "held"
+    assert {r.body["gradients"]["world"] for r in records if r.kind == "step"} == {2}
+
+
+def test_weights_clamped_by_hand_are_one_line_to_approve(tmp_path: Path) -> None:
+    """Not silent, but named; silent once the line is approved."""
+    records, _ = recorded(tmp_path / "a", *command("wgan_clamp", "--steps", "10"))
+    findings, _ = judge(Weights, records)
+    assert [(f.outcome, f.techniques[0]) for f in findings] == [("suspicious", "E4")]
+    place = findings[0].subject.path or ""
+    assert "wgan_clamp.py:" in place
+    policy = Policy(approve=(Approval(check="weights", place=place),))
+    findings, states = judge(Weights, records, policy)
+    assert findings == []
+    assert states["weights"].state == "explained"
+
+
+def test_what_cannot_be_recomputed_is_blind_with_its_reason(tmp_path: Path) -> None:
+    """L-BFGS has no reference; updates by hand make no step at all."""
+    records, _ = recorded(tmp_path / "a", *command("lbfgs", "--steps", "4"))
+    findings, states = judge(Optimizer, records)
+    assert findings == []
+    assert (states["optimizer"].state, states["optimizer"].held) == ("blind", 0)
+    assert "LBFGS" in states["optimizer"].blind[0]
+    records, _ = recorded(tmp_path / "b", *command("manual_sgd", "--steps", "4"))
+    for check in CHECKS:
+        findings, states = judge(check, records)
+        assert findings == []
+        assert states[check.name].state == "blind"
