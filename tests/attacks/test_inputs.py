@@ -158,3 +158,29 @@ def work(step):
     findings, link = run.judge(Inputs)
     assert (run.faults(), findings) == ([], [])
     assert link.broken == 0
+
+
+def test_checkpoints_of_a_resuming_job_are_its_own_under_a_lock(tmp_path: Path) -> None:
+    """Saved and read back in one run, with and without tensors in them, and by a child that was started for it."""
+    child = "import torch\ntorch.load('out/model.pt'), torch.load('out/plain.pt')\n"
+    end = (
+        "\nimport os, subprocess, sys\nos.makedirs('out', exist_ok=True)\n"
+        "torch.save(model.state_dict(), 'out/model.pt')\n"
+        "torch.save({'step': 3}, 'out/plain.pt')\nsubprocess.run([sys.executable, 'child.py'], check=True)\n"
+    )
+    write(tmp_path, {"train.py": training(steps=3) + end, "child.py": child})
+    locked = measurement_of(watch(tmp_path))
+    for name in ("model.pt", "plain.pt"):
+        del locked.trees["code"].files[f"out/{name}"]
+    run = watch(tmp_path, locked=locked)
+    findings, link = run.judge(Inputs)
+    assert (run.status, findings, link.state) == (0, [], "held"), run.output
+
+
+def test_a_checkpoint_from_before_the_run_that_nobody_approved_is_named(tmp_path: Path) -> None:
+    """The same folder, an older file: not the job's own."""
+    write(tmp_path, {"train.py": training(steps=1) + "\nif len(__import__('sys').argv) > 1: torch.load('old.pt')\n"})
+    locked = measurement_of(watch(tmp_path))
+    watch(tmp_path, "-c", "import torch; torch.save({}, 'old.pt')")
+    (found,), _ = watch(tmp_path, "train.py", "resume", locked=locked).judge(Inputs)
+    assert (found.outcome, found.techniques[0]) == ("suspicious", "E3")

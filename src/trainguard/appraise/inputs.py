@@ -46,6 +46,9 @@ class Inputs:
         self._blind: dict[str, None] = {}
         self._explained: dict[str, None] = {}
         self._outputs: set[str] = set()
+        self._folders: set[str] = set()
+        self._began: int | None = None
+        """Supervisor's clock at the start of the run."""
         self._polled: dict[str, tuple[Evidence, dict[str, Any]]] = {}
         self._readers: dict[str, set[str]] = {}
         self._told: set[tuple[str, str]] = set()
@@ -55,6 +58,7 @@ class Inputs:
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         self._origins.see(evidence)
         if evidence.source != "process":
+            self._began = evidence.at if evidence.kind == "start" else self._began
             return
         self._spoke = self._spoke or evidence.kind == "code"
         if evidence.kind != "open":
@@ -75,6 +79,7 @@ class Inputs:
         if line.get("mode") == "w":
             if len(self._outputs) < PATHS_LIMIT:
                 self._outputs.add(path)
+                self._folders.add(path.rsplit("/", 1)[0])
             return
         place = text(line.get("place"), 4096)
         if place is not None and len(self._readers) < PATHS_LIMIT:
@@ -110,7 +115,7 @@ class Inputs:
                 expected=f"sha256 {locked}",
                 found=f"sha256 {found}",
             )
-        elif path not in self._outputs and not self._origins.declared_output(path) and not _is_metadata(path):
+        elif not self._is_output(path, line) and not _is_metadata(path):
             yield from self._tell(
                 evidence,
                 "suspicious",
@@ -122,6 +127,17 @@ class Inputs:
                 expected="an input that the lock lists",
                 found=f"sha256 {found}",
             )
+
+    def _is_output(self, path: str, line: dict[str, Any]) -> bool:
+        """Whether the job wrote the file, as far as is known: said so, declared so, or made among its own files.
+
+        torch.save of an object without tensors is seen by nobody; such a file lies beside others that were.
+        """
+        if path in self._outputs or self._origins.declared_output(path):
+            return True
+        written = line.get("mtime_ns")
+        fresh = isinstance(written, int) and self._began is not None and written >= self._began
+        return fresh and path.endswith(CHECKPOINTS) and path.rsplit("/", 1)[0] in self._folders
 
     def _altered(self, evidence: Evidence, path: str, place: str | None, line: dict[str, Any]) -> Iterator[Finding]:
         own = line.get("own") is True

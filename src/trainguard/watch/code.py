@@ -77,6 +77,8 @@ class Code:
         """Absolute path → SHA-256 of the bytes that were compiled (None: not hashed)."""
         self.kept: Dict[str, Any] = {}
         """Absolute path → code object of the whole module, for CRITICAL modules."""
+        self.critical: Set[str] = set()
+        """Paths of CRITICAL modules."""
         self.main: Optional[str] = None
         self.folder = _private_folder(client.settings.get("pycache"))
         self._pending: List[List[Any]] = []
@@ -116,6 +118,7 @@ class Code:
         self.known[path] = digest
         if name.startswith(CRITICAL):
             self.kept[path] = code
+            self.critical.add(path)
         self.add(path, digest, name, "source" if plain else "source by " + _type_name(loader))
         return code
 
