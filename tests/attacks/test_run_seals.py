@@ -46,3 +46,19 @@ def test_weights_edited_between_save_and_resume_are_named_by_tensor(tmp_path: Pa
     (finding,) = (f for f in tampered.by("seal") if f["outcome"] == "violated")
     assert finding["techniques"][0] == "E3"
     assert "1.weight" in finding["message"] or finding["subject"]["tensor"] == "model.1.weight"
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_a_checkpoint_with_code_that_the_job_opens_is_named(tmp_path: Path) -> None:
+    """E1: the job loads pickles as it always did; the file it opened is vetted outside the job."""
+    load = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"
+    marker = tmp_path / "marker"
+    (tmp_path / "base.pt").write_bytes(b"\x80\x02cbuiltins\nopen\nX\x06\x00\x00\x00markerX\x01\x00\x00\x00w\x86R.")
+    done = run(tmp_path, PYTHON, "-c", load, "base.pt")
+    assert marker.exists()
+    assert done.verdict["verdict"] == "TAINTED"
+    (finding,) = (f for f in done.by("scan") if f["outcome"] == "violated")
+    assert finding["techniques"][0] == "E1"
+    (tmp_path / "base.pt").write_bytes(b"\x80\x02}q\x00X\x01\x00\x00\x00aK\x01s.")
+    assert not run(tmp_path, PYTHON, "-c", load, "base.pt").by("scan")

@@ -36,12 +36,12 @@ from trainguard.lockfile import Lock
 from trainguard.log import Log
 from trainguard.measure import measure
 from trainguard.policy import Policy
+from trainguard.scan import vet
 from trainguard.seal.ledger import read_ledger
 from trainguard.seal.verify import verify_seal
 from trainguard.seal.write import seal_path
 from trainguard.watch.outputs import is_model_file
 from trainguard.watch.supervisor import Ended, Settings, Supervisor, blocked_signals
-
 
 SEALING_SECONDS = 600
 """How long the end of a run waits for the last checkpoints to be sealed."""
@@ -235,12 +235,12 @@ class _Sealer:
         self._add("seal", {"path": str(path), "leaf": report.leaf, "findings": findings}, step=step)
 
     def _verify(self, path: Path, step: int | None) -> None:
-        """Verify a checkpoint the job opened, if our log has a seal of that place; else there is nothing to say."""
+        """Look at a model file the job opened: is it code (E1), and is it what our log has a seal of?"""
+        findings = [f for f in vet(path).to_findings(run=self._run) if f.outcome == "violated"]
         ledger = read_ledger(self._home, load_public_key(self._home.keys / "attestation.pub"))
-        if ledger is None or ledger.newest(place=str(path.resolve())) is None:
-            return
-        report = verify_seal(path, home=self._home)
-        self._add("opened", {"path": str(path), "findings": msgspec.to_builtins(report.findings)}, step=step)
+        if ledger is not None and ledger.newest(place=str(path.resolve())) is not None:
+            findings.extend(verify_seal(path, home=self._home).findings)
+        self._add("opened", {"path": str(path), "findings": msgspec.to_builtins(findings)}, step=step)
 
 
 def _read_paths(evidence: Evidence) -> list[Path]:
@@ -250,7 +250,7 @@ def _read_paths(evidence: Evidence) -> list[Path]:
     return [
         Path(entry["path"])
         for entry in entries
-        if isinstance(entry.get("path"), str) and entry.get("sha256") and os.path.isabs(entry["path"])
+        if isinstance(entry.get("path"), str) and entry.get("sha256") and Path(entry["path"]).is_absolute()
     ]
 
 
