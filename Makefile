@@ -31,7 +31,7 @@ types: .venv/test.stamp
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: .venv/test.stamp
 	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
