@@ -87,7 +87,9 @@ class Inputs:
         area, _, _ = self._origins.area(path)
         if area in ("library", "guard", "program") or path.startswith(SYSTEM):
             return
-        if line.get("changed") is True:
+        if area == "cache":
+            yield from self._cached(evidence, path, place, line)
+        elif line.get("changed") is True:
             yield from self._altered(evidence, path, place, line)
         elif line.get("polled") is not None:
             self._polled[path] = (evidence, line)
@@ -127,6 +129,24 @@ class Inputs:
                 expected="an input that the lock lists",
                 found=f"sha256 {found}",
             )
+
+    def _cached(self, evidence: Evidence, path: str, place: str | None, line: dict[str, Any]) -> Iterator[Finding]:
+        """Generated code and graphs kept between runs: whoever can write them runs code in the job."""
+        owner = line.get("uid")
+        if owner in (evidence.uid, 0, None):
+            self._listed += 1
+            return
+        yield from self._tell(
+            evidence,
+            "suspicious",
+            f"{path}, kept by a compiler and read by {place}, belongs to account {owner}",
+            path,
+            place,
+            line,
+            techniques=("A8",),
+            expected=f"owner {evidence.uid}",
+            found=f"owner {owner}",
+        )
 
     def _is_output(self, path: str, line: dict[str, Any]) -> bool:
         """Whether the job wrote the file, as far as is known: said so, declared so, or made among its own files.

@@ -335,7 +335,7 @@ class Code:
         if path in self.known and caller is not None and _imports(caller):
             return  # a second loader for a file that was reported; the walk over sys.modules names it
         if not _may_be_file(path):
-            self.report_ran(code, path, caller, None, None, self._source(code.co_filename))
+            self._nameless(code, path, caller)  # generated, under a made-up name
             return
         data = _read(path)
         digest = None if data is None else hashlib.sha256(data).hexdigest()
