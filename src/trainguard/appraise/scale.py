@@ -179,14 +179,21 @@ def _steady(text: str) -> str:
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def compare(base: Observation, others: Sequence[Observation], policy: Policy) -> Verdict:
-    """The verdict on a probe: `others` beside `base`, the small job as it is."""
+def compare(
+    base: Observation, others: Sequence[Observation], policy: Policy, *, again: Sequence[Observation] = ()
+) -> Verdict:
+    """The verdict on a probe: `others` beside `base`, the small job as it is.
+
+    again: some of `others` probed a second time. Seeds are equal, so what depends on the size comes again; what is
+    suspicious in only one of two probes (a finalizer that ran at another moment) is not checked, neither found nor clean.
+    """
     judge = _Comparison(base, policy)
     if base.failed is not None:
         judge.blind.append(f"{base.name} could not be probed: {base.failed}")
     else:
         for other in others:
             judge.add(other)
+        judge.confirm(again)
     link = LinkState(
         link="scale",
         held=judge.held,
@@ -233,6 +240,18 @@ class _Comparison:
         self._hyperparameters(other)
         self.listed += [f"at {other.name} not run as it is: {what}" for what in other.replaced]
         self.held += len(self.findings) == before
+
+    def confirm(self, again: Sequence[Observation]) -> None:
+        """Hold what is suspicious against a second probe of the same size and identity."""
+        for other in again:
+            second = _Comparison(self.base, self.policy)
+            second.add(other)
+            known = {_key(finding) for finding in second.findings}
+            for index, finding in enumerate(self.findings):
+                its = f"only at {other.name}: " in finding.message
+                if its and finding.outcome == "suspicious" and _key(finding) not in known:
+                    message = f"in one of two probes {finding.message}"
+                    self.findings[index] = replace(finding, outcome="not_checked", techniques=(), message=message)
 
     def _keep(self, finding: Finding) -> None:
         place = finding.subject.path

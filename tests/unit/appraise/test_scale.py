@@ -101,6 +101,17 @@ def test_what_could_not_be_probed_is_not_clean() -> None:
         assert any("could not be probed" in reason for reason in verdict.reasons)
 
 
+def test_what_comes_only_once_in_two_probes_is_neither_found_nor_clean() -> None:
+    """Chance differs between two probes of one size; a trigger on the size does not."""
+    chance = replace(BIG, lines={"/job/train.py": {1: 0, 40: 3}})
+    verdict = compare(BASE, [chance], Policy(), again=[BIG])
+    assert verdict.verdict == "UNKNOWN"
+    assert verdict.findings[0].message.startswith("in one of two probes only at world size 256")
+    assert compare(BASE, [chance], Policy(), again=[chance]).findings[0].outcome == "suspicious"
+    other = replace(BIG, world=512)
+    assert compare(BASE, [chance, other], Policy(), again=[other]).findings[0].outcome == "suspicious"
+
+
 def test_hostile_records_are_passed_over() -> None:
     """Any JSON in any place; nothing raises."""
     bodies: list[dict[str, Any]] = []
