@@ -185,7 +185,7 @@ def compare(
     """The verdict on a probe: `others` beside `base`, the small job as it is.
 
     again: some of `others` probed a second time. Seeds are equal, so what depends on the size comes again; what is
-    suspicious in only one of two probes (a finalizer that ran at another moment) is not checked, neither found nor clean.
+    suspicious in only one of two probes (a finalizer ran at another moment) is not checked, neither found nor clean.
     """
     judge = _Comparison(base, policy)
     if base.failed is not None:
