@@ -1,10 +1,11 @@
 """S11: a checkpoint is edited between save and resume. The run that saved it was watched, so the edit is named."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
-from tests.helpers.guarded import run
+from tests.helpers.guarded import run, trainguard
 
 PYTHON = sys.executable
 SAVE = """
@@ -41,6 +42,9 @@ def test_weights_edited_between_save_and_resume_are_named_by_tensor(tmp_path: Pa
     assert quiet.link("seals")["held"] == 2
     exec(EDIT.replace('"out.pt"', repr(str(tmp_path / "out.pt"))), {})
     assert (tmp_path / "out.pt").stat().st_size == size
+    told = trainguard(tmp_path, "verdict", "./out.pt", "--json")
+    assert told.returncode == 1
+    assert json.loads(told.stdout)["run"] == quiet.verdict["run"]
     tampered = run(tmp_path, PYTHON, "train.py", "resume")
     assert tampered.verdict["verdict"] == "TAINTED"
     (finding,) = (f for f in tampered.by("seal") if f["outcome"] == "violated")

@@ -112,8 +112,8 @@ def test_an_interrupted_run_is_recorded_to_its_end(project: Path) -> None:
 
 def test_a_killed_supervisor_never_harms_training_and_is_a_finding(project: Path) -> None:
     """Training finishes without us; the record ends without an end, which is G7."""
-    process = start(project, "sh", "-c", f"{PYTHON} steps.py 60 0.05; echo $? > status")
-    wait_for_line(process, "20")
+    process = start(project, "sh", "-c", f"{PYTHON} steps.py 120 0.05; echo $? > status")
+    wait_for_line(process, "80")  # four seconds of steps: two segments are sealed by then
     process.kill()
     process.communicate(timeout=60)  # the pipe closes when the orphaned command is done
     assert (project / "status").read_text() == "0\n"

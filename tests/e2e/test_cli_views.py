@@ -110,19 +110,19 @@ def test_latest_names_the_newest_run(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "status", "says"),
     [
-        ("nobody", "no such run"),
-        ("../../etc", "a checkpoint's verdict"),
-        ("model.safetensors", "a checkpoint's verdict"),
+        ("nobody", 2, "no such run"),
+        ("../../nowhere/model.pt", 3, "nowhere/model.pt"),
+        ("model.safetensors", 3, "model.safetensors"),
     ],
 )
-def test_what_is_no_run_is_a_usage_error_with_a_next_step(folder: Path, name: str, says: str):
-    """One sentence, and what to do."""
+def test_what_is_no_run_and_no_sealed_checkpoint_is_one_sentence(folder: Path, name: str, status: int, says: str):
+    """One sentence that names it, and no verdict."""
     done = call(folder, "verdict", name)
-    assert done.returncode == 2
+    assert done.returncode == status
     assert says in done.stderr
-    assert "next: " in done.stderr
+    assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
 

@@ -6,6 +6,8 @@ without an end. It never raises for bad evidence, so that there is always a docu
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 from trainguard.appraise.engine import Appraiser
@@ -16,6 +18,7 @@ from trainguard.errors import TrainguardError, VerificationError
 from trainguard.finding import Finding, Subject
 from trainguard.home import Home
 from trainguard.policy import Policy
+from trainguard.seal.verify import verify_seal
 
 
 def judge_run(home: Home, run: str, *, policy: Policy | None = None, leaves: LogLeaves | None = None) -> Verdict:
@@ -41,6 +44,29 @@ def judge_run(home: Home, run: str, *, policy: Policy | None = None, leaves: Log
     if reader.running:
         return _still_running(appraiser, run)
     return appraiser.verdict()
+
+
+def judge_checkpoint(home: Home, path: Path, *, policy: Policy | None = None) -> Verdict:
+    """The verdict on a checkpoint: that of the run that saved it, and whether the file still is what that run sealed.
+
+    Raises Misuse or Unavailable where there is no such file, or no seal of it.
+    """
+    report = verify_seal(path, home=home)
+    if report.run is None:
+        return decide(report.findings, (), gaps=(f"{path.name} was sealed by hand: no watched run is known for it",))
+    of_run = judge_run(home, report.run, policy=policy)
+    if not report.findings:
+        return of_run
+    return decide(
+        (*of_run.findings, *report.findings),
+        of_run.links,
+        run=report.run,
+        steps=of_run.coverage.steps,
+        watched_steps=of_run.coverage.watched_steps,
+        gaps=of_run.reasons if of_run.verdict == "UNKNOWN" else (),
+        policy=of_run.policy,
+        lock=of_run.lock,
+    )
 
 
 def recorded_policy(home: Home, reader: RunReader) -> Policy:

@@ -22,15 +22,18 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 @click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 @click.argument("run")
 def command(policy_path: Path | None, as_json: bool, quiet: bool, run: str) -> int:
-    """Verdict on RUN: its id, a unique beginning of it, or `latest`.
+    """Verdict on RUN: its id, a unique beginning of it, `latest`, or the path of a checkpoint that a run saved.
 
     Exit status: 0 VERIFIED, 1 TAINTED, 3 SUSPECT or UNKNOWN.
     """
-    from trainguard.appraise.judge import judge_run
+    from trainguard.appraise.judge import judge_checkpoint, judge_run
 
     home = Home.find()
     policy = load_policy(policy_path) if policy_path is not None else None
-    verdict = judge_run(home, named_run(home, run), policy=policy)
+    if is_path(home, run):
+        verdict = judge_checkpoint(home, Path(run), policy=policy)
+    else:
+        verdict = judge_run(home, home.find_run(run), policy=policy)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
     elif not quiet:
@@ -40,11 +43,16 @@ def command(policy_path: Path | None, as_json: bool, quiet: bool, run: str) -> i
     return verdict.exit_status
 
 
+def is_path(home: Home, name: str) -> bool:
+    """Whether `name` is meant as a file or folder rather than a run."""
+    return "/" in name or (Path(name).suffix in CHECKPOINT_SUFFIXES and not (home.runs / name).is_dir())
+
+
 def named_run(home: Home, run: str) -> str:
     """The id of the run that `run` names. Raises Misuse, with a hint where it is a file."""
-    if "/" in run or (Path(run).suffix in CHECKPOINT_SUFFIXES and not (home.runs / run).is_dir()):
+    if is_path(home, run):
         raise Misuse(
-            f"{run}: expected a run, found a path; a checkpoint's verdict is the verdict of the run that wrote it",
-            next_step="name the run: trainguard runs lists them; vet the file itself with: trainguard scan",
+            f"{run}: expected a run, found a path",
+            next_step="name the run (trainguard runs lists them), or ask for the checkpoint with: trainguard verdict",
         )
     return home.find_run(run)
