@@ -35,6 +35,7 @@ from trainguard.home import Home
 from trainguard.lockfile import Lock
 from trainguard.log import Log
 from trainguard.measure import measure
+from trainguard.measure.caches import compiler_caches
 from trainguard.policy import Policy
 from trainguard.scan import vet
 from trainguard.seal.ledger import read_ledger
@@ -196,6 +197,8 @@ class _Sealer:
         self._log = log
         self._lock = lock
         self._add = add
+        self._caches = compiler_caches(os.environ)
+        """Compilers keep pickles there that are no checkpoints; who could have written them is measured (A8)."""
         self._ours: set[str] = set()
         """Paths saved by this run; reading those back needs no verifying, the seal was just made from them."""
         self._queue: queue.Queue[tuple[Callable[[Path, int | None], None], Path, int | None] | None] = queue.Queue()
@@ -212,7 +215,8 @@ class _Sealer:
             self._queue.put((self._seal, path, evidence.step))
         elif evidence.kind == "open":
             for path in _read_paths(evidence):
-                if str(path) not in self._ours and is_model_file(path):
+                cached = any(path.is_relative_to(cache) for cache in self._caches)
+                if not cached and str(path) not in self._ours and is_model_file(path):
                     self._queue.put((self._verify, path, evidence.step))
 
     def close(self) -> None:

@@ -35,6 +35,11 @@ def measure_caches(env: Mapping[str, str], walker: Walker) -> Iterator[Cache]:
         yield Cache(name=name, path=str(folder), mode=stat.S_IMODE(info.st_mode), foreign=foreign, files=files)
 
 
+def compiler_caches(env: Mapping[str, str]) -> tuple[Path, ...]:
+    """Folders where torch's compilers keep what they made themselves, in formats of their own, existing or not."""
+    return tuple(folder for name, folder, by_name in _folders(env) if not by_name)
+
+
 def _folders(env: Mapping[str, str]) -> list[tuple[str, Path, bool]]:
     """(name, folder, whether code is kept there by name) by each tool's own rule for its default."""
     home = Path(env.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111

@@ -31,9 +31,14 @@ def _start_guard():
 
 
 def _chain():
-    """Import the sitecustomize that our folder hides, as if we were not there."""
+    """Import the sitecustomize that our folder hides, as if we were not there.
+
+    Our folder goes back to its place on sys.path: programs that hand sys.path on to a child as its PYTHONPATH (torch's
+    compiler does) would otherwise start it unguarded.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
+    places = [place for place, entry in enumerate(sys.path) if entry and os.path.abspath(entry) == here]
+    sys.path[:] = [entry for place, entry in enumerate(sys.path) if place not in places]
     own = sys.modules.pop("sitecustomize", None)
     try:
         import sitecustomize  # noqa: F401
@@ -42,6 +47,9 @@ def _chain():
             raise
         if own is not None:
             sys.modules["sitecustomize"] = own
+    finally:
+        if places:
+            sys.path.insert(places[0], here)
 
 
 try:
