@@ -43,6 +43,8 @@ class _Stream:
     steps: int = 0
     moved: int = 0
     still: int = 0
+    since: int = 0
+    """Step at which the state was last a new one."""
     was_moving: bool = False
     frozen_told: bool = False
     repeating: bool = False
@@ -72,7 +74,8 @@ class Rng:
         value = evidence.body.get(self.name)
         if evidence.kind != "step" or value is None:
             return
-        if not isinstance(value, dict) or not isinstance(value.get("torch"), str):
+        needed = evidence.body.get("checked") is True
+        if not isinstance(value, dict) or not isinstance(value.get("torch"), str if needed else (str, type(None))):
             self._broken += 1
             yield from self._give(evidence, "suspicious", ("G2",), "malformed record: no state of the generator")
             return
@@ -80,7 +83,8 @@ class Rng:
         stream.steps += 1
         before = self._broken
         reseeded = self._seeding(evidence, value, stream)
-        yield from self._torch(evidence, value, stream, reseeded)
+        if isinstance(value.get("torch"), str):
+            yield from self._torch(evidence, value, stream, reseeded)
         yield from self._cuda(evidence, value, stream)
         yield from self._repeats(evidence, value, stream)
         self._held += self._broken == before
@@ -134,6 +138,7 @@ class Rng:
             stream.moved = stream.moved + 1 if not stream.still else 0
             stream.was_moving = stream.was_moving or stream.moved >= MOVING_STEPS
             stream.still = 0
+            stream.since = evidence.step or 0
             repeating, stream.repeating = stream.repeating, known is not None
             if known is not None and not reseeded and not repeating:
                 stream.seedings.append(

@@ -58,8 +58,8 @@ class Entry:
 class Track:
     """What the engine remembers of one optimizer between its steps."""
 
-    def __init__(self, optimizer: Any, opt: int) -> None:
-        self.ref = weakref.ref(optimizer)
+    def __init__(self, optimizer: Any, opt: int, gone: Callable[[Any], None]) -> None:
+        self.ref = weakref.ref(optimizer, gone)
         self.opt = opt
         """Index of the optimizer in this process, in order of first step."""
         self.count = 0
@@ -182,13 +182,16 @@ class Engine:
             step.sample = track.next_sample if track.next_sample is not None else self.draw_sample(track, step.index)
         stack.append(step)
         changed = None
-        with self.torch.no_grad():
-            for link in self.links if step.full else self.always:
-                self._call(link, "before", step)
-            if step.full:
+        if step.full:
+            with self.torch.no_grad():
+                for link in self.links:
+                    self._call(link, "before", step)
                 changed = self._with_closure(step, args, kwargs)
                 if changed is None:
                     self.ready(step)
+        else:
+            for link in self.always:
+                self._call(link, "before", step)
         step.own_ns += clock() - start
         return changed
 
@@ -218,11 +221,11 @@ class Engine:
         body: Dict[str, Any] = {"opt": step.opt, "index": step.index, "wall_ns": step.wall_ns, "own_ns": 0}
         body["checked"] = step.full
         body["level"] = self.governor.level
-        with self.torch.no_grad():
-            for link in self.links if step.full else self.always:
-                value = self._call(link, "after", step)
-                if value is not None:
-                    body[link.name] = value
+        if step.full:
+            with self.torch.no_grad():
+                self._collect(self.links, step, body)
+        else:
+            self._collect(self.always, step, body)
         middle = clock()
         step.own_ns += middle - start + self.unsent_ns
         body["own_ns"] = step.own_ns
@@ -282,10 +285,21 @@ class Engine:
         if known is not None and known.ref() is optimizer:
             return known
         with self.lock:
-            track = Track(optimizer, self.opts)
+            key, opt = id(optimizer), self.opts
+            track = Track(optimizer, opt, lambda ref: self._gone(key, opt, ref))
             self.opts += 1
-            self.tracks[id(optimizer)] = track
+            self.tracks[key] = track
         return track
+
+    def _gone(self, key: int, opt: int, ref: Any) -> None:
+        """The optimizer is no more: let go of its parameters."""
+        known = self.tracks.get(key)
+        if known is not None and known.ref is ref:
+            del self.tracks[key]
+        for link in self.links:
+            forget = getattr(link, "forget", None)
+            if forget is not None:
+                forget(opt)
 
     def _refresh(self, track: Track, optimizer: Any) -> None:
         """Rebuild the table of parameters when a group was added, removed or changed in number."""
@@ -348,6 +362,12 @@ class Engine:
         if stack is None:
             stack = self.local.stack = []
         return stack
+
+    def _collect(self, links: List[Any], step: Step, body: Dict[str, Any]) -> None:
+        for link in links:
+            value = self._call(link, "after", step)
+            if value is not None:
+                body[link.name] = value
 
     def _call(self, link: Any, phase: str, step: Step) -> Any:
         try:

@@ -32,6 +32,8 @@ class Governor:
         self.own_ns = 0
         self.level = 0
         self.in_debt = False
+        self.block_of: Dict[int, Any] = {}
+        """Optimizer → (its present block, the step of it that is checked)."""
         self.full_ns = 0.0
         """Running mean of what a checked step costs."""
         self.idle_ns = 0.0
@@ -69,8 +71,11 @@ class Governor:
         """Whether `index` is the one step of its block, by the key alone."""
         if self.level == 0:
             return True
-        number = index >> self.level
-        return self.draw(b"when", opt, self.level, number) % (1 << self.level) == index - (number << self.level)
+        block = (opt, self.level, index >> self.level)
+        if block != self.block_of.get(opt, (None, 0))[0]:
+            turn = self.draw(b"when", *block) % (1 << self.level)
+            self.block_of[opt] = (block, (block[2] << self.level) + turn)
+        return bool(index == self.block_of[opt][1])
 
     def draw(self, label: bytes, *numbers: int) -> int:
         """A secret number of 128 bits, the same in every process of the run."""

@@ -183,6 +183,12 @@ class Gradients:
             _report(step, measured, value)
         return value
 
+    def forget(self, opt: int) -> None:
+        """The optimizer is gone."""
+        watch = self.watches.pop(opt, None)
+        if watch is not None:
+            watch.remove()
+
     def forked(self) -> None:
         """Take the parent's hooks off this child's copies of the tensors."""
         for watch in self.watches.values():

@@ -21,7 +21,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from . import roots, writers
 from .client import Client
@@ -48,7 +48,16 @@ class Hyperparameters:
     def before(self, step: Step) -> None:
         """Compare every group with what it said at the step before."""
         memory = step.track.memory.setdefault(self.name, {"last": [], "json": [], "searches": 0, "schedulers": []})
-        now = [frozen(group) for group in step.optimizer.param_groups]
+        groups = step.optimizer.param_groups
+        if (
+            _unchanged(groups, memory.get("copies"))
+            and step.index % REPEAT_STEPS
+            and not self._schedulers_moved(memory)
+        ):
+            step.scratch[self.name] = None
+            return
+        now = [frozen(group) for group in groups]
+        memory["copies"] = _copies(groups)
         last = memory["last"]
         memory["last"] = now
         if now != last:
@@ -71,8 +80,9 @@ class Hyperparameters:
         memory = step.track.memory[self.name]
         value: Optional[Dict[str, Any]] = step.scratch.get(self.name)
         groups = step.optimizer.param_groups
-        now = [frozen(group) for group in groups]
+        now = memory["last"] if _unchanged(groups, memory.get("copies")) else [frozen(group) for group in groups]
         if now != memory["last"]:
+            memory["copies"] = _copies(groups)
             value = value or {}
             if len(now) == len(memory["last"]):
                 value["inside"] = _changed(groups, now, memory["last"])
@@ -104,6 +114,32 @@ class Hyperparameters:
         moved = counts != memory.get("counts")
         memory["counts"] = counts
         return moved
+
+
+def _copies(groups: List[Any]) -> Optional[List[Tuple[Any, int, Dict[str, Any]]]]:
+    """What `_unchanged` compares with; None where an entry can change in place (a tensor, a list)."""
+    out: List[Tuple[Any, int, Dict[str, Any]]] = []
+    for group in groups:
+        rest = {key: value for key, value in group.items() if key != "params" and key != "param_names"}
+        if any(hasattr(value, "_version") or isinstance(value, (list, dict)) for value in rest.values()):
+            return None
+        out.append((group, len(group["params"]), dict(group)))
+    return out
+
+
+def _unchanged(groups: List[Any], copies: Optional[List[Tuple[Any, int, Dict[str, Any]]]]) -> bool:
+    """Whether every group is the same object with equal entries: the quick way, for most steps."""
+    if copies is None or len(groups) != len(copies):
+        return False
+    for group, (known, count, copy) in zip(groups, copies):
+        if group is not known or len(group["params"]) != count or group["params"] is not copy["params"]:
+            return False
+        try:
+            if group != copy:
+                return False
+        except Exception:  # a tensor took the place of a number
+            return False
+    return True
 
 
 def frozen(group: Dict[str, Any]) -> Dict[str, Any]:

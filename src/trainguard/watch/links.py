@@ -10,6 +10,7 @@ are checked in full:
     ready(step) -> None           optional, full steps only: the gradients are final (after the closure, if any)
     between(step) -> JSON | None  optional: after the frame is out, when the budget has room (sweeps); what it returns
                                   goes out as a frame of kind "link", body {"link": name, "value": value}
+    forget(opt) -> None           optional: the optimizer with this index is gone
     forked() -> None              optional: forget what belongs to the parent process
 
 `step` is engine.Step. An exception in any of them is counted by the client and the step goes on.

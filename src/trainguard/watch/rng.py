@@ -3,7 +3,7 @@
 Value of the link in a step frame (spec/evidence.md "rng"):
 
     {"seed": torch.initial_seed(), only when it differs from the last one sent
-     "torch": digest of the CPU generator's state before the step,
+     "torch": digest of the CPU generator's state before the step, in checked steps,
      "cuda": [[device, seed, offset]], where CUDA is in use, in checked steps
      "after": `torch` once more after the step,
      "numpy", "python": digests of the global generators, where the modules are loaded,
@@ -50,7 +50,7 @@ class Rng:
     def before(self, step: Step) -> None:
         """The state that this step will draw from."""
         torch = step.torch
-        value: Dict[str, Any] = {"torch": _digest(torch.default_generator)}
+        value: Dict[str, Any] = {"torch": _digest(torch.default_generator)} if step.full else {}
         seed = torch.default_generator.initial_seed()
         if seed != self.seed:
             self.seed = seed
@@ -67,7 +67,9 @@ class Rng:
     def after(self, step: Step) -> Any:
         """The state that it left behind."""
         value = step.scratch.get(self.name)
-        if value is not None and "python" in value:
+        if not value:
+            return None
+        if "python" in value:
             value["after"] = _digest(step.torch.default_generator)
         return value
 

@@ -15,7 +15,7 @@ Value of the link (spec/evidence.md "weights"):
     {"replaced": true}       the optimizer's state was replaced as a whole (load_state_dict); weights are compared
 
 A sample cannot see one element of a large tensor. So the bytes of whole tensors are summed as well, before and after
-the same intervals: as many tensors as WHOLE_ELEMENTS allow, in turns, which is all of them for a small model.
+the same intervals: WHOLE_ELEMENTS at a time, in turns, which is all of them for a small model.
 
 After the first change that came from outside, the next interval runs under a TorchDispatchMode that names the
 operation and the line that writes to a weight: it passes every operation on unchanged. At most 4 intervals of an
@@ -24,6 +24,7 @@ optimizer, and never while another mode is active or a model is compiled.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import operator
 import sys
@@ -38,13 +39,15 @@ if TYPE_CHECKING:
 
 TENSORS_LIMIT = 128
 """Tensors per sample; where an optimizer holds more, they take turns."""
-VALUES_TARGET = 2048
+VALUES_TARGET = 1024
 ROUNDS = 32
 """Samples taken at the same places before new places are drawn (making views costs more than reading them)."""
 ARM_LIMIT = 4
 CHANGED_LIMIT = 8
-WHOLE_ELEMENTS = 1 << 20
-"""Elements summed whole per interval: about 0.2 ms."""
+WHOLE_ELEMENTS = 1 << 18
+"""Elements summed whole per interval: about 50 microseconds; larger tensors take turns with themselves."""
+WHOLE_PIECES = 32
+VIEWS_LIMIT = 512
 WRITERS_LIMIT = 16
 STACK_LIMIT = 6
 
@@ -78,18 +81,34 @@ class _Snapshot:
         self._look(torch)
 
     def _look(self, torch: Any) -> None:
-        self.pointers = list(map(torch.Tensor.data_ptr, self.params))
+        """Note where the tensors of all slots are now."""
         self.values = [held[key] for held, key in self.held]
-        tensors = [sample.plain(tensor) for tensor in self.params + self.values]
-        self.views = [sample.view(torch, tensor, slot[2]) for tensor, slot in zip(tensors, self.slots)]
-        self.copied = any(not tensor.is_contiguous() for tensor in tensors)
+        self.tensors = [sample.plain(tensor) for tensor in self.params + self.values]
+        self.pointers = list(map(torch.Tensor.data_ptr, self.tensors))
+        self.direct = all(map(_direct, self.tensors, self.slots))
+        self.spans = [
+            (slot[2][0] * tensor.element_size(), slot[2][2] * tensor.element_size())
+            for tensor, slot in zip(self.tensors, self.slots)
+        ]
 
     def read(self, torch: Any) -> Tuple[str, bytes]:
-        """The values now. Looks again where a tensor's memory has moved or where looking makes a copy."""
-        moved = self.copied or list(map(torch.Tensor.data_ptr, self.params)) != self.pointers
-        if moved or not all(map(operator.is_, [held[key] for held, key in self.held], self.values)):
+        """The values now: ("raw", their bytes one after the other), or what sample.Gathered gives off the CPU."""
+        same = all(map(operator.is_, [held[key] for held, key in self.held], self.values))
+        if not (same and self.direct and list(map(torch.Tensor.data_ptr, self.tensors)) == self.pointers):
             self._look(torch)
-        return sample.Gathered(torch, self.views).raw(torch)
+        if self.direct:
+            at = ctypes.string_at
+            return "raw", b"".join([at(p + begin, size) for p, (begin, size) in zip(self.pointers, self.spans)])
+        views = [sample.view(torch, tensor.detach(), slot[2]) for tensor, slot in zip(self.tensors, self.slots)]
+        return sample.Gathered(torch, views).raw(torch)
+
+
+def _direct(tensor: Any, slot: Tuple[Entry, str, sample.Place]) -> bool:
+    """Whether the run of this slot can be read straight from memory: on the CPU, in one piece, inside its storage."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.data_ptr():
+        return False
+    end = (tensor.storage_offset() + slot[2][0] + slot[2][2]) * tensor.element_size()
+    return bool(end <= tensor.untyped_storage().nbytes())
 
 
 class Weights:
@@ -114,7 +133,9 @@ class Weights:
         memory["pending"] = None
         if step.full and snapshot is not None:
             self._compare(step, snapshot, value)
-            _compare_whole(step, memory, value)
+            sums = memory.get("sums")
+            if sums is not None and sums.signature is step.track.signature:
+                value["whole"] = sums.compare(step.torch)
         step.scratch[self.name] = value
         for other in step.track.shares:
             _forget(step, other)
@@ -128,7 +149,8 @@ class Weights:
         if memory["off"] is not None:
             return {"off": memory["off"]} if step.full else None
         if step.track.next_full:
-            self._take(step, memory, value)
+            with step.torch.no_grad():
+                self._take(step, memory, value)
             self._arm(step, memory, value)
         for other in step.track.shares:
             _forget(step, other)
@@ -148,7 +170,10 @@ class Weights:
         snapshot.kind, snapshot.data = snapshot.read(step.torch)
         snapshot.digest = _digest(snapshot.data)
         memory["pending"] = snapshot
-        memory["whole"] = _whole(step, memory)
+        sums: Optional[_Sums] = memory.get("sums")
+        if sums is None or sums.signature is not step.track.signature:
+            sums = memory["sums"] = _Sums(step.track)
+        sums.take(step.torch)
         value["after"] = snapshot.digest
         value["tensors"] = len(snapshot.chosen)
 
@@ -162,7 +187,7 @@ class Weights:
             value["replaced"] = True
             step.track.memory[self.name]["snapshot"] = None
         if not value["held"]:
-            value["changed"], value["changed_tensors"] = _changes(snapshot, kind, data)
+            value["changed"], value["changed_tensors"] = _changes(step.torch, snapshot, kind, data)
 
     def _arm(self, step: Step, memory: Dict[str, Any], value: Dict[str, Any]) -> None:
         if value.get("held") is False:
@@ -178,46 +203,77 @@ class Weights:
                 self.stray[step.opt] = watcher
                 watcher.start()
 
+    def forget(self, opt: int) -> None:
+        """The optimizer is gone."""
+        watcher = self.stray.pop(opt, None)
+        if watcher is not None:
+            watcher.stop()
+
     def forked(self) -> None:
         """The parent's modes are not this child's."""
         for watcher in self.stray.values():
             watcher.stop()
 
 
-def _whole(step: Step, memory: Dict[str, Any]) -> Tuple[List[Entry], Any]:
-    """The next tensors in turn, and the sums of their bytes."""
-    pool = [e for e in step.track.entries if e.reason is None and _summable(e.param)]
-    chosen: List[Entry] = []
-    total, start = 0, memory.get("turn", 0)
-    for offset in range(len(pool)):
-        entry = pool[(start + offset) % len(pool)]
-        if chosen and total + entry.numel > WHOLE_ELEMENTS:
-            break
-        chosen.append(entry)
-        total += entry.numel
-    memory["turn"] = (start + len(chosen)) % max(1, len(pool))
-    return chosen, [_sum(step.torch, entry.param) for entry in chosen]
+class _Sums:
+    """Sums over the bytes of whole tensors, piece by piece in turns: one changed element always shows in its piece."""
 
+    def __init__(self, track: Track) -> None:
+        self.signature = track.signature
+        self.pieces: List[Tuple[Entry, int, int]] = []
+        """Tensor, first element, number of elements (a multiple of 8 but for the last of a tensor)."""
+        for entry in track.entries:
+            if entry.reason is None and _summable(entry.param):
+                for start in range(0, entry.numel, WHOLE_ELEMENTS):
+                    self.pieces.append((entry, start, min(WHOLE_ELEMENTS, entry.numel - start)))
+        self.views: Dict[int, Tuple[int, Any]] = {}
+        """Piece → address of its tensor, view of its bytes as integers."""
+        self.turn = 0
+        self.chosen: List[int] = []
+        self.sums: List[int] = []
 
-def _compare_whole(step: Step, memory: Dict[str, Any], value: Dict[str, Any]) -> None:
-    chosen, sums = memory.get("whole") or ([], [])
-    if not chosen:
-        return
-    now = [_sum(step.torch, entry.param) if _summable(entry.param) else None for entry in chosen]
-    changed = [entry.name for entry, old, new in zip(chosen, sums, now) if old != new]
-    value["whole"] = {"tensors": len(chosen), "changed": changed[:CHANGED_LIMIT]}
+    def take(self, torch: Any) -> None:
+        """Sum the next pieces."""
+        self.chosen = []
+        total = 0
+        for offset in range(min(len(self.pieces), WHOLE_PIECES)):
+            index = (self.turn + offset) % len(self.pieces)
+            total += self.pieces[index][2]
+            if self.chosen and total > WHOLE_ELEMENTS:
+                break
+            self.chosen.append(index)
+        self.turn += len(self.chosen)
+        self.sums = self._sums(torch)
+
+    def compare(self, torch: Any) -> Dict[str, Any]:
+        """Sum the same pieces again; what the frame says of it."""
+        now = self._sums(torch)
+        names = [self.pieces[i][0].name for i, old, new in zip(self.chosen, self.sums, now) if old != new]
+        return {"tensors": len(self.chosen), "changed": names[:CHANGED_LIMIT]}
+
+    def _sums(self, torch: Any) -> List[int]:
+        if not self.chosen:
+            return []
+        result: List[int] = torch.stack([self._view(torch, i).sum(dtype=torch.int64) for i in self.chosen]).tolist()
+        return result
+
+    def _view(self, torch: Any, index: int) -> Any:
+        entry, start, length = self.pieces[index]
+        address = entry.param.data_ptr()
+        known = self.views.get(index)
+        if known is not None and known[0] == address:
+            return known[1]
+        flat = entry.param.detach().reshape(-1)[start : start + length]
+        whole = (flat.storage_offset() * flat.element_size()) % 8 == 0 and (length * flat.element_size()) % 8 == 0
+        view = flat.view(torch.int64 if whole else torch.uint8)
+        if len(self.views) < VIEWS_LIMIT:
+            self.views[index] = (address, view)
+        return view
 
 
 def _summable(param: Any) -> bool:
     """On the CPU (a GPU would have to be waited for), plain and in one piece."""
     return type(param.data).__name__ == "Tensor" and param.device.type == "cpu" and param.is_contiguous()
-
-
-def _sum(torch: Any, param: Any) -> int:
-    """The tensor's bytes as integers, summed modulo 2**64: one changed element always shows."""
-    flat = param.detach().reshape(-1)
-    size = flat.numel() * flat.element_size()
-    return int(flat.view(torch.int64 if size % 8 == 0 and size else torch.uint8).sum(dtype=torch.int64))
 
 
 def _forget(step: Step, opt: int) -> None:
@@ -263,15 +319,14 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def _changes(snapshot: _Snapshot, kind: str, data: bytes) -> Tuple[List[Dict[str, Any]], int]:
+def _changes(torch: Any, snapshot: _Snapshot, kind: str, data: bytes) -> Tuple[List[Dict[str, Any]], int]:
     """Which slots differ, with old and new values of the first few."""
     out: List[Dict[str, Any]] = []
-    total = 0
+    total = position = 0
     if kind != snapshot.kind or len(data) != len(snapshot.data):
         return [{"name": "", "what": "dtype", "differ": 0, "of": 0}], 1
-    size = 4 if kind == "<f" else 8
-    position = 0
-    for entry, what, where in snapshot.slots:
+    for (entry, what, where), tensor in zip(snapshot.slots, snapshot.tensors):
+        size = tensor.element_size() if kind == "raw" else 4 if kind == "<f" else 8
         end = position + where[2] * size
         old, new = snapshot.data[position:end], data[position:end]
         position = end
@@ -280,18 +335,17 @@ def _changes(snapshot: _Snapshot, kind: str, data: bytes) -> Tuple[List[Dict[str
         total += 1
         if len(out) < CHANGED_LIMIT:
             differ = sum(old[i : i + size] != new[i : i + size] for i in range(0, len(old), size))
-            out.append(
-                {
-                    "name": entry.name,
-                    "what": what,
-                    "differ": differ,
-                    "of": where[2],
-                    "at": where,
-                    "old": sample.blob(kind, old),
-                    "new": sample.blob(kind, new),
-                }
-            )
+            change = {"name": entry.name, "what": what, "differ": differ, "of": where[2], "at": where}
+            change["old"] = _blob(torch, kind, old, tensor.dtype)
+            change["new"] = _blob(torch, kind, new, tensor.dtype)
+            out.append(change)
     return out, total
+
+
+def _blob(torch: Any, kind: str, data: bytes, dtype: Any) -> Dict[str, str]:
+    if kind == "raw":
+        kind, data = sample.raw(torch, torch.frombuffer(bytearray(data), dtype=dtype))
+    return sample.blob(kind, data)
 
 
 class _Watcher:

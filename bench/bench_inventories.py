@@ -1,4 +1,4 @@
-"""What code and inventory links cost: `python bench/inventories.py [pairs]`. Process CPU, in pairs in one run.
+"""What code and inventory links cost: `python bench/bench_inventories.py [pairs]`. Process CPU, in pairs in one run.
 
 1. `import torch`, plain and under watch (warm private cache): seconds of CPU of the child, least and median.
 2. One training of 120 small steps under watch: the guard's own time a step, as its frames state it.
