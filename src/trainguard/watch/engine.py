@@ -150,6 +150,7 @@ class Engine:
         self.last_ns = 0
         self.local = threading.local()
         self.lock = threading.Lock()
+        self.idle_lock = threading.Lock()
         self.names: Dict[int, str] = {}
         self.unsent_ns = 0
         """Own time spent after a frame was built; booked with the next one."""
@@ -377,6 +378,14 @@ class Engine:
             return None
 
     def _idle(self, step: Step) -> None:
+        if not self.idle_lock.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            self._sweep(step)
+        finally:
+            self.idle_lock.release()
+
+    def _sweep(self, step: Step) -> None:
         for link in self.idlers:
             value = self._call(link, "between", step)
             if value is not None:

@@ -44,8 +44,8 @@ ROUNDS = 32
 """Samples taken at the same places before new places are drawn (making views costs more than reading them)."""
 ARM_LIMIT = 4
 CHANGED_LIMIT = 8
-WHOLE_ELEMENTS = 1 << 18
-"""Elements summed whole per interval: about 50 microseconds; larger tensors take turns with themselves."""
+WHOLE_ELEMENTS = 1 << 17
+"""Elements summed whole per interval: about 25 microseconds; larger tensors take turns with themselves."""
 WHOLE_PIECES = 32
 VIEWS_LIMIT = 512
 WRITERS_LIMIT = 16
