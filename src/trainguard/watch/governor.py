@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 TOP_LEVEL = 6
 """At least one step in 64 is checked in full, even where that costs more than the budget."""
@@ -32,8 +32,8 @@ class Governor:
         self.own_ns = 0
         self.level = 0
         self.in_debt = False
-        self.block_of: Dict[int, Any] = {}
-        """Optimizer → (its present block, the step of it that is checked)."""
+        self.block_of: Dict[int, Tuple[int, int, int]] = {}
+        """Optimizer → (number of its present block, its level, the step of it that is checked)."""
         self.full_ns = 0.0
         """Running mean of what a checked step costs."""
         self.idle_ns = 0.0
@@ -59,7 +59,7 @@ class Governor:
         """Whether step `index` (from 1) of optimizer `opt` is to be checked in full."""
         if self.everything or index <= self.always:
             return True
-        if index % (1 << self.level) == 0:
+        if index & ((1 << self.level) - 1) == 0:
             self._adjust(now_ns)
         return self.chosen(opt, index)
 
@@ -71,11 +71,12 @@ class Governor:
         """Whether `index` is the one step of its block, by the key alone."""
         if self.level == 0:
             return True
-        block = (opt, self.level, index >> self.level)
-        if block != self.block_of.get(opt, (None, 0))[0]:
-            turn = self.draw(b"when", *block) % (1 << self.level)
-            self.block_of[opt] = (block, (block[2] << self.level) + turn)
-        return bool(index == self.block_of[opt][1])
+        level, number = self.level, index >> self.level
+        known = self.block_of.get(opt)
+        if known is None or known[0] != number or known[1] != level:
+            turn = self.draw(b"when", opt, level, number) % (1 << level)
+            known = self.block_of[opt] = (number, level, (number << level) + turn)
+        return index == known[2]
 
     def draw(self, label: bytes, *numbers: int) -> int:
         """A secret number of 128 bits, the same in every process of the run."""

@@ -6,7 +6,7 @@ Value of the link in a step frame (absent when nothing changed; spec/evidence.md
                  "tensors": [names]}]             (`tensors` names those that are tensors; absent for none)
      "class": …                                    with `groups`
      "changed": [[group, name, value]]             otherwise: what differs from the step before
-     "inside": [[group, name, value]]              what differs after the update from before it
+     "inside": [[group, name, value]]              what differs after the update from before it, in checked steps
      "schedulers": [[class, steps it made, [last rates]]]   when one acts on this optimizer, with every change
      "writers": {name: ["file:line", …]}           once, at the first change that no scheduler explains
      "census": {"total", "frozen": [names], "without_grad": [names], "outside": [names], "counts": [3 numbers]}}
@@ -77,8 +77,10 @@ class Hyperparameters:
 
     def after(self, step: Step) -> Any:
         """Compare again; in checked steps, count the parameters that take no part."""
-        memory = step.track.memory[self.name]
         value: Optional[Dict[str, Any]] = step.scratch.get(self.name)
+        if not step.full:
+            return value  # what the update changed shows before the next one
+        memory = step.track.memory[self.name]
         groups = step.optimizer.param_groups
         now = memory["last"] if _unchanged(groups, memory.get("copies")) else [frozen(group) for group in groups]
         if now != memory["last"]:

@@ -2,7 +2,7 @@
 
 Value of the link in a step frame (spec/evidence.md "rng"):
 
-    {"seed": torch.initial_seed(), only when it differs from the last one sent
+    {"seed": torch.initial_seed(), when it differs from the last one sent; read in checked steps and after seeding
      "torch": digest of the CPU generator's state before the step, in checked steps,
      "cuda": [[device, seed, offset]], where CUDA is in use, in checked steps
      "after": `torch` once more after the step,
@@ -44,25 +44,32 @@ class Rng:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.seed: Optional[int] = None
-        self.calls: Dict[str, Any] = {}
+        self.trackers: Optional[List[Any]] = None
+        """torch's memories of the last seeding call, one for each kind of device."""
+        self.calls: List[Any] = []
         self.dropout: Optional[bool] = None
 
     def before(self, step: Step) -> None:
         """The state that this step will draw from."""
-        torch = step.torch
-        value: Dict[str, Any] = {"torch": _digest(torch.default_generator)} if step.full else {}
-        seed = torch.default_generator.initial_seed()
+        value: Dict[str, Any] = {}
+        place = self._seeding_call()
+        if place is not None:
+            value["seeded"] = place
+        if step.full or place is not None:
+            self._read(step, value)
+        step.scratch[self.name] = value
+
+    def _read(self, step: Step, value: Dict[str, Any]) -> None:
+        generator = step.torch.default_generator
+        seed = generator.initial_seed()
         if seed != self.seed:
             self.seed = seed
             value["seed"] = seed
-        place = self._seeding_call(torch)
-        if place is not None:
-            value["seeded"] = place
         if step.full:
-            _cuda(torch, value)
+            value["torch"] = _digest(generator)
+            _cuda(step.torch, value)
             if step.index % OTHERS_EVERY == 1:
                 self._others(step, value)
-        step.scratch[self.name] = value
 
     def after(self, step: Step) -> Any:
         """The state that it left behind."""
@@ -80,15 +87,19 @@ class Rng:
             self.dropout = any(_draws(module) for root in roots.roots() for module in root.modules())
         value["dropout"] = self.dropout
 
-    def _seeding_call(self, torch: Any) -> Any:
+    def _seeding_call(self) -> Any:
         """Where the generators were last seeded, if that happened since the step before."""
+        if self.trackers is None:
+            modules = [sys.modules.get("torch." + name) for name in ("cuda", "xpu")]
+            found = [getattr(module, "_lazy_seed_tracker", None) for module in modules]
+            self.trackers = [tracker for tracker in found if hasattr(tracker, "manual_seed_all_cb")]
+            self.calls = [None] * len(self.trackers)
         place = None
-        for name in ("cuda", "xpu"):
-            tracker = getattr(sys.modules.get("torch." + name), "_lazy_seed_tracker", None)
-            call = getattr(tracker, "manual_seed_all_cb", None)
-            if call is not None and call is not self.calls.get(name):
-                self.calls[name] = call
-                place = _place(call[1])
+        for number, tracker in enumerate(self.trackers):
+            call = tracker.manual_seed_all_cb
+            if call is not self.calls[number]:
+                self.calls[number] = call
+                place = _place(call[1]) if call is not None else None
         return place
 
     def forked(self) -> None:

@@ -47,6 +47,7 @@ CHANGED_LIMIT = 8
 WHOLE_ELEMENTS = 1 << 17
 """Elements summed whole per interval: about 25 microseconds; larger tensors take turns with themselves."""
 WHOLE_PIECES = 32
+WHOLE_EVERY = 4
 VIEWS_LIMIT = 512
 WRITERS_LIMIT = 16
 STACK_LIMIT = 6
@@ -134,7 +135,7 @@ class Weights:
         if step.full and snapshot is not None:
             self._compare(step, snapshot, value)
             sums = memory.get("sums")
-            if sums is not None and sums.signature is step.track.signature:
+            if sums is not None and sums.chosen and sums.signature is step.track.signature:
                 value["whole"] = sums.compare(step.torch)
         step.scratch[self.name] = value
         for other in step.track.shares:
@@ -228,13 +229,17 @@ class _Sums:
                     self.pieces.append((entry, start, min(WHOLE_ELEMENTS, entry.numel - start)))
         self.views: Dict[int, Tuple[int, Any]] = {}
         """Piece → address of its tensor, view of its bytes as integers."""
-        self.turn = 0
+        self.turn = self.rest = 0
+        self.small = sum(length for _, _, length in self.pieces) <= WHOLE_ELEMENTS
         self.chosen: List[int] = []
         self.sums: List[int] = []
 
     def take(self, torch: Any) -> None:
-        """Sum the next pieces."""
+        """Sum the next pieces; of large models only in every WHOLE_EVERY-th interval."""
         self.chosen = []
+        self.rest = (self.rest + 1) % WHOLE_EVERY
+        if self.rest and not self.small:
+            return
         total = 0
         for offset in range(min(len(self.pieces), WHOLE_PIECES)):
             index = (self.turn + offset) % len(self.pieces)
