@@ -5,7 +5,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint types bench format clean
+# make nightly: also the honest runs that take long
+.PHONY: demo test nightly lint types bench format clean
 
 .venv/run.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "trainguard needs Python 3.11 or newer, found " + sys.version.split()[0])'
@@ -32,6 +33,9 @@ types: .venv/test.stamp
 
 test: lint types
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+nightly: .venv/test.stamp
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "nightly or not nightly"
 
 bench: .venv/test.stamp
 	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 from tests.helpers.guarded import clean_environment
 from tests.helpers.recorded import judge
 
@@ -42,6 +44,15 @@ QUIET = {
 """Script → steps: enough for a schedule to move, a checkpoint to be written, an epoch to end."""
 
 
+NIGHTLY = {"resume", "tied_weights", "mlp_adadelta", "accum_amp"}
+"""Scripts whose habits others have too; `make nightly` runs them, so that `make test` stays short."""
+
+
+def by_night(scripts: Iterable[str]) -> list[ParameterSet]:
+    """Parameters, the longer ones marked for the night."""
+    return [pytest.param(s, marks=[pytest.mark.nightly] if s in NIGHTLY else []) for s in scripts]
+
+
 def command(script: str, *arguments: str) -> list[str]:
     """How the script is started; two ranks where it needs them."""
     path = str(SCRIPTS / f"{script}.py")
@@ -73,7 +84,7 @@ def plain(folder: Path, *parts: str) -> str:
     return digest(done.stdout)
 
 
-@pytest.mark.parametrize("script", QUIET)
+@pytest.mark.parametrize("script", by_night(QUIET))
 def test_an_honest_script_holds_every_link(tmp_path: Path, script: str) -> None:
     """Every check in every step, no finding, nothing broken."""
     records, _ = recorded(tmp_path / "a", *command(script, "--steps", str(QUIET[script])))
