@@ -415,7 +415,7 @@ def current() -> Optional[Engine]:
 
 def attach(client: Client) -> None:
     """Register the global optimizer hooks; called once torch has been imported."""
-    global _engine, _hooked
+    global _engine, _hooked, _compiling
     if _engine is not None:
         return
     _engine = Engine(client)
@@ -423,6 +423,7 @@ def attach(client: Client) -> None:
         return
     _hooked = True
     torch = sys.modules["torch"]
+    _compiling = getattr(getattr(torch, "compiler", None), "is_compiling", _never)
     roots.install(torch)
     optimizer = sys.modules["torch.optim.optimizer"]  # torch.optim deletes the names of its submodules
     optimizer.register_optimizer_step_pre_hook(_before)
@@ -440,7 +441,18 @@ def forked(client: Client) -> None:
     _engine = Engine(client) if client.alive and "key" in client.settings else None
 
 
+def _never() -> bool:
+    return False
+
+
+_compiling: Callable[[], bool] = _never
+"""torch.compiler.is_compiling. Where a step itself is compiled, torch traces the hooks with it: they then vanish, which
+leaves the compiled step as it is and the guard blind to it, and that is what the record shows."""
+
+
 def _before(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    if _compiling():
+        return None
     engine = _engine
     if engine is None or not engine.client.alive:
         return None
@@ -452,6 +464,8 @@ def _before(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> An
 
 
 def _after(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+    if _compiling():
+        return
     engine = _engine
     if engine is None:
         return

@@ -326,3 +326,29 @@ def test_global_generators_are_left_alone_and_no_hook_stays_on_a_tensor_that_is_
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its profiler
+def test_a_compiled_step_is_left_as_it_is_and_shows_as_no_step() -> None:
+    """torch.compile traces the hooks with the step: they vanish from it. Blind, and said to be."""
+
+    def weights(guarded: bool) -> tuple[torch.Tensor, int]:
+        torch.manual_seed(0)
+        net = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        torch._dynamo.reset()
+        update = torch.compile(optimizer.step, backend="eager")
+        with recording() as recorder:
+            if not guarded:
+                engine._engine = None
+            for _ in range(3):
+                optimizer.zero_grad()
+                net(torch.ones(1, 4)).square().sum().backward()
+                update()
+        return net.weight.detach(), len(steps(recorder))
+
+    with_guard, seen = weights(guarded=True)
+    assert seen == 0
+    assert torch.equal(with_guard, weights(guarded=False)[0])
