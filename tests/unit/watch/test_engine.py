@@ -182,7 +182,7 @@ def test_tensors_are_called_as_the_model_calls_them() -> None:
 def test_a_closure_is_watched_to_its_end() -> None:
     """Backward runs inside step(): the gradient that counts is the one after the closure; its value is passed on."""
     net = nn.Linear(4, 2)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     with recording() as recorder:
 
         def closure() -> Any:
