@@ -40,6 +40,7 @@ QUIET = {
     "reinforce_loop": 10,
     "lightning_fit": 12,
     "hf_trainer": 8,
+    "fsdp2_two_ranks": 8,
 }
 """Script → steps: enough for a schedule to move, a checkpoint to be written, an epoch to end."""
 
