@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from typing import Any, Dict, List, Optional
 
@@ -42,13 +43,15 @@ class Client:
         self.faults: Dict[str, int] = {}
         """Place of an exception inside guard code → times it happened; reported, never raised."""
         self.forked_from: Optional[int] = None
-        self._busy = False
+        self._lock = threading.RLock()
+        self._owner: Optional[int] = None
+        """Thread that is inside `open` or `send`: what it sets off there itself (audit events) is not sent."""
 
     # -- connection -------------------------------------------------------------------------------------------
 
     def open(self) -> bool:
         """Connect and say hello. Returns whether the supervisor answered; on False the guard stays asleep."""
-        self._busy = True
+        self._owner = threading.get_ident()
         try:
             link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             link.settimeout(WELCOME_SECONDS)
@@ -70,7 +73,7 @@ class Client:
             self.pid = os.getpid()
             return False
         finally:
-            self._busy = False
+            self._owner = None
 
     def after_fork(self) -> None:
         """In a forked child: forget the parent's connection without closing it for the parent."""
@@ -80,6 +83,8 @@ class Client:
             except OSError:
                 pass
         self.socket = None
+        self._lock = threading.RLock()  # another thread of the parent may have held it
+        self._owner = None
         self.queue = []
         self.queued_bytes = 0
         self.forked_from = self.pid
@@ -94,30 +99,35 @@ class Client:
 
     def send(self, kind: str, body: Any, step: Optional[int] = None) -> None:
         """Queue one frame and push out what fits. `body`: a JSON value. Never blocks, never raises."""
-        if self.socket is None or self._busy:
+        me = threading.get_ident()
+        if self.socket is None or self._owner == me:
             return
-        self._busy = True
-        try:
-            data = self._frame(kind, body, step)
-            if len(data) > FRAME_LIMIT_BYTES:
-                data = self._frame("note", {"oversize": kind, "bytes": len(data)}, step, seq=self.seq - 1)
-            if self.queued_bytes + len(data) > QUEUE_LIMIT_BYTES:
-                self.dropped += 1
-                return
-            self.queue.append(data)
-            self.queued_bytes += len(data)
-            self._push()
-        except Exception as error:
-            self.fault("client.send", error)
-        finally:
-            self._busy = False
+        with self._lock:
+            self._owner = me
+            try:
+                self._send(kind, body, step)
+            except Exception as error:
+                self.fault("client.send", error)
+            finally:
+                self._owner = None
+
+    def _send(self, kind: str, body: Any, step: Optional[int]) -> None:
+        data = self._frame(kind, body, step)
+        if len(data) > FRAME_LIMIT_BYTES:
+            data = self._frame("note", {"oversize": kind, "bytes": len(data)}, step, seq=self.seq - 1)
+        if self.queued_bytes + len(data) > QUEUE_LIMIT_BYTES:
+            self.dropped += 1
+            return
+        self.queue.append(data)
+        self.queued_bytes += len(data)
+        self._push()
 
     def fault(self, place: str, error: BaseException) -> None:
         """Count an exception of our own; the count goes out with `bye` and with the next note."""
         key = "%s: %s" % (place, type(error).__name__)
         first = key not in self.faults
         self.faults[key] = self.faults.get(key, 0) + 1
-        if first and not self._busy:
+        if first:
             self.send("note", {"fault": key, "text": str(error)[:500]})
 
     def close(self) -> None:
