@@ -331,6 +331,7 @@ def test_global_generators_are_left_alone_and_no_hook_stays_on_a_tensor_that_is_
 @pytest.mark.torch
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, about its profiler
+@pytest.mark.nightly  # compiling leaves its mark on the process: later tests in it could not name writers
 def test_a_compiled_step_is_left_as_it_is_and_shows_as_no_step() -> None:
     """torch.compile traces the hooks with the step: they vanish from it. Blind, and said to be."""
 

@@ -171,6 +171,8 @@ def test_a_process_group_is_told_by_its_members(job: Callable[[str], Job]) -> No
         """
         import os, subprocess
         child = subprocess.Popen(["sleep", "30"], start_new_session=True)
+        while b"sleep" not in open(f"/proc/{child.pid}/cmdline", "rb").read():
+            pass  # between fork and exec it has no name of its own yet
         os.killpg(child.pid, 15)
         child.wait()
         """
