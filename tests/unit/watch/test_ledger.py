@@ -132,6 +132,8 @@ def test_a_signal_is_told_with_sender_and_target_and_arrives(job: Callable[[str]
         """
         import os, subprocess, sys
         child = subprocess.Popen(["sleep", "30"])
+        while b"sleep" not in open(f"/proc/{child.pid}/cmdline", "rb").read():
+            pass  # between fork and exec it has no name of its own yet
         os.kill(child.pid, 9)
         raise SystemExit(child.wait() != -9)
         """
