@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from trainguard.appraise.verdict import Verdict
 from trainguard.cli._view import show
 from trainguard.errors import Misuse
 from trainguard.home import Home
@@ -19,9 +20,10 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 @click.command("verdict")
 @click.option("--policy", "policy_path", type=click.Path(path_type=Path), help="Judge by this policy (TOML) instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict document.")
+@click.option("--tag", is_flag=True, help="Write the verdict to the MLflow and W&B runs that the run named.")
 @click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 @click.argument("run")
-def command(policy_path: Path | None, as_json: bool, quiet: bool, run: str) -> int:
+def command(policy_path: Path | None, as_json: bool, tag: bool, quiet: bool, run: str) -> int:
     """Verdict on RUN: its id, a unique beginning of it, `latest`, or the path of a checkpoint that a run saved.
 
     Exit status: 0 VERIFIED, 1 TAINTED, 3 SUSPECT or UNKNOWN.
@@ -40,7 +42,16 @@ def command(policy_path: Path | None, as_json: bool, quiet: bool, run: str) -> i
         from trainguard.render.terminal import verdict_view
 
         show(lambda ascii_only: verdict_view(verdict, ascii_only=ascii_only))
+    if tag:
+        _tag(home, run, verdict)
     return verdict.exit_status
+
+
+def _tag(home: Home, run: str, verdict: Verdict) -> None:
+    from trainguard.cli._tags import tag_trackers
+
+    for sentence in tag_trackers(home, named_run(home, run), verdict):
+        click.echo(f"trainguard: {sentence}", err=True)
 
 
 def is_path(home: Home, name: str) -> bool:

@@ -24,7 +24,7 @@ import jinja2
 from trainguard import __version__
 from trainguard.digest import write_durably
 from trainguard.finding import Finding
-from trainguard.render import plots, readings, timeline, words
+from trainguard.render import plots, timeline, words
 from trainguard.render.line import plain
 from trainguard.render.story import Story
 from trainguard.render.techniques import labelled
@@ -78,7 +78,7 @@ def _values(story: Story, limits: Limits) -> dict[str, Any]:
     compared = verdict.lock is not None
     differences = [finding for finding in verdict.findings if compared and finding.check == LOCK_CHECK]
     others = [finding for finding in verdict.findings if not (compared and finding.check == LOCK_CHECK)]
-    curves = [curve for name in readings.UNITS if (curve := story.curve(name)) is not None]
+    curves = story.drawn_curves()
     marked = [finding.subject.step for finding in others if finding.subject.step is not None]
     run = shlex.quote(story.run)
     return {
@@ -200,7 +200,8 @@ def _missing(story: Story) -> list[str]:
         missing.append("No gradient norm was recorded.")
     if story.curve("loss") is None:
         missing.append(
-            "No loss curve: the guard does not read what a script prints, and nothing in this run reported a loss. "
+            "No loss curve: the guard does not read what a script prints, and nothing in this run reported a loss "
+            "(an integration can). "
             "A loss curve could not have shown sparse tampering anyway; the links above can."
         )
     return missing

@@ -74,7 +74,7 @@ def plot(curve: Curve, marked_steps: Sequence[int] = ()) -> Plot:
     shown = [readings.shown(curve.name, value) for value in (curve.low, curve.mean, curve.high)]
     return Plot(
         name=curve.name,
-        title=readings.TITLES[curve.name],
+        title=readings.title(curve.name),
         summary=f"from {shown[0]} to {shown[2]}, mean {shown[1]}, over {plural(curve.count, 'step')}",
         band=f"M{' L'.join(upper + lower)} Z",
         line=f"M{' L'.join(mean)}",

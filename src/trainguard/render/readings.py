@@ -6,9 +6,10 @@ Values come from the training process: whatever is not a finite number in its ra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from trainguard.render.line import plain
 from trainguard.render.words import duration
 
 UNITS: dict[str, str] = {
@@ -19,6 +20,14 @@ UNITS: dict[str, str] = {
     "loss": "",
 }
 """curve → unit; the order is the order of the plots."""
+
+CLAIMED: dict[str, str] = {
+    "loss": "loss",
+    "train_loss": "loss",
+    "train/loss": "loss",
+    "learning_rate": "learning rate as logged",
+}
+"""Metric as frameworks call it → curve."""
 
 
 class Reader:
@@ -47,6 +56,26 @@ class Reader:
             number = finite(value)
             if number is not None:
                 yield name, number
+
+
+def of_metrics(body: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(curve, value) for each number in the body of a `metric` record: what the job itself said it measured."""
+    values = body.get("values")
+    for name, value in values.items() if isinstance(values, dict) else ():
+        number = finite(value)
+        if number is not None and isinstance(name, str):
+            yield CLAIMED.get(name, plain(name, 60)), number
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Curves in the order they are drawn: our own readings first, then the job's metrics by name."""
+    given = set(names)
+    return [name for name in UNITS if name in given] + sorted(given - UNITS.keys())
+
+
+def title(name: str) -> str:
+    """What a curve is called on a page."""
+    return TITLES.get(name, name)
 
 
 def _rate(link: object, before: float | None) -> float | None:

@@ -34,6 +34,12 @@ PROCESS_LIMIT = 100
 CURVE_PROCESS_LIMIT = 16
 """Processes whose curves are kept; the first ones that step."""
 
+DRAWN_LIMIT = 16
+"""Curves shown on one page."""
+
+CURVE_LIMIT = 400
+"""Curves kept in all; a job names its metrics itself."""
+
 SHOWN_PER_KIND = 12
 """Events of one kind that are listed one by one; the rest is counted."""
 
@@ -54,7 +60,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     """One measured quantity over the steps of one process."""
 
     name: str
-    """step_time, own_time, learning_rate, gradient_norm or loss."""
+    """step_time, own_time, learning_rate, gradient_norm, loss, or a metric that the job reported."""
     unit: str
     process: int
     rank: int | None
@@ -156,6 +162,11 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
         """The curve of that name of the lowest rank that has one."""
         found = [curve for curve in self.curves if curve.name == name]
         return min(found, key=lambda curve: (curve.rank or 0, curve.process)) if found else None
+
+    def drawn_curves(self) -> list[Curve]:
+        """One curve of each name, at most DRAWN_LIMIT, in the order they are drawn."""
+        names = readings.ordered(curve.name for curve in self.curves)[:DRAWN_LIMIT]
+        return [curve for name in names if (curve := self.curve(name)) is not None]
 
     @property
     def wall_ns(self) -> int | None:
@@ -285,6 +296,8 @@ class _Teller:
             quiet.opened += count if record.kind == "open" else 0
         elif record.kind == "sweep":
             self._hush(record).sweeps += 1
+        elif record.kind == "metric":
+            self._curve_values(record, readings.of_metrics(record.body))
         else:
             self._notable(record)
         for finding in self._cited.get(record.hash or "", ()):
@@ -309,12 +322,20 @@ class _Teller:
         quiet.last_step = step
         if record.process is None or step is None:
             return
+        reader = self._readers.setdefault(record.process, readings.Reader())
+        self._curve_values(record, reader.of_step(body))
+
+    def _curve_values(self, record: Evidence, values: Iterator[tuple[str, float]]) -> None:
+        process, step = record.process, record.step
+        if process is None or step is None:
+            return
         if len(self._curve_processes) < CURVE_PROCESS_LIMIT:
-            self._curve_processes.setdefault(record.process, record.rank)
-        if record.process in self._curve_processes:
-            reader = self._readers.setdefault(record.process, readings.Reader())
-            for name, value in reader.of_step(body):
-                self._curves.setdefault((record.process, name), _Thin()).add(step, value)
+            self._curve_processes.setdefault(process, record.rank)
+        if process not in self._curve_processes:
+            return
+        for name, value in values:
+            if (process, name) in self._curves or len(self._curves) < CURVE_LIMIT:
+                self._curves.setdefault((process, name), _Thin()).add(step, value)
 
     def _notable(self, record: Evidence) -> None:
         if record.kind == "start":
@@ -426,7 +447,7 @@ class _Teller:
         thin = self._curves[process, name]
         return Curve(
             name=name,
-            unit=readings.UNITS[name],
+            unit=readings.UNITS.get(name, ""),
             process=process,
             rank=self._curve_processes[process],
             count=thin.count,
@@ -575,6 +596,13 @@ def _on_opened(record: Evidence) -> Event:
     return _event(record, "opened", "plain", f"sealed checkpoint opened: {record.body.get('path', '')}")
 
 
+def _on_label(record: Evidence) -> Event:
+    values = record.body.get("values")
+    pairs = list(values.items())[:16] if isinstance(values, dict) else []
+    detail = ", ".join(f"{name} {value}" for name, value in pairs)
+    return _event(record, "label", "quiet", f"named by {record.body.get('by')}", detail)
+
+
 def _on_gap(record: Evidence) -> Event:
     lost = record.body.get("lost")
     what = f"{lost} records could not be stored" if lost else "frames of a process never arrived"
@@ -617,6 +645,7 @@ EVENTS: dict[str, Callable[[Evidence], Event | None]] = {
     "ledger": _on_ledger,
     "seal": _on_seal,
     "opened": _on_opened,
+    "label": _on_label,
     "gap": _on_gap,
     "malformed": _on_malformed,
     "note": _on_note,

@@ -31,7 +31,7 @@ def story_view(story: Story, *, ascii_only: bool = False) -> RenderableType:
     """One run: verdict, facts, what happened when, how fast, what it cost."""
     parts: list[RenderableType] = [headline(story.verdict), Text(), facts_table(story), Text()]
     parts += [heading("Timeline"), timeline_table(story, ascii_only=ascii_only), Text()]
-    drawn = [curve for name in readings.UNITS if (curve := story.curve(name)) is not None]
+    drawn = story.drawn_curves()
     if drawn:
         of = "process" if story.curve("step_time") is None else f"process {drawn[0].process}"
         parts += [heading("Curves", f"{of}, each column a stretch of steps"), curves_table(drawn, ascii_only), Text()]
@@ -159,7 +159,7 @@ def curves_table(curves: Iterable[Curve], ascii_only: bool = False) -> Table:
     for curve in curves:
         low, mean, high = (readings.shown(curve.name, value) for value in (curve.low, curve.mean, curve.high))
         drawn = sparkline(curve.points, ascii_only=ascii_only)
-        table.add_row("", readings.TITLES[curve.name], Text(drawn, style="cyan"), f"{low} to {high}, mean {mean}")
+        table.add_row("", readings.title(curve.name), Text(drawn, style="cyan"), f"{low} to {high}, mean {mean}")
     return table
 
 

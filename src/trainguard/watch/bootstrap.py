@@ -37,6 +37,11 @@ def start() -> None:
     probe.install(_client)
 
 
+def current() -> Optional[client.Client]:
+    """This process's connection to the supervisor; None in a process that is not guarded."""
+    return _client
+
+
 def _forked() -> None:
     if _client is None:
         return

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any, Tuple
 
-from . import deferred, dispatch, gradients, hooks, hyperparameters, modules, optimizer, rng, surface, weights
+from . import deferred, dispatch, gradients, hooks, hyperparameters, modules, optimizer, rng, surface, trackers, weights
 from .inputs import InputsLink
 
 LINKS: Tuple[Any, ...] = (
@@ -35,4 +35,5 @@ LINKS: Tuple[Any, ...] = (
     dispatch.Dispatch,
     deferred.Deferred,
     surface.Surface,
+    trackers.Trackers,
 )
