@@ -1,7 +1,8 @@
 """Check *processes*: every interpreter of the job is known, spoke without gaps, and the record has an end.
 
-Silence is a finding: a Python child without a hello (G4), a frame that never arrived (G4), a supervisor that
-stopped writing (G7). How processes ended, and who ended them, is for check *kills*.
+Silence is a finding: a Python child without a hello (G4), a frame that never arrived (G4), a process that goes on after
+its connection closed (G7), a supervisor that stopped writing (G7). So are two voices from one process (G11), and parts
+of the guard that could not be loaded (G6). How processes ended, and who ended them, is for check *kills*.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from trainguard.finding import Finding, LinkState
 
 ISOLATING_FLAGS = frozenset("IES")
 """`python -I`, `-E` and `-S` (also combined, such as `-Is`) keep our boot file from running."""
+
+PARTS_LIMIT = 64
 
 
 class Processes:
@@ -32,6 +35,8 @@ class Processes:
         self._last: Evidence | None = None
         self._ended = False
         self._stopped_at: dict[int, int] = {}
+        self._open: dict[int, int | None] = {}
+        """Pid of every connected process → its number."""
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         if self._last is not None and evidence.at - self._last.at > 2 * self._heartbeat_ns:
@@ -50,6 +55,42 @@ class Processes:
                 "from it",
                 techniques=("G4", "G11"),
             )
+
+        if evidence.pid is not None:
+            first = self._open.setdefault(evidence.pid, evidence.process)
+            if first != evidence.process:
+                yield self._finding(
+                    evidence,
+                    f"process {evidence.pid} opened a second connection to the guard while its first, number {first}, "
+                    "was open: frames of its own making can come by it (or a second interpreter was started inside it)",
+                    techniques=("G4", "G11"),
+                    expected="one connection of one interpreter",
+                )
+
+    def _see_exit(self, evidence: Evidence) -> Iterator[Finding]:
+        if evidence.pid is not None and self._open.get(evidence.pid) == evidence.process:
+            del self._open[evidence.pid]
+        yield from ()
+
+    def _see_unheard(self, evidence: Evidence) -> Iterator[Finding]:
+        said = "after saying goodbye" if evidence.body.get("said_bye") is True else "without a word"
+        yield self._finding(
+            evidence,
+            f"process {evidence.pid} closed its connection to the guard {said} and went on for "
+            f"{evidence.body.get('seconds')} s, using {evidence.body.get('cpu_seconds')} s of processor time: what it "
+            "did then is not known (code that closes every open file does this too)",
+            techniques=("G7", "G4"),
+            expected="a connection as long as the process lives",
+        )
+
+    def _see_boot(self, evidence: Evidence) -> Iterator[Finding]:
+        failed = evidence.body.get("failed")
+        for part, reason in list(failed.items())[:PARTS_LIMIT] if isinstance(failed, dict) else ():
+            message = (
+                f"process {evidence.pid}: part {str(part)[:60]} of the guard could not be loaded: {str(reason)[:300]}"
+            )
+            self._blind.append(message)
+            yield self._finding(evidence, message, outcome="not_checked", techniques=("G6", "G7"))
 
     def _see_silent(self, evidence: Evidence) -> Iterator[Finding]:
         command = _words(evidence.body.get("cmdline"))

@@ -540,6 +540,16 @@ def _on_exit(record: Evidence) -> Event | None:
     return _event(record, "exit", "quiet", title)
 
 
+def _on_unheard(record: Evidence) -> Event:
+    return _event(record, "unheard", "warn", f"process {record.process} (pid {record.pid}) went on without the guard")
+
+
+def _on_boot(record: Evidence) -> Event:
+    failed = record.body.get("failed")
+    names = ", ".join(_strings(list(failed) if isinstance(failed, dict) else ()))
+    return _event(record, "boot", "warn", f"parts of the guard could not be loaded: {names}")
+
+
 def _on_silent(record: Evidence) -> Event:
     title = f"Python process {record.pid} never reported"
     return _event(record, "silent", "warn", title, shlex.join(_strings(record.body.get("cmdline"))))
@@ -638,6 +648,8 @@ EVENTS: dict[str, Callable[[Evidence], Event | None]] = {
     "process": _on_process,
     "exit": _on_exit,
     "silent": _on_silent,
+    "unheard": _on_unheard,
+    "boot": _on_boot,
     "spawn": _on_spawn,
     "kill": _on_kill,
     "signal": _on_signal,

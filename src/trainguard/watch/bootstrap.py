@@ -1,16 +1,23 @@
 """Starts the guard inside one interpreter: connection, audit hook, code link, and the engine once torch is there.
 
-Order matters: the code link is in place before any user module is imported; torch is never imported by us.
+Order matters: the code link is in place before any user module is imported; torch is never imported by us. Each part is
+loaded and started by itself: one that cannot be does not silence the others, and is told:
+
+    kind "boot", body {"failed": {part: "Error: text", …}}      only when a part failed (spec/evidence.md, "boot")
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import sys
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
-from . import audit, children, client, code, inputs, probe, shield
+from . import client
+
+CHECKING = ("children", "code", "inputs")
+"""Parts that are left out with --links none, in order; each has `install(client)`."""
 
 _client: Optional[client.Client] = None
 
@@ -26,15 +33,29 @@ def start() -> None:
         return
     os.register_at_fork(after_in_child=_forked)
     atexit.register(_client.close)
-    audit.install(_client.fault)
-    shield.install(_client)
+    report = _client.fault
+    _part("audit", lambda part: part.install(report))
+    _part("shield", lambda part: part.install(_client))
     if _client.settings.get("links") == "none":
         return
-    children.install(_client)
-    code.install(_client)
-    inputs.install(_client)
-    after_import("torch", _attach_engine)
-    probe.install(_client)
+    for name in CHECKING:
+        _part(name, lambda part: part.install(_client))
+    _part("bootstrap", lambda _: after_import("torch", _attach_engine))
+    _part("probe", lambda part: part.install(_client))
+
+
+def _part(name: str, action: Callable[[Any], None]) -> None:
+    """Load one part and act on it; report what fails, and go on."""
+    try:
+        action(importlib.import_module("." + name, __package__))
+    except Exception as error:
+        failed({name: "%s: %s" % (type(error).__name__, str(error)[:300])})
+
+
+def failed(parts: Dict[str, str]) -> None:
+    """Tell the supervisor which parts of the guard do not work in this process, and why."""
+    if _client is not None and parts:
+        _client.send("boot", {"failed": parts})
 
 
 def current() -> Optional[client.Client]:
@@ -47,20 +68,21 @@ def _forked() -> None:
         return
     try:
         _client.after_fork()
-        probe.forked()
-        engine = sys.modules.get(__package__ + ".engine")
-        if engine is not None:
-            engine.forked(_client)
     except Exception:
-        pass
+        return
+    _part("probe", lambda part: part.forked())
+    engine = sys.modules.get(__package__ + ".engine")
+    if engine is not None:
+        _part("engine", lambda part: part.forked(_client))
 
 
 def _attach_engine() -> None:
-    from . import engine
-
-    if _client is not None:
-        engine.attach(_client)
-        probe.attach(sys.modules["torch"])
+    if _client is None:
+        return
+    _part("engine", lambda part: part.attach(_client))
+    _part("links", lambda part: failed(part.FAILED))
+    if _client.settings.get("probe") is not None:
+        _part("probe", lambda part: part.attach(sys.modules["torch"]))
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:

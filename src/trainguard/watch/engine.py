@@ -154,7 +154,7 @@ class Engine:
         self.names: Dict[int, str] = {}
         self.unsent_ns = 0
         """Own time spent after a frame was built; booked with the next one."""
-        self.links: List[Any] = [link(client) for link in _links.LINKS]
+        self.links: List[Any] = _made(client)
         self.always = [link for link in self.links if link.every_step]
         self.readers = [link for link in self.links if hasattr(link, "ready")]
         self.idlers = [link for link in self.links if hasattr(link, "between")]
@@ -390,6 +390,17 @@ class Engine:
             value = self._call(link, "between", step)
             if value is not None:
                 self.client.send("link", {"link": link.name, "value": value}, step.number)
+
+
+def _made(client: Client) -> List[Any]:
+    """One object of every link; a link that cannot be made is counted and left out."""
+    made = []
+    for link in _links.LINKS:
+        try:
+            made.append(link(client))
+        except Exception as error:
+            client.fault("link.%s" % link.__name__, error)
+    return made
 
 
 def _inside_step_of(optimizer: Any) -> bool:

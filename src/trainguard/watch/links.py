@@ -13,27 +13,43 @@ are checked in full:
     forget(opt) -> None           optional: the optimizer with this index is gone
     forked() -> None              optional: forget what belongs to the parent process
 
-`step` is engine.Step. An exception in any of them is counted by the client and the step goes on.
+`step` is engine.Step. An exception in any of them is counted by the client and the step goes on. Each file is loaded by
+itself: one that cannot be (a syntax error, an import that fails) is named in FAILED, and the others work on.
 """
 
 from __future__ import annotations
 
-from typing import Any, Tuple
+import importlib
+from typing import Any, Dict, List, Tuple
 
-from . import deferred, dispatch, gradients, hooks, hyperparameters, modules, optimizer, rng, surface, trackers, weights
-from .inputs import InputsLink
-
-LINKS: Tuple[Any, ...] = (
-    InputsLink,
-    rng.Rng,
-    gradients.Gradients,
-    hyperparameters.Hyperparameters,
-    optimizer.Optimizer,
-    weights.Weights,
-    modules.Modules,
-    hooks.Hooks,
-    dispatch.Dispatch,
-    deferred.Deferred,
-    surface.Surface,
-    trackers.Trackers,
+NAMES: Tuple[Tuple[str, str], ...] = (
+    ("inputs", "InputsLink"),
+    ("rng", "Rng"),
+    ("gradients", "Gradients"),
+    ("hyperparameters", "Hyperparameters"),
+    ("optimizer", "Optimizer"),
+    ("weights", "Weights"),
+    ("modules", "Modules"),
+    ("hooks", "Hooks"),
+    ("dispatch", "Dispatch"),
+    ("deferred", "Deferred"),
+    ("surface", "Surface"),
+    ("trackers", "Trackers"),
 )
+"""(file, class) of every link."""
+
+FAILED: Dict[str, str] = {}
+"""File of a link that could not be loaded → why."""
+
+
+def _load() -> Tuple[Any, ...]:
+    found: List[Any] = []
+    for file, name in NAMES:
+        try:
+            found.append(getattr(importlib.import_module("." + file, __package__), name))
+        except Exception as error:  # fail open: the record says what is missing
+            FAILED[file] = "%s: %s" % (type(error).__name__, str(error)[:300])
+    return tuple(found)
+
+
+LINKS: Tuple[Any, ...] = _load()

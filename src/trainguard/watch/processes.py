@@ -86,6 +86,10 @@ class Tree:
         """`pid` said hello; pids recur, so its start time goes with it."""
         self._greeted.add((pid, _start_ticks(pid)))
 
+    def forget(self, pid: int) -> None:
+        """`pid` runs another program now: what it said before was said by the one before."""
+        self._greeted.discard((pid, _start_ticks(pid)))
+
     def look(self, root: int, connected: set[int]) -> list[dict[str, Any]]:
         """One look at the tree below and including `root`: the silent ones that became certain since the last."""
         now = time.monotonic()
@@ -127,6 +131,83 @@ class Tree:
             if seen.looks > 2 and not seen.reported and identity not in self._greeted:
                 silent.append({"pid": identity[0], "exe": None, "cmdline": seen.cmdline, "ended": True})
         return silent
+
+
+Image = tuple[str | None, bytes]
+"""What a process runs: its program and its command line."""
+
+
+@dataclass(slots=True)
+class _Lost:
+    """A guarded process whose connection closed while it lived."""
+
+    number: int
+    said_bye: bool
+    since: float
+    cpu_seconds: float
+    image: Image
+    looks: int = 0
+
+
+@dataclass(slots=True)
+class Unheard:
+    """Processes that go on after they stopped talking to us: the other half of silence.
+
+    A connection ends with its process, with a new program (exec; its hello follows), or because somebody inside
+    closed it. A process that said goodbye is given time to come apart; one that goes on computing has only said so.
+    """
+
+    grace_seconds: float = 10.0
+    bye_cpu_seconds: float = 60.0
+    """Processor time after a goodbye from which on it was none: coming apart takes a few seconds."""
+    _lost: dict[tuple[int, int], _Lost] = field(default_factory=dict)
+
+    def add(self, pid: int, start_ticks: int | None, image: Image, *, number: int, said_bye: bool) -> None:
+        """The connection of `pid`, which ran `image` when it said hello, closed."""
+        if start_ticks is not None and _start_ticks(pid) == start_ticks:
+            lost = _Lost(number, said_bye, time.monotonic(), cpu_seconds(pid) or 0.0, image)
+            self._lost[(pid, start_ticks)] = lost
+
+    def look(self, connected: set[int]) -> tuple[list[dict[str, Any]], list[int]]:
+        """(what became certain since the last look, pids that run another program now)."""
+        certain, changed = [], []
+        for (pid, start_ticks), lost in list(self._lost.items()):
+            lives = _start_ticks(pid) == start_ticks and not _gone(pid)
+            image = image_of(pid) if lives else lost.image
+            seconds = time.monotonic() - lost.since
+            used = (cpu_seconds(pid) or lost.cpu_seconds) - lost.cpu_seconds
+            if pid in connected or image != lost.image:
+                del self._lost[(pid, start_ticks)]
+                changed += [] if pid in connected else [pid]
+                continue
+            enough = used >= self.bye_cpu_seconds if lost.said_bye else seconds >= self.grace_seconds
+            short = not lives and not lost.said_bye and lost.looks >= SHORT_LOOKS
+            lost.looks += 1
+            if (lives and enough) or short:
+                body = {"pid": pid, "of": lost.number, "said_bye": lost.said_bye, "seconds": round(seconds, 1)}
+                certain.append(body | {"cpu_seconds": round(used, 1), "lives": lives})
+            if not lives or enough:
+                del self._lost[(pid, start_ticks)]
+        return certain, changed
+
+
+SHORT_LOOKS = 8
+"""Looks, four a second, after which a process that ended without a connection had gone on without one."""
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Processor time a process has used so far; None when it is gone."""
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if len(fields) > 12 else None
+
+
+def image_of(pid: int) -> Image:
+    """What a process runs: its program and command line; a new one after exec."""
+    return _link(pid, "exe"), _read(pid, "cmdline")
+
+
+def _gone(pid: int) -> bool:
+    return _read(pid, "stat").rpartition(b")")[2].split()[:1] in ([], [b"Z"], [b"X"])
 
 
 def _is_python(pid: int) -> bool:

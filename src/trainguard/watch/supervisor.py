@@ -42,6 +42,8 @@ TICK_SECONDS = 0.25
 DRAIN_SECONDS = 2.0
 HELLO_GRACE_SECONDS = 8.0
 """A Python interpreter of the job older than this must have said hello; start-up on a loaded machine takes 1-3 s."""
+UNHEARD_GRACE_SECONDS = 10.0
+"""A process that closed its connection and lives this much longer without a new program went on unheard."""
 
 FORWARDED = {
     signal.SIGINT,
@@ -64,6 +66,7 @@ RESERVED = frozenset(
         "ledger",
         "process",
         "silent",
+        "unheard",
         "heartbeat",
         "signal",
         "signalled",
@@ -134,6 +137,7 @@ class _Peer:
     rank: int | None = None
     start_ticks: int | None = None
     pidfd: int | None = None
+    image: processes.Image = (None, b"")
 
 
 class Supervisor:
@@ -156,6 +160,7 @@ class Supervisor:
         self._numbers = 0
         self._records = 0
         self._tree = processes.Tree(grace_seconds=HELLO_GRACE_SECONDS)
+        self._unheard = processes.Unheard(grace_seconds=UNHEARD_GRACE_SECONDS)
         self._ledger = ledger.Ledger()
         self._memory = endings.Memory()
         self._outputs = outputs.Outputs(Path.cwd())
@@ -292,7 +297,13 @@ class Supervisor:
 
     def _look(self, child: int) -> None:
         """Find Python processes of the job that never said hello."""
-        for silent in self._tree.look(child, {peer.pid for peer in self._peers.values()}):
+        connected = {peer.pid for peer in self._peers.values()}
+        unheard, changed = self._unheard.look(connected)
+        for body in unheard:
+            self._add("unheard", body, pid=body["pid"], process=body["of"])
+        for pid in changed:
+            self._tree.forget(pid)
+        for silent in self._tree.look(child, connected):
             self._add("silent", silent, pid=silent["pid"])
 
     def _reap(self, child: int) -> bool:
@@ -405,10 +416,13 @@ class Supervisor:
         if peer.hello is not None:
             self._add("malformed", {"process": peer.number, "reason": "second hello"}, pid=peer.pid)
             return
+        for other in list(self._peers.values()):
+            if other is not peer and other.pid == peer.pid:
+                self._read(other)  # a connection that exec closed is read to its end before the next one counts
         peer.hello = hello
         peer.rank = _rank(hello)
         facts = processes.facts(peer.pid)
-        peer.start_ticks = facts["start_ticks"]
+        peer.start_ticks, peer.image = facts["start_ticks"], processes.image_of(peer.pid)
         self._memory.watch(peer.pid)
         body = {"hello": hello, **facts, "of_the_job": processes.descends_from(peer.pid, os.getpid())}
         self._add("process", body, process=peer.number, pid=peer.pid, uid=peer.uid, rank=peer.rank)
@@ -427,6 +441,8 @@ class Supervisor:
         self._take_signals()  # what ended it was told before it ended
         body: dict[str, Any] = {"said_bye": peer.said_bye, "frames": peer.next_seq, "greeted": peer.hello is not None}
         ended = body["ended"] = endings.ending(peer.pid, peer.start_ticks, peer.pidfd)
+        if ended is None and peer.hello is not None:
+            self._unheard.add(peer.pid, peer.start_ticks, peer.image, number=peer.number, said_bye=peer.said_bye)
         if peer.pidfd is not None:
             os.close(peer.pidfd)
         if ended is not None and ended["signal"] is not None:

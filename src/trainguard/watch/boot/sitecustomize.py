@@ -30,6 +30,23 @@ def _start_guard():
         sys.dont_write_bytecode = write
 
 
+def _say_why(error):
+    """The inner half could not be loaded at all: say hello and why with what the standard library has, and leave."""
+    import json
+    import socket
+
+    place = type(error).__name__ + ": " + str(error)[:300]
+    frames = (("hello", {"executable": sys.executable, "env": {}, "forked_from": None}),)
+    frames += (("boot", {"failed": {"guard": place}}), ("bye", {"dropped": 0, "faults": {}}))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+        link.settimeout(5.0)
+        link.connect(os.environ["TRAINGUARD_SOCKET"])
+        for number, (kind, body) in enumerate(frames):
+            link.send(json.dumps({"k": kind, "q": number, "b": body}).encode())
+            if kind == "hello":
+                link.recv(65536)
+
+
 def _chain():
     """Import the sitecustomize that our folder hides, as if we were not there.
 
@@ -54,6 +71,9 @@ def _chain():
 
 try:
     _start_guard()
-except Exception:  # the guard fails open: a job must start with or without us; the missing hello is the alarm
-    pass
+except Exception as reason:  # the guard fails open: a job must start with or without us
+    try:
+        _say_why(reason)
+    except Exception:  # no supervisor either; the missing hello is the alarm
+        pass
 _chain()
