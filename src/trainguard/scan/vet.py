@@ -80,7 +80,7 @@ def vet(path: str | os.PathLike[str], policy: ScanPolicy | None = None) -> Repor
                     files.append(vet_file(item, policy, name=os.path.relpath(item, path), in_folder=True))
             if not files and not reasons:
                 reasons.append(_reason(Verdict.ERROR, "folder", f"{printable(shown)}: an empty folder; nothing to vet"))
-            reasons += _shadows(files)
+            reasons += stand_ins(files)
         else:
             files.append(vet_file(path, policy, name=shown))
     return Report(
@@ -343,7 +343,7 @@ def walk(root: Path, policy: ScanPolicy) -> Iterator[Path | Reason]:
                 pending.append(_Folder(Path(entry.path), folder.depth + 1))
 
 
-def _shadows(files: list[FileReport]) -> Iterator[Reason]:
+def stand_ins(files: list[FileReport]) -> Iterator[Reason]:
     """A source file whose name is that of a module the lists believe would be imported in its place."""
     for file in files:
         parts = file.path.split("/")

@@ -28,7 +28,7 @@ from trainguard.finding import worst_first
 from trainguard.home import Home
 from trainguard.log import load_verifier
 from trainguard.log.note import Verifier
-from trainguard.seal.bundle import Bundle, digest_of, fingerprint
+from trainguard.seal.bundle import Bundle, Seal, digest_of, fingerprint
 from trainguard.seal.case import Case
 from trainguard.seal.content import check_content
 from trainguard.seal.freshness import check_logged, check_newest, check_run, means_newest
@@ -55,11 +55,24 @@ def verify_seal(
     run: the run the checkpoint must be of. newest: it must be the newest of its run.
     Bad evidence becomes findings. Raises Misuse or Unavailable where there is nothing to verify, or no key.
     """
+    return verify_sealed(path, home=home, key=key, log_key=log_key, run=run, newest=newest)[0]
+
+
+def verify_sealed(
+    path: Path,
+    *,
+    home: Home | None = None,
+    key: Path | None = None,
+    log_key: str | Path | None = None,
+    run: str | None = None,
+    newest: bool = False,
+) -> tuple[SealReport, Seal | None]:
+    """As verify_seal, with the seal that was believed, for callers that compare bytes they hold with its entries."""
     public, own = _trusted_key(home, key)
     ledger = read_ledger(home, public) if home is not None and own else None
     missing = _if_deleted(path, ledger, public)
     if missing is not None:
-        return missing
+        return missing, None
     place = resolve(path)
     case = Case(path=path, place=place, public=public, ledger=ledger, seal_file=seal_path_of(place))
     bundle = _bundle(case)  # 1, 2
@@ -69,7 +82,7 @@ def verify_seal(
         check_run(case, case.seal, run)
         check_newest(case, case.seal, must=newest or means_newest(path))
         check_content(case, case.seal)  # 4, 5, 6
-    return _report(case)
+    return _report(case), case.seal
 
 
 def _trusted_key(home: Home | None, key: Path | None) -> tuple[ec.EllipticCurvePublicKey, bool]:
