@@ -315,10 +315,10 @@ class Supervisor:
                 break
             if info is None:
                 break
-            if info.si_pid == self._ledger.keeper:
+            exited = info.si_code == os.CLD_EXITED
+            if info.si_pid == self._ledger.keeper and not (exited and info.si_status == 0 and _over(child)):
                 self._lose_keeper(info.si_status)
             if info.si_pid == child:
-                exited = info.si_code == os.CLD_EXITED
                 self._ended = (info.si_status, None) if exited else (None, info.si_status)
         return self._ended is not None
 
@@ -480,6 +480,16 @@ def _start(command: Sequence[str], env: Mapping[str, str], mask: Iterable[int]) 
                 next_step=f"name its interpreter, such as: sh {command[0]}",
             ) from error
         raise Unavailable(f"{command[0]}: cannot be started: {error}") from error
+
+
+def _over(child: int) -> bool:
+    """Whether the command has ended. Its filter goes a moment before it can be waited for, and the keeper with it."""
+    deadline = time.monotonic() + 1.0
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 def _rank(hello: Mapping[str, Any]) -> int | None:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,3 +219,24 @@ def test_when_the_supervisor_is_killed_the_command_goes_on(tmp_path: Path) -> No
     while not result.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert result.read_text() == "finished"
+
+
+def test_a_keeper_that_ends_with_the_command_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's filter goes a moment before the command can be waited for; its keeper may be collected first."""
+    keeper, child = 77, 78
+    ends = {
+        keeper: SimpleNamespace(si_pid=keeper, si_code=os.CLD_EXITED, si_status=0),
+        child: SimpleNamespace(si_pid=child, si_code=os.CLD_EXITED, si_status=3),
+    }
+    waiting = [ends[keeper], ends[child]]
+
+    def waitid(kind: int, pid: int, flags: int) -> Any:
+        return ends[pid] if kind == os.P_PID else waiting.pop(0)
+
+    records = Records()
+    supervisor = Supervisor(records, Settings())
+    supervisor._ledger.keeper = keeper
+    monkeypatch.setattr(os, "waitid", waitid)
+    assert supervisor._reap(child)
+    assert supervisor._ended == (3, None)
+    assert not records.of("ledger")
