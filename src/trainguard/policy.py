@@ -15,6 +15,7 @@ from trainguard.digest import canonical_json, sha256_hex
 from trainguard.errors import MalformedEvidence, Misuse, Unavailable
 
 POLICY_LIMIT_BYTES = 1 << 20
+TIERS = ("weights", "training", "framework")
 
 
 class Approval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +54,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Update truth: allowed error in units of the last place of the weight's type (see docs/checks/update.md)."""
     approve: tuple[Approval, ...] = ()
     """Honest oddities approved by the project."""
+    load: str = "log"
+    """log: model files the job opens are vetted while it reads them; stop: before, and what is not safe is refused."""
+    load_trust: tuple[str, ...] = ()
+    """Names a model file may use beyond the lists: lines of a trust file (spec/scan.md)."""
+    load_tier: str = "training"
+    """weights, training or framework: the lists that count for files the job opens (spec/scan.md)."""
     allow_env: tuple[str, ...] = ()
     """Environment variables, beyond the built-in list, that may differ from the lock."""
 
@@ -72,6 +79,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 ("update_tolerance_ulp", self.update_tolerance_ulp > organisation.update_tolerance_ulp),
                 ("tensors", self.tensors < organisation.tensors),
                 ("elements", self.elements < organisation.elements),
+                ("load", self.load == "log" and organisation.load == "stop"),
+                ("load_tier", TIERS.index(self.load_tier) > TIERS.index(organisation.load_tier)),
+                (
+                    "load_trust",
+                    organisation.load == "stop" and not set(self.load_trust) <= set(organisation.load_trust),
+                ),
                 ("always_steps", self.always_steps < organisation.always_steps),
                 ("heartbeat_seconds", self.heartbeat_seconds > organisation.heartbeat_seconds),
                 (
@@ -107,6 +120,10 @@ def parse_policy(data: bytes, *, where: str) -> Policy:
         raise Misuse(f"{where}: links: expected governed, all or none, found {policy.links!r}")
     if policy.kills not in ("ledger", "off"):
         raise Misuse(f"{where}: kills: expected ledger or off, found {policy.kills!r}")
+    if policy.load not in ("log", "stop"):
+        raise Misuse(f"{where}: load: expected log or stop, found {policy.load!r}")
+    if policy.load_tier not in TIERS:
+        raise Misuse(f"{where}: load_tier: expected {', '.join(TIERS)}, found {policy.load_tier!r}")
     return policy
 
 

@@ -18,6 +18,7 @@ from trainguard.appraise.hyperparameters import Hyperparameters
 from trainguard.appraise.inputs import Inputs
 from trainguard.appraise.interface import Check, Context
 from trainguard.appraise.kills import Kills
+from trainguard.appraise.loads import Loads
 from trainguard.appraise.modules import Modules
 from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.processes import Processes
@@ -36,6 +37,7 @@ CHECKS: tuple[type[Check], ...] = (
     Kills,
     Code,
     Inputs,
+    Loads,
     Rng,
     Gradients,
     Hyperparameters,

@@ -27,6 +27,7 @@ from trainguard.appraise.interface import Context
 from trainguard.appraise.judge import judge_run
 from trainguard.appraise.verdict import Verdict
 from trainguard.archive import RunWriter
+from trainguard.cli._gate import Gate
 from trainguard.envelope import load_or_create_key, load_public_key
 from trainguard.errors import TrainguardError
 from trainguard.evidence import Evidence
@@ -100,12 +101,14 @@ class Session:
             writer.begin(start)
             judge = _LiveJudge(Context(run=self.run_id, policy=self._policy, blob=self._home.blob), self._notify)
             sealer = _Sealer(self._home, self.run_id, log, lock, recorder.add)
+            gate = Gate(self._home, self.run_id, self._policy, recorder.add, sealer.saved)
             recorder.observers = [judge.feed, sealer.feed]
             recorder.add("start", start)
             self._measure(recorder, lock)
             try:
-                ended = self._watch_unless_refused(recorder, judge, sealer)
+                ended = self._watch_unless_refused(recorder, judge, sealer, gate)
             finally:
+                gate.close()
                 sealer.close()
                 judge.close()
                 writer.seal(final=True)
@@ -150,18 +153,20 @@ class Session:
         signed = self._lock.trusted if self._lock is not None else None
         recorder.add("measurement", {"blob": blob, "lock": lock, "signed": signed, "attempt": 0})
 
-    def _watch_unless_refused(self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer) -> Ended | None:
+    def _watch_unless_refused(
+        self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer, gate: Gate
+    ) -> Ended | None:
         """How the command ended; None when preflight refused it. A command that is not started is on record as such."""
         if self._gate and judge.violated:
             recorder.add("end", {"not_started": "preflight found differences from the lock (--gate)"})
             return None
         try:
-            return self._watch(recorder, judge, sealer)
+            return self._watch(recorder, judge, sealer, gate)
         except TrainguardError as error:
             recorder.add("end", {"not_started": str(error)})
             raise
 
-    def _watch(self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer) -> Ended:
+    def _watch(self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer, gate: Gate) -> Ended:
         policy = self._policy
         settings = Settings(
             links=policy.links,
@@ -171,6 +176,7 @@ class Session:
             tensors=policy.tensors,
             elements=policy.elements,
             kills=policy.kills,
+            gate=gate.settings,
             pycache=str(_private_folder(self._home.cache / "bytecode")),
         )
         supervisor = Supervisor(
@@ -182,13 +188,15 @@ class Session:
         with blocked_signals() as mask:
             judge.start()
             sealer.start()
+            gate.start()
             return supervisor.run(self._command, os.environ, mask=mask)
 
 
 class _Sealer:
-    """Seals what the job saves and verifies what it opens, in a thread, with a key the job never has.
+    """Seals what the job saves and verifies what native code of it opened, in a thread, with a key the job never has.
 
-    The seal stays in the log and our store: nothing is written beside the job's own files.
+    What Python code opens goes through the gate (_gate.py). The seal stays in the log and our store: nothing is written
+    beside the job's own files.
     """
 
     def __init__(self, home: Home, run: str, log: Log, lock: str | None, add: Callable[..., Any]) -> None:
@@ -206,6 +214,10 @@ class _Sealer:
 
     def start(self) -> None:
         self._thread.start()
+
+    def saved(self, path: str) -> bool:
+        """Whether this run saved the file at `path`."""
+        return path in self._ours
 
     def feed(self, evidence: Evidence) -> None:
         """Queue what a `saved` or `open` record calls for; other records are passed over."""
@@ -248,13 +260,13 @@ class _Sealer:
 
 
 def _read_paths(evidence: Evidence) -> list[Path]:
-    """Paths that an `open` record says were read; whatever else it holds is passed over."""
+    """Paths that an `open` record says native code has mapped; whatever else it holds is passed over."""
     files = evidence.body.get("files")
     entries = [entry for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
     return [
         Path(entry["path"])
         for entry in entries
-        if isinstance(entry.get("path"), str) and entry.get("sha256") and Path(entry["path"]).is_absolute()
+        if isinstance(entry.get("path"), str) and entry.get("mode") == "mapped" and Path(entry["path"]).is_absolute()
     ]
 
 

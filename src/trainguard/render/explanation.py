@@ -26,6 +26,7 @@ ASKS: dict[str, str] = {
     "processes": "Did every interpreter of the job report, without gaps, to the end?",
     "code": "Were exactly the approved bytes compiled, and did nothing else run?",
     "inputs": "Did the job read approved files, and did they stay the same while it ran?",
+    "loads": "Were model files vetted before they were read, and did no pickle name what runs code?",
     "rng": "Do the random streams go on from step to step, unseeded in between?",
     "gradients": "Is the gradient the optimizer used the one backward computed, but for one honest clip or scale?",
     "hyperparameters": "Do learning rate and other settings change only through a scheduler or approved code?",

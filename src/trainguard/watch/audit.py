@@ -1,7 +1,8 @@
 """One PEP 578 audit hook for the whole guard, with a table from event to handlers.
 
 A hook cannot be removed again, so there is exactly one, it costs a dictionary look-up for events nobody asked
-for, and it is never re-entered: what a handler itself does (open a file, import) is not handled.
+for, and it is never re-entered: what a handler itself does (open a file, import) is not handled. Exceptions of handlers
+stay here, but for one: `Refused`, which ends what the job was about to do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ from __future__ import annotations
 import sys
 import threading
 from typing import Any, Callable, Dict, List, Optional, Tuple
+
+
+class Refused(RuntimeError):
+    """Raised through the hook into the job: what it was about to do is not allowed by its policy (watch/loads.py)."""
+
 
 Handler = Callable[[Tuple[Any, ...]], None]
 _handlers: Dict[str, List[Handler]] = {}
@@ -50,6 +56,8 @@ def _hook(event: str, args: Tuple[Any, ...]) -> None:
         for handler in handlers:
             try:
                 handler(args)
+            except Refused:
+                raise
             except Exception as error:
                 if _report is not None:
                     _report("audit." + event, error)

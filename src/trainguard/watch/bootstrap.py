@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Optional
 
 from . import client
 
-CHECKING = ("children", "code", "inputs")
+CHECKING = ("children", "code", "inputs", "loads")
 """Parts that are left out with --links none, in order; each has `install(client)`."""
 
 _client: Optional[client.Client] = None
@@ -37,6 +37,8 @@ def start() -> None:
     _part("audit", lambda part: part.install(report))
     _part("shield", lambda part: part.install(_client))
     if _client.settings.get("links") == "none":
+        if (_client.settings.get("gate") or {}).get("mode") == "stop":
+            _part("loads", lambda part: part.install(_client))
         return
     for name in CHECKING:
         _part(name, lambda part: part.install(_client))

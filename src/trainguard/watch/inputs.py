@@ -351,6 +351,11 @@ class InputsLink:
 _inputs: Optional[Inputs] = None
 
 
+def current() -> Optional[Inputs]:
+    """The inputs of this process, once installed."""
+    return _inputs
+
+
 def install(client: Client) -> None:
     """Listen to audit events for files, renames, addresses and libraries."""
     global _inputs

@@ -107,6 +107,8 @@ class Settings:
     """ledger: name the sender of every signal in the job (docs/checks/kills.md); off: put no filter on it."""
     probe: dict[str, Any] | None = None
     """Plan of a scale probe (watch/probe.py); None in every real run."""
+    gate: dict[str, Any] | None = None
+    """{"mode": "log" | "stop", "path": socket}: who vets model files before they are read (watch/loads.py)."""
     pycache: str = ""
     """Folder of the private bytecode cache (mode 0700)."""
     key: str = field(default_factory=lambda: secrets.token_hex(32))
