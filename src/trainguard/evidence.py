@@ -51,6 +51,36 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """SHA-256 of the JSON bytes of the record; set by the reader, never stored."""
 
 
+STEPS_LIMIT = 1 << 14
+"""Steps that one record may stand for."""
+
+
+def unfold(record: Evidence) -> Iterator[Evidence]:
+    """The records of kind `step` that one of kind `steps` stands for; any other record as it is.
+
+    Steps that the budget left unchecked travel together (spec/evidence.md, "steps"). Whoever follows a run step by step
+    reads its records through this. `wall_ns` and `own_ns` of steps that share a row are their mean. Raises
+    MalformedEvidence, before anything was yielded, for a body that is not as specified.
+    """
+    if record.kind != "steps":
+        yield record
+        return
+    rows, level = record.body.get("rows"), record.body.get("level")
+    if not isinstance(rows, list) or not isinstance(level, int):
+        raise MalformedEvidence("steps: expected rows and a level")
+    for row in rows:
+        fits = isinstance(row, list) and len(row) in (6, 7) and all(type(each) is int and each >= 0 for each in row[:6])
+        if not fits or row[3] < 1 or (len(row) == 7 and (row[3] != 1 or not isinstance(row[6], dict))):
+            raise MalformedEvidence(f"steps: not a row: {str(row)[:120]}")
+    if sum(row[3] for row in rows) > STEPS_LIMIT:
+        raise MalformedEvidence(f"steps: one record for more than {STEPS_LIMIT} steps")
+    for number, opt, index, count, wall_ns, own_ns, *values in rows:
+        fixed = {"opt": opt, "wall_ns": wall_ns // count, "own_ns": own_ns // count, "checked": False, "level": level}
+        for turn in range(count):
+            body = {**(values[0] if values else {}), **fixed, "index": index + turn}
+            yield msgspec.structs.replace(record, kind="step", step=number + turn, body=body)
+
+
 _decoder = msgspec.json.Decoder(Evidence)
 
 

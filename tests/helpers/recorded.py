@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from trainguard.appraise.interface import Check, Context
-from trainguard.evidence import Evidence
+from trainguard.evidence import Evidence, unfold
 from trainguard.finding import Finding, LinkState
 from trainguard.policy import Policy
 
@@ -31,6 +31,8 @@ class Recorder:
         self.settings = {**SETTINGS, **settings}
         self.alive = True
         self.records: list[Evidence] = []
+        """What arrived, with unchecked steps one by one, as judges take them."""
+        self.frames = 0
         self.faults: dict[str, int] = {}
         self.errors: list[BaseException] = []
 
@@ -38,9 +40,9 @@ class Recorder:
         """Keep one frame, as it would arrive."""
         body = json.loads(json.dumps(body, default=str))
         n = len(self.records)
-        self.records.append(
-            Evidence(n=n, at=n, source="process", kind=kind, body=body, process=0, rank=0, seq=n, step=step)
-        )
+        record = Evidence(n=n, at=n, source="process", kind=kind, body=body, process=0, rank=0, seq=n, step=step)
+        self.frames += 1
+        self.records.extend(unfold(record))
 
     def fault(self, place: str, error: BaseException) -> None:
         """An exception inside the guard."""
@@ -60,6 +62,8 @@ def recording(**settings: Any) -> Iterator[Recorder]:
         yield recorder
     finally:
         ours, engine._engine = engine._engine, None
+        if ours is not None:
+            ours.flush()
         for link in ours.links if ours is not None else ():
             if hasattr(link, "forked"):
                 link.forked()
@@ -84,7 +88,8 @@ def judge(
     findings: list[Finding] = []
     states: dict[str, LinkState] = {}
     for record in records:
-        findings.extend(made.see(record))
+        for each in unfold(record):
+            findings.extend(made.see(each))
     for outcome in made.end():
         if isinstance(outcome, LinkState):
             states[outcome.link] = outcome

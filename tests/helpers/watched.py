@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tests.helpers.guarded import clean_environment
 
 from trainguard.appraise.interface import Check, Context
-from trainguard.evidence import Evidence
+from trainguard.evidence import Evidence, unfold
 from trainguard.finding import Finding, LinkState
 from trainguard.lockfile import Code, Interpreter, Launch, Measurement, Tree, make_lock
 from trainguard.policy import Approval, Policy
@@ -60,7 +60,7 @@ class Watched:
         """The findings of one check, and the balance of its link."""
         context = Context(run="test", policy=Policy(approve=approvals), blob=self.blobs.__getitem__)
         appraiser = check(context)
-        findings = [finding for record in self.records for finding in appraiser.see(record)]
+        findings = [f for record in self.records for each in unfold(record) for f in appraiser.see(each)]
         ends = list(appraiser.end())
         findings += [end for end in ends if isinstance(end, Finding)]
         (link,) = [end for end in ends if isinstance(end, LinkState)]

@@ -1,13 +1,14 @@
 """Spool lines: an exact format with one writer and one strict reader."""
 
 import hashlib
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainguard.errors import MalformedEvidence
-from trainguard.evidence import Evidence, chain_start, decode_lines, encode_line
+from trainguard.evidence import Evidence, chain_start, decode_lines, encode_line, unfold
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.text(max_size=20),
@@ -66,3 +67,41 @@ def test_the_chain_is_what_the_specification_says() -> None:
     line = spool([{}])
     start = hashlib.sha256(b"trainguard/spool/v1\nr").digest()
     assert line[:64].decode() == hashlib.sha256(start + line[65:-1]).hexdigest()
+
+
+def test_steps_that_travel_together_come_apart_again() -> None:
+    """One record for each step, cited as the record they came in."""
+    rows = [[5, 0, 3, 2, 20, 4], [7, 1, 1, 1, 9, 3, {"rng": {"seed": 1}}]]
+    folded = Evidence(n=9, at=9, source="process", kind="steps", body={"level": 6, "rows": rows}, step=7, hash="ab")
+    out = list(unfold(folded))
+    assert [(e.kind, e.step, e.hash, e.body["opt"], e.body["index"], e.body["wall_ns"]) for e in out] == [
+        ("step", 5, "ab", 0, 3, 10),
+        ("step", 6, "ab", 0, 4, 10),
+        ("step", 7, "ab", 1, 1, 9),
+    ]
+    assert out[2].body["rng"] == {"seed": 1}
+    assert all(e.body["checked"] is False for e in out)
+    other = Evidence(n=0, at=0, source="process", kind="bye")
+    assert list(unfold(other)) == [other]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"level": 1, "rows": None},
+        {"level": None, "rows": []},
+        {"level": 1, "rows": [[1, 0, 1, 1, 0]]},
+        {"level": 1, "rows": [[1, 0, 1, 0, 0, 0]]},
+        {"level": 1, "rows": [[1, 0, 1, True, 0, 0]]},
+        {"level": 1, "rows": [[-1, 0, 1, 1, 0, 0]]},
+        {"level": 1, "rows": [[1, 0, 1, 2, 0, 0, {}]]},
+        {"level": 1, "rows": [[1, 0, 1, 1, 0, 0, 5]]},
+        {"level": 1, "rows": [[1, 0, 1, 1 << 17, 0, 0]]},
+    ],
+)
+def test_a_malformed_record_of_steps_is_refused_whole(body: dict[str, Any]) -> None:
+    """Before any step was given out; a row may not stand for more steps than a record may."""
+    folded = Evidence(n=9, at=9, source="process", kind="steps", body=body)
+    with pytest.raises(MalformedEvidence, match="steps"):
+        next(unfold(folded))

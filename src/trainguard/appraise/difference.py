@@ -21,8 +21,8 @@ import msgspec
 
 from trainguard.appraise.environment import differences
 from trainguard.archive import LogLeaves, RunReader
-from trainguard.errors import TrainguardError, VerificationError
-from trainguard.evidence import Evidence
+from trainguard.errors import MalformedEvidence, TrainguardError, VerificationError
+from trainguard.evidence import Evidence, unfold
 from trainguard.home import Home
 from trainguard.lockfile import Measurement, parse_measurement
 from trainguard.policy import Policy
@@ -181,8 +181,12 @@ def _take(taken: _Run, record: Evidence, home: Home) -> None:
         taken.start = body
     elif record.kind == "end":
         taken.end = body
-    elif record.kind == "step":
-        taken.take_step(record)
+    elif record.kind in ("step", "steps"):
+        try:
+            for each in unfold(record):
+                taken.take_step(each)
+        except MalformedEvidence as error:
+            taken.incomplete(str(error))
     elif record.kind == "measurement" and taken.measurement is None:
         try:
             taken.measurement = parse_measurement(home.blob(str(body.get("blob"))), where=f"measurement of {taken.run}")

@@ -16,7 +16,7 @@ from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.hooks import Hooks
 from trainguard.appraise.hyperparameters import Hyperparameters
 from trainguard.appraise.inputs import Inputs
-from trainguard.appraise.interface import Check, Context
+from trainguard.appraise.interface import Check, Context, finding_from
 from trainguard.appraise.kills import Kills
 from trainguard.appraise.loads import Loads
 from trainguard.appraise.modules import Modules
@@ -27,7 +27,8 @@ from trainguard.appraise.seals import Seals
 from trainguard.appraise.surface import Surface
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.appraise.weights import Weights
-from trainguard.evidence import Evidence
+from trainguard.errors import MalformedEvidence
+from trainguard.evidence import Evidence, unfold
 from trainguard.finding import Finding, LinkState
 
 CHECKS: tuple[type[Check], ...] = (
@@ -74,14 +75,23 @@ class Appraiser:
             lock, settings = evidence.body.get("lock"), evidence.body.get("settings")
             self.lock = lock if isinstance(lock, str) else None
             self._none = isinstance(settings, dict) and settings.get("links") == "none"
+        new: list[Finding] = []
+        try:
+            for each in unfold(evidence):
+                self._each(each, new)
+        except MalformedEvidence as error:
+            text = f"malformed record: {error}"
+            run = self._context.run
+            new.append(finding_from("processes", "suspicious", text, evidence, run=run, techniques=("G2",)))
+        return self._keep(new)
+
+    def _each(self, evidence: Evidence, new: list[Finding]) -> None:
         if evidence.kind == "step":
             self.steps += 1
             self.watched_steps += evidence.body.get("checked") is True
-        new: list[Finding] = []
         for check in self._checks:
             if check.name not in self._failed:
                 new.extend(self._findings(check, check.see(evidence)))
-        return self._keep(new)
 
     def verdict(self) -> Verdict:
         """Close every check and decide. Call once, after the last record."""

@@ -22,7 +22,8 @@ from msgspec.structs import replace
 
 from trainguard.appraise.processes import signal_name
 from trainguard.appraise.verdict import Verdict, decide
-from trainguard.evidence import Evidence
+from trainguard.errors import MalformedEvidence
+from trainguard.evidence import Evidence, unfold
 from trainguard.finding import Finding, LinkState, Subject
 from trainguard.policy import Policy
 
@@ -90,6 +91,7 @@ def observe(
     readers: dict[str, Callable[[Observation, Evidence], None]] = {
         "probe": _take_probe,
         "step": _take_step,
+        "steps": _take_steps,
         "code": _take_code,
         "open": _take_open,
         "spawn": _take_spawn,
@@ -117,6 +119,14 @@ def _take_probe(seen: Observation, record: Evidence) -> None:
         seen.stopped = record.body["stopped"]
     if isinstance(record.body.get("replaced"), str):
         seen.replaced.append(f"{record.body['replaced'][:200]}: {record.body.get('why')}")
+
+
+def _take_steps(seen: Observation, record: Evidence) -> None:
+    try:
+        for each in unfold(record):
+            _take_step(seen, each)
+    except MalformedEvidence:
+        return  # a finding of the judge's
 
 
 def _take_step(seen: Observation, record: Evidence) -> None:

@@ -18,8 +18,8 @@ from trainguard.appraise.judge import judge_run
 from trainguard.appraise.processes import signal_name
 from trainguard.appraise.verdict import Verdict
 from trainguard.archive import LogLeaves, RunReader
-from trainguard.errors import VerificationError
-from trainguard.evidence import Evidence
+from trainguard.errors import MalformedEvidence, VerificationError
+from trainguard.evidence import Evidence, unfold
 from trainguard.finding import Finding
 from trainguard.home import Home
 from trainguard.render import readings
@@ -284,8 +284,8 @@ class _Teller:
         self._counts[record.kind] = self._counts.get(record.kind, 0) + 1
         self._first = record.at if self._first is None else self._first
         self._last = record.at
-        if record.kind == "step":
-            self._step(record)
+        if record.kind in ("step", "steps"):
+            self._steps_of(record)
         elif record.kind == "heartbeat":
             self._hush(record).heartbeats += 1
         elif record.kind in ("code", "open"):
@@ -307,6 +307,13 @@ class _Teller:
     def _hush(self, record: Evidence) -> _Quiet:
         self._quiet.at = self._quiet.at or record.at
         return self._quiet
+
+    def _steps_of(self, record: Evidence) -> None:
+        try:
+            for each in unfold(record):
+                self._step(each)
+        except MalformedEvidence:
+            return  # a finding of the judge's
 
     def _step(self, record: Evidence) -> None:
         body, step = record.body, record.step

@@ -1,19 +1,28 @@
 """The step engine: sees every optimizer step through torch's public global hooks and asks each link what it saw.
 
 A *link* is one relation of a training step that can be checked (DESIGN: the chain of links). Each is a class in
-its own file, listed in `links.LINKS`; for every step it returns a small JSON value, which goes out as one frame:
+its own file, listed in `links.LINKS`; for every step it returns a small JSON value. A checked step is one frame:
 
     kind "step", step = number of the optimizer step in this process (from 1), body =
       {"opt": index of the optimizer, "index": step of that optimizer (from 1), "wall_ns": time since the previous
-       step began, "own_ns": time of our own, "checked": bool, "level": the governor's, "<link name>": value, …}
+       step began, "own_ns": time of our own, "checked": true, "level": the governor's, "<link name>": value, …}
 
-`checked` false means the governor skipped the step (budget) and only the links with `every_step` spoke.
-Values of the links of this product are described in spec/evidence.md, "Step frames".
+Steps that the governor skips (budget) are asked about only of the links with `every_step`. They go out together, a few
+frames a second:
+
+    kind "steps", step = number of the last, body = {"level": …, "rows": [[number, opt, index, count, wall_ns, own_ns],
+      [number, opt, index, 1, wall_ns, own_ns, {"<link name>": value, …}], …]}
+
+A row stands for `count` steps in a row of one optimizer, from `number` and `index` on, with the sums of their times;
+one with values is a single step. While nothing moves that a link has an eye on (`Still`), such a step costs some
+comparisons after the update and nothing else. Values are described in spec/evidence.md, "Step frames".
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
+import json
 import random
 import sys
 import threading
@@ -21,6 +30,7 @@ import time
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from . import code as _code
 from . import links as _links
 from . import roots, sample
 from .client import Client
@@ -31,6 +41,22 @@ wall_clock = time.perf_counter_ns
 
 clock = time.thread_time_ns
 """Our own time: CPU time of this thread, so that a busy machine does not count as a busy guard."""
+
+
+TOGETHER_NS = 250_000_000
+"""Unchecked steps wait at most until the step that ends this long after the last frame of them went out."""
+
+ROWS_LIMIT = 512
+FRAME_BYTES = 96 * 1024
+"""A frame of unchecked steps beyond this is split; client.FRAME_LIMIT_BYTES is the hard limit."""
+
+MEASURE_EVERY = 16
+"""Of steps taken at a glance one in so many is timed (reading the thread's clock is a system call)."""
+
+IDLE_EVERY = 10
+"""Steps between two chances for sweeps while steps are taken at a glance."""
+
+NEVER = 1 << 62
 
 
 class Entry:
@@ -58,6 +84,22 @@ class Entry:
 class Track:
     """What the engine remembers of one optimizer between its steps."""
 
+    __slots__ = (
+        "count",
+        "entries",
+        "memory",
+        "nests",
+        "next_full",
+        "next_sample",
+        "opt",
+        "permutations",
+        "pool",
+        "ref",
+        "shares",
+        "signature",
+        "without_grad",
+    )
+
     def __init__(self, optimizer: Any, opt: int, gone: Callable[[Any], None]) -> None:
         self.ref = weakref.ref(optimizer, gone)
         self.opt = opt
@@ -74,10 +116,121 @@ class Track:
         self.pool: List[Entry] = []
         """Entries that can be drawn; empty when it has to be made anew."""
         self.permutations: Dict[int, List[int]] = {}
+        self.nests = False
+        """Whether its step() calls the step() of a base class: both run our hooks."""
         self.shares: List[int] = []
         """Indices of other optimizers that hold some of the same parameters."""
         self.memory: Dict[str, Any] = {}
         """Each link's own values for this optimizer, by link name."""
+
+
+class Still:
+    """What must not move for links to have nothing to say of a step: filled by `link.still`, compared after each."""
+
+    __slots__ = ("same", "sizes", "tell", "until", "values")
+
+    def __init__(self) -> None:
+        self.same: List[Tuple[Any, str, Any]] = []
+        """(object, attribute, the very object it must be)."""
+        self.sizes: List[Tuple[Any, int]] = []
+        """(container, its length)."""
+        self.values: List[Tuple[Dict[Any, Any], Tuple[Any, ...]]] = []
+        """(dictionary, its values in order)."""
+        self.tell: Optional[Callable[[], Optional[Dict[str, Any]]]] = None
+        """Called when `values` moved: what to say of it, by link name, with `values` brought up to date; or None."""
+        self.until = NEVER
+        """Step of this optimizer at which the links are to be asked in any case."""
+
+
+class Tally:
+    """What is counted at every step of a process, close together in memory."""
+
+    __slots__ = ("code", "glance_ns", "last_ns", "lock", "own_ns", "rows", "sent_ns", "steps", "tail")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.steps = 0
+        self.last_ns = 0
+        """When the last step was seen (wall clock)."""
+        self.own_ns = 0
+        """Own time that the governor has not booked yet."""
+        self.glance_ns = 0
+        """Running mean of what a step taken at a glance costs."""
+        self.rows: List[List[Any]] = []
+        """Unchecked steps that no frame has told of yet."""
+        self.tail: Optional[List[Any]] = None
+        """The last of `rows`, while it can be added to."""
+        self.sent_ns = 0
+        """When the last frame of unchecked steps went out."""
+        self.code = _code.current()
+
+
+class Glance:
+    """One optimizer whose steps are, for a while, neither checked nor worth a word of most links.
+
+    The machine's caches hold the job's data when we are called, so what counts here is how little is touched.
+    """
+
+    __slots__ = ("began", "engine", "groups", "index", "own", "row", "still", "tally", "timed", "track")
+
+    def __init__(self, engine: "Engine", track: Track, still: Still, groups: List[Any]) -> None:
+        self.engine = engine
+        self.groups = groups
+        self.tally = engine.tally
+        self.track = track
+        self.index = track.count
+        """Steps of this optimizer so far; the track's count is brought up to date when links are asked."""
+        self.still = still
+        self.row: Optional[List[Any]] = None
+        """Our row among those of the tally, as long as it is the last."""
+        self.timed = False
+        """Whether the step that comes is timed."""
+        self.began = self.own = 0
+
+    def passes(self, optimizer: Any) -> bool:
+        """After the update: count the step, unless something moved or a link is due. Then the engine asks them all."""
+        still = self.still
+        start = clock() if self.timed else 0
+        index = self.index + 1
+        if index >= still.until or optimizer.param_groups is not self.groups:
+            return False
+        for one, name, value in still.same:
+            if getattr(one, name) is not value:
+                return False
+        for container, size in still.sizes:
+            if len(container) != size:
+                return False
+        said = None
+        for known, values in still.values:
+            if tuple(known.values()) != values:
+                said = still.tell() if still.tell is not None else None
+                if said is None:
+                    return False
+                break
+        self.index = index
+        now = wall_clock()
+        tally = self.tally
+        with tally.lock:
+            tally.steps = number = tally.steps + 1
+            wall_ns, tally.last_ns = now - tally.last_ns, now
+            tally.own_ns += tally.glance_ns
+            row = self.row
+            if said is not None:
+                tally.rows.append([number, self.track.opt, index, 1, wall_ns, tally.glance_ns, said])
+                tally.tail = None
+            elif row is not None and row is tally.tail and row[0] + row[3] == number:
+                row[3] += 1
+                row[4] += wall_ns
+                row[5] += tally.glance_ns
+            else:
+                row = self.row = tally.tail = [number, self.track.opt, index, 1, wall_ns, tally.glance_ns]
+                tally.rows.append(row)
+        if tally.code is not None:
+            tally.code.step = number + 1
+        self.timed = index % MEASURE_EVERY == 0
+        if start or now - tally.sent_ns >= TOGETHER_NS or not number % IDLE_EVERY:
+            self.engine.pause(self, number, now, start)
+        return True
 
 
 class Step:
@@ -143,11 +296,14 @@ class Engine:
         self.tensors = max(1, int(client.settings.get("tensors", 4)))
         self.elements = max(2, int(client.settings.get("elements", 32)))
         self.governor = Governor(client.settings, wall_clock())
-        self.steps = 0
         self.tracks: Dict[int, Track] = {}
         """id of a live optimizer → what we remember of it."""
         self.opts = 0
-        self.last_ns = 0
+        self.tally = Tally()
+        self.rows_level = 0
+        self.glances = _glances
+        self.leaving = False
+        """Whether the rest is sent when a child of multiprocessing ends."""
         self.local = threading.local()
         self.lock = threading.Lock()
         self.idle_lock = threading.Lock()
@@ -158,6 +314,11 @@ class Engine:
         self.always = [link for link in self.links if link.every_step]
         self.readers = [link for link in self.links if hasattr(link, "ready")]
         self.idlers = [link for link in self.links if hasattr(link, "between")]
+        self.armers = [link.arm for link in self.links if hasattr(link, "arm")]
+        self.stills: Optional[List[Any]] = None
+        """How each link with `every_step` says what it has an eye on; None where one cannot."""
+        if all(hasattr(link, "still") for link in self.always):
+            self.stills = [link.still for link in self.always]
 
     # -- hooks ------------------------------------------------------------------------------------------------
 
@@ -168,16 +329,18 @@ class Engine:
         if stack and stack[-1].optimizer is optimizer:
             if _inside_step_of(optimizer):
                 stack[-1].depth += 1  # a subclass that calls its base's step: one step, the outer one
+                stack[-1].track.nests = True
                 return None
             stack.pop()  # left behind by an exception
         track = self.track(optimizer)
-        with self.lock:
-            self.steps += 1
+        tally = self.tally
+        with tally.lock:
+            tally.steps += 1
             track.count += 1
-            step = Step(self, optimizer, track, self.steps)
+            step = Step(self, optimizer, track, tally.steps)
             now = wall_clock()
-            step.wall_ns = now - self.last_ns if self.last_ns else 0
-            self.last_ns = now
+            step.wall_ns = now - tally.last_ns if tally.last_ns else 0
+            tally.last_ns = now
         self._refresh(track, optimizer)
         if step.full:
             step.sample = track.next_sample if track.next_sample is not None else self.draw_sample(track, step.index)
@@ -219,25 +382,145 @@ class Engine:
             return
         step = stack.pop()
         self.plan(step.track, wall_clock())
-        body: Dict[str, Any] = {"opt": step.opt, "index": step.index, "wall_ns": step.wall_ns, "own_ns": 0}
-        body["checked"] = step.full
-        body["level"] = self.governor.level
+        self._end(step, start)
+
+    def _end(self, step: Step, start: int) -> None:
+        """Ask the links, send the frame or keep a row, book our time."""
+        values: Dict[str, Any] = {}
         if step.full:
             with self.torch.no_grad():
-                self._collect(self.links, step, body)
+                self._collect(self.links, step, values)
         else:
-            self._collect(self.always, step, body)
+            self._collect(self.always, step, values)
+            if step.track.next_full:
+                for arm in self.armers:
+                    self._arm(arm, step)
         middle = clock()
         step.own_ns += middle - start + self.unsent_ns
-        body["own_ns"] = step.own_ns
-        self.client.send("step", body, step.number)
+        if step.full:
+            self.flush()
+            body: Dict[str, Any] = {"opt": step.opt, "index": step.index, "wall_ns": step.wall_ns}
+            body.update(own_ns=step.own_ns, checked=True, level=self.governor.level)
+            body.update(values)
+            self.client.send("step", body, step.number)
+        else:
+            if self._keep(step.number, step.track, step.wall_ns, step.own_ns, values):
+                self.flush()
         self.governor.spend(step.own_ns, step.wall_ns, step.full)
+        if not step.track.next_full:
+            self.look_away(step.track, step.optimizer)
+        balance = self._balance(wall_clock())
         starting = step.number <= self.governor.always
-        if self.idlers and (starting or self.governor.everything or self.governor.balance_ns(wall_clock()) > 0):
+        if self.idlers and (starting or self.governor.everything or balance > 0):
             self._idle(step)
         # The first pass over all code, hooks and kernels is part of starting up and is not taken from the credit,
         # which short runs need for their steps.
         self.unsent_ns = 0 if starting else clock() - middle
+
+    # -- at a glance ------------------------------------------------------------------------------------------
+
+    def look_away(self, track: Track, optimizer: Any) -> None:
+        """The next steps are not checked: find out what to compare so that links need not be asked, if they agree."""
+        _glances.pop(id(optimizer), None)
+        if track.next_full or self.stills is None or track.nests or self.governor.everything:
+            return
+        still = Still()
+        still.until = self.governor.until(track.opt, track.count + 1)
+        still.sizes.append((optimizer.param_groups, len(track.signature)))
+        still.sizes.extend(track.signature)
+        for say in self.stills:
+            if not say(track, optimizer, still):
+                return
+        if still.until > track.count + 1:
+            _glances[id(optimizer)] = Glance(self, track, still, optimizer.param_groups)
+
+    def late(self, optimizer: Any) -> None:
+        """A step that began at a glance and turns out to need more: ask the links now that it is over."""
+        start = clock()
+        glance = _glances.pop(id(optimizer))
+        track = glance.track
+        tally = self.tally
+        with tally.lock:
+            tally.steps += 1
+            track.count = glance.index + 1
+            step = Step(self, optimizer, track, tally.steps)
+            now = wall_clock()
+            step.wall_ns, tally.last_ns = now - tally.last_ns, now
+        step.full = False
+        self._refresh(track, optimizer)
+        for link in self.always:
+            self._call(link, "before", step)
+        self.plan(track, now)
+        self._end(step, start)
+
+    def pause(self, glance: Glance, number: int, now: int, start: int) -> None:
+        """After some of the steps taken at a glance: time them, send what waits, let sweeps have their turn."""
+        tally = self.tally
+        if start:
+            own_ns = glance.own + clock() - start
+            tally.glance_ns += int((own_ns - tally.glance_ns) * (0.1 if tally.glance_ns else 1.0))
+            glance.own = 0
+        start = clock()
+        if now - tally.sent_ns >= TOGETHER_NS:
+            tally.sent_ns = now
+            self.flush()
+        elif not self.leaving:
+            self.leaving = True
+            _at_exit_of_child(self)
+        if self.idlers and not number % IDLE_EVERY and self._balance(now) > 0:
+            optimizer = glance.track.ref()
+            if optimizer is not None:
+                glance.track.count = glance.index
+                self._idle(Step(self, optimizer, glance.track, number))
+        self.unsent_ns += clock() - start
+
+    def _balance(self, now_ns: int) -> float:
+        """What may still be spent, with all that the tally holds booked."""
+        self.governor.own_ns += self.tally.own_ns
+        self.tally.own_ns = 0
+        return self.governor.balance_ns(now_ns)
+
+    def _look_again(self) -> None:
+        """Ask all links again from the next step of every optimizer on."""
+        for glance in list(_glances.values()):
+            glance.track.count = glance.index
+        _glances.clear()
+
+    # -- frames of unchecked steps ------------------------------------------------------------------------------
+
+    def _keep(self, number: int, track: Track, wall_ns: int, own_ns: int, values: Dict[str, Any]) -> bool:
+        """Remember an unchecked step; returns whether it is time to send all that are remembered."""
+        level, tally = self.governor.level, self.tally
+        if level != self.rows_level or len(tally.rows) >= ROWS_LIMIT:
+            self.flush()
+        with tally.lock:
+            self.rows_level = level
+            row: List[Any] = [number, track.opt, track.count, 1, wall_ns, own_ns]
+            tally.rows.append([*row, values] if values else row)
+            tally.tail = None
+        if tally.last_ns - tally.sent_ns >= TOGETHER_NS:
+            tally.sent_ns = tally.last_ns
+            return True
+        if not self.leaving:
+            self.leaving = True
+            _at_exit_of_child(self)
+        return False
+
+    def flush(self) -> None:
+        """Send the unchecked steps that no frame has told of yet."""
+        tally = self.tally
+        with tally.lock:
+            rows, tally.rows = tally.rows, []
+            tally.tail = None
+        if rows:
+            self._send_rows(rows)
+
+    def _send_rows(self, rows: List[List[Any]]) -> None:
+        if len(rows) > 1 and len(rows) * 40 > FRAME_BYTES // 8 and len(json.dumps(rows, default=str)) > FRAME_BYTES:
+            self._send_rows(rows[: len(rows) // 2])
+            self._send_rows(rows[len(rows) // 2 :])
+            return
+        self.client.send("steps", {"level": self.rows_level, "rows": rows}, rows[-1][0] + rows[-1][3] - 1)
 
     # -- planning ---------------------------------------------------------------------------------------------
 
@@ -297,6 +580,7 @@ class Engine:
         known = self.tracks.get(key)
         if known is not None and known.ref is ref:
             del self.tracks[key]
+            self.glances.pop(key, None)
         for link in self.links:
             forget = getattr(link, "forget", None)
             if forget is not None:
@@ -304,9 +588,9 @@ class Engine:
 
     def _refresh(self, track: Track, optimizer: Any) -> None:
         """Rebuild the table of parameters when a group was added, removed or changed in number."""
-        signature = [(id(group["params"]), len(group["params"])) for group in optimizer.param_groups]
-        if signature == track.signature:
+        if _same_groups(optimizer.param_groups, track.signature):
             return
+        signature = [(group["params"], len(group["params"])) for group in optimizer.param_groups]
         self.names = roots.names()
         entries: List[Entry] = []
         for number, group in enumerate(optimizer.param_groups):
@@ -327,6 +611,7 @@ class Engine:
             if other is track or other.ref() is None:
                 continue
             if any(id(entry.param) in own for entry in other.entries):
+                self._look_again()  # each must tell the other's links of its steps
                 if other.opt not in track.shares:
                     track.shares.append(other.opt)
                 if track.opt not in other.shares:
@@ -377,6 +662,12 @@ class Engine:
             self.client.fault("link.%s.%s" % (link.name, phase), error)
             return None
 
+    def _arm(self, arm: Callable[[Step], None], step: Step) -> None:
+        try:
+            arm(step)
+        except Exception as error:
+            self.client.fault("link.arm", error)
+
     def _idle(self, step: Step) -> None:
         if not self.idle_lock.acquire(blocking=False):
             return  # another thread is at it
@@ -403,6 +694,29 @@ def _made(client: Client) -> List[Any]:
     return made
 
 
+def _same_groups(groups: List[Any], known: Any) -> bool:
+    """Whether the groups hold the same lists of parameters, as long as they were."""
+    if known is None or len(groups) != len(known):
+        return False
+    for group, (params, count) in zip(groups, known):
+        if group["params"] is not params or len(params) != count:
+            return False
+    return True
+
+
+def _at_exit_of_child(engine: "Engine") -> None:
+    """A child of multiprocessing leaves without atexit; what multiprocessing runs instead sends the rest."""
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.Finalize(None, _flush, args=(weakref.ref(engine),), exitpriority=100)
+
+
+def _flush(ref: Any) -> None:
+    engine = ref()
+    if engine is not None:
+        engine.flush()
+
+
 def _inside_step_of(optimizer: Any) -> bool:
     """Whether a step of this optimizer is on the stack besides the one that is calling us."""
     frame: Any = sys._getframe(1)
@@ -416,6 +730,8 @@ def _inside_step_of(optimizer: Any) -> bool:
 
 
 _engine: Optional[Engine] = None
+_glances: Dict[int, Glance] = {}
+"""id of an optimizer → it, while its steps can be taken at a glance."""
 _hooked = False
 
 
@@ -430,9 +746,11 @@ def attach(client: Client) -> None:
     if _engine is not None:
         return
     _engine = Engine(client)
+    _glances.clear()
     if _hooked:
         return
     _hooked = True
+    atexit.register(_last)
     torch = sys.modules["torch"]
     _compiling = getattr(getattr(torch, "compiler", None), "is_compiling", _never)
     roots.install(torch)
@@ -449,7 +767,14 @@ def forked(client: Client) -> None:
     for link in _engine.links:
         if hasattr(link, "forked"):
             link.forked()
+    _glances.clear()
     _engine = Engine(client) if client.alive and "key" in client.settings else None
+
+
+def _last() -> None:
+    """At exit: what has not been sent."""
+    if _engine is not None:
+        _engine.flush()
 
 
 def _never() -> bool:
@@ -464,6 +789,12 @@ leaves the compiled step as it is and the guard blind to it, and that is what th
 def _before(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     if _compiling():
         return None
+    glance = _glances.get(id(optimizer))
+    if glance is not None:
+        if glance.timed:
+            glance.began = clock()
+            glance.own = clock() - glance.began
+        return None
     engine = _engine
     if engine is None or not engine.client.alive:
         return None
@@ -477,10 +808,14 @@ def _before(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> An
 def _after(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
     if _compiling():
         return
-    engine = _engine
+    glance = _glances.get(id(optimizer))
+    engine = _engine if glance is None else glance.engine
     if engine is None:
         return
     try:
-        engine.after(optimizer)
+        if glance is None:
+            engine.after(optimizer)
+        elif not glance.passes(optimizer):
+            engine.late(optimizer)
     except Exception as error:
         engine.client.fault("engine.after", error)

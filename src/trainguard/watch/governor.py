@@ -78,6 +78,16 @@ class Governor:
             known = self.block_of[opt] = (number, level, (number << level) + turn)
         return index == known[2]
 
+    def until(self, opt: int, index: int) -> int:
+        """The first step from `index` on, which is unchecked, whose end decides anew which step is checked."""
+        if self.level == 0:
+            return index
+        last = index | ((1 << self.level) - 1)  # of its block
+        known = self.block_of.get(opt)
+        if known is not None and known[1] == self.level and index < known[2] <= last:
+            return known[2] - 1
+        return last
+
     def draw(self, label: bytes, *numbers: int) -> int:
         """A secret number of 128 bits, the same in every process of the run."""
         data = label + struct.pack("<%dq" % len(numbers), *numbers)

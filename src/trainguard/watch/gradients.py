@@ -183,6 +183,14 @@ class Gradients:
             _report(step, measured, value)
         return value
 
+    def arm(self, step: Step) -> None:
+        """An unchecked step has ended and the next one is checked: put the hooks in place."""
+        watch = self.watches.pop(step.opt, None)
+        if watch is not None:
+            watch.remove()
+        if step.track.next_sample:
+            self.watches[step.opt] = _Watch(step.torch, step.track.next_sample, self.client.fault)
+
     def forget(self, opt: int) -> None:
         """The optimizer is gone."""
         watch = self.watches.pop(opt, None)

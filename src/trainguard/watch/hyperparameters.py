@@ -49,20 +49,28 @@ class Hyperparameters:
         """Compare every group with what it said at the step before."""
         memory = step.track.memory.setdefault(self.name, {"last": [], "json": [], "searches": 0, "schedulers": []})
         groups = step.optimizer.param_groups
-        if (
-            _unchanged(groups, memory.get("copies"))
-            and step.index % REPEAT_STEPS
-            and not self._schedulers_moved(memory)
-        ):
+        copies = memory.get("copies")
+        regular = step.index % REPEAT_STEPS != 0
+        if regular and not (step.full and "stale" in memory) and _unchanged(groups, copies):
             step.scratch[self.name] = None
             return
+        if regular and not step.full:
+            moved = _moved(groups, copies)
+            if moved:
+                memory["stale"] = True
+                step.scratch[self.name] = said = {"changed": moved}
+                self._explain(step, memory, said, moved)
+                return
+        if memory.pop("stale", False):  # what moved was told step by step
+            memory["last"] = [frozen(copy, count) for _, count, copy in copies] if copies is not None else []
+            memory["json"] = []
         now = [frozen(group) for group in groups]
         memory["copies"] = _copies(groups)
         last = memory["last"]
         memory["last"] = now
-        if now != last:
+        if now != last or not memory["json"]:
             memory["json"] = [scalars(group) for group in step.optimizer.param_groups]
-        if now == last and step.index % REPEAT_STEPS and not self._schedulers_moved(memory):
+        if now == last and regular:
             step.scratch[self.name] = None
             return
         value: Dict[str, Any] = {}
@@ -74,6 +82,29 @@ class Hyperparameters:
             value["changed"] = changed
         self._explain(step, memory, value, changed)
         step.scratch[self.name] = value
+
+    def still(self, track: Track, optimizer: Any, still: Any) -> bool:
+        """Every group says what it said; entries that can change in place have to be read."""
+        memory = track.memory.get(self.name)
+        copies = memory.get("copies") if memory is not None else None
+        if copies is None:
+            return False
+        still.values.extend((group, tuple(copy.values())) for group, _, copy in copies)
+        groups, held = optimizer.param_groups, memory  # the optimizer itself must not be kept alive
+        still.tell = lambda: self._tell(groups, held or {}, still)
+        still.until = min(still.until, (track.count // REPEAT_STEPS + 1) * REPEAT_STEPS)
+        return True
+
+    def _tell(self, groups: List[Any], memory: Dict[str, Any], still: Any) -> Optional[Dict[str, Any]]:
+        """What a schedule did to a step that is not checked; None where there is none, or more than numbers moved."""
+        copies = memory["copies"]
+        reports = [_report(ref()) for ref in memory["schedulers"] if ref() is not None]
+        moved = _moved(groups, copies) if reports else None
+        if not moved:
+            return None
+        memory["stale"] = True
+        still.values = [(group, tuple(copy.values())) for group, _, copy in copies]
+        return {self.name: {"changed": moved, "schedulers": reports}}
 
     def after(self, step: Step) -> Any:
         """Compare again; in checked steps, count the parameters that take no part."""
@@ -111,12 +142,6 @@ class Hyperparameters:
             self.sent_writers = True
             value["writers"] = writers.places()
 
-    def _schedulers_moved(self, memory: Dict[str, Any]) -> bool:
-        counts = [getattr(ref(), "_step_count", None) for ref in memory["schedulers"]]
-        moved = counts != memory.get("counts")
-        memory["counts"] = counts
-        return moved
-
 
 def _copies(groups: List[Any]) -> Optional[List[Tuple[Any, int, Dict[str, Any]]]]:
     """What `_unchanged` compares with; None where an entry can change in place (a tensor, a list)."""
@@ -144,9 +169,40 @@ def _unchanged(groups: List[Any], copies: Optional[List[Tuple[Any, int, Dict[str
     return True
 
 
-def frozen(group: Dict[str, Any]) -> Dict[str, Any]:
+def _moved(groups: List[Any], copies: Optional[List[Tuple[Any, int, Dict[str, Any]]]]) -> Optional[List[List[Any]]]:
+    """[group, name, value] of numbers that moved, and the copies brought up to date; None for any other change."""
+    if copies is None or len(groups) != len(copies):
+        return None
+    for group, (known, count, copy) in zip(groups, copies):
+        if group is not known or len(group) != len(copy) or group["params"] is not copy["params"]:
+            return None
+        if len(group["params"]) != count:
+            return None
+    found: List[Tuple[int, Any, Any]] = []
+    for number, (group, (_, _, copy)) in enumerate(zip(groups, copies)):
+        for key, value in group.items():
+            old = copy.get(key, _moved)
+            if old is value or key == "params" or key == "param_names":
+                continue
+            if not _scalar(value) or not _scalar(old):
+                return None
+            if old != value:
+                found.append((number, key, value))
+    for number, key, value in found:
+        copies[number][2][key] = value
+    return [[number, str(key), _json(value)] for number, key, value in found]
+
+
+def _scalar(value: Any) -> bool:
+    """Whether it is a number, or a tuple of numbers such as betas."""
+    if type(value) is tuple:
+        return all(type(each) in (float, int, bool) for each in value)
+    return value is None or type(value) in (float, int, bool, str)
+
+
+def frozen(group: Dict[str, Any], count: Optional[int] = None) -> Dict[str, Any]:
     """What of a group can change, in a form that `==` compares exactly and cheaply."""
-    out: Dict[str, Any] = {"params": len(group["params"])}
+    out: Dict[str, Any] = {"params": len(group["params"]) if count is None else count}
     for key, value in group.items():
         kind = type(value)
         if kind is float or kind is bool or kind is int or value is None or kind is str:

@@ -313,6 +313,19 @@ class InputsLink:
         self.client = client
         note_saved(sys.modules["torch"])
 
+    def still(self, track: Any, optimizer: Any, still: Any) -> bool:
+        """No module is new and nothing waits to be reported."""
+        loaded, opened = code.current(), _inputs
+        for one in (loaded, opened):
+            if one is not None:
+                still.same.append((one, "_pending", one._pending))
+                still.sizes.append((one._pending, 0))
+        if loaded is not None:
+            still.sizes.append((sys.modules, len(loaded._seen_modules)))
+        if opened is not None:
+            still.sizes.append((opened.unsettled, 0))
+        return True
+
     def before(self, step: Any) -> None:
         """The update of `step` begins."""
         loaded = code.current()

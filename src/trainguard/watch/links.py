@@ -8,7 +8,15 @@ are checked in full:
     before(step) -> None          at the start of optimizer.step(), before anything of the update happened
     after(step) -> JSON | None    the update has been made; what it returns goes into the frame
     ready(step) -> None           optional, full steps only: the gradients are final (after the closure, if any)
-    between(step) -> JSON | None  optional: after the frame is out, when the budget has room (sweeps); what it returns
+    arm(step) -> None             optional: at the end of an unchecked step whose successor is checked (`after` of a
+                                  checked one does this itself): put in place what must be there when backward runs
+    still(track, optimizer, still) -> bool
+                                  of links with every_step: add to `still` (engine.Still) what must not move for this
+                                  link to have nothing to say of the next steps, not checked ones; False: ask me anyway.
+                                  While nothing moves, before and after are not called. Where a link has no such method,
+                                  they are called for every step, which costs 0.1 ms each time
+    between(step) -> JSON | None  optional: after the frame is out, when the budget has room (sweeps; at every tenth of
+                                  the steps taken at a glance); what it returns
                                   goes out as a frame of kind "link", body {"link": name, "value": value}
     forget(opt) -> None           optional: the optimizer with this index is gone
     forked() -> None              optional: forget what belongs to the parent process

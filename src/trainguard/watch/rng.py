@@ -59,6 +59,13 @@ class Rng:
             self._read(step, value)
         step.scratch[self.name] = value
 
+    def still(self, track: Any, optimizer: Any, still: Any) -> bool:
+        """Nobody seeds."""
+        if self.trackers is None:
+            return False
+        still.same.extend((each, "manual_seed_all_cb", call) for each, call in zip(self.trackers, self.calls))
+        return True
+
     def _read(self, step: Step, value: Dict[str, Any]) -> None:
         generator = step.torch.default_generator
         seed = generator.initial_seed()

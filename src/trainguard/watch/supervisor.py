@@ -399,7 +399,7 @@ class Supervisor:
             self._greet(peer, body)
             return
         peer.said_bye = peer.said_bye or kind == "bye"
-        if kind == "step" and step is not None:
+        if kind in ("step", "steps") and step is not None:
             self._step = max(step, self._step or 0)
         self._add(
             kind,

@@ -141,6 +141,12 @@ class Weights:
         for other in step.track.shares:
             _forget(step, other)
 
+    def still(self, track: Track, optimizer: Any, still: Any) -> bool:
+        """Nothing was taken after the step before, and nothing is under watch."""
+        memory = track.memory.get(self.name)
+        still.until = min(still.until, (track.count // 64 + 1) * 64)
+        return memory is not None and memory["pending"] is None and track.opt not in self.stray and not track.shares
+
     def after(self, step: Step) -> Any:
         """Take the sample for the next step, if that one will be checked."""
         value: Dict[str, Any] = step.scratch.get(self.name) or {}

@@ -92,6 +92,94 @@ def test_all_means_all() -> None:
     assert len(spent(governor, count=200, step_ns=1000, full_ns=10**9, idle_ns=0)) == 200
 
 
+# -- steps that are not checked -----------------------------------------------------------------------------------
+
+GOVERNED: dict[str, Any] = {"links": "governed", "credit_seconds": 0.0, "budget_percent": 0.0, "always_steps": 3}
+"""Out of budget from the fourth step on: one step in 64 is checked."""
+
+
+@pytest.mark.torch
+def test_unchecked_steps_travel_together_and_none_is_lost() -> None:
+    """Two optimizers by turns: every step has its number and index; a small part of the frames and bytes."""
+    torch.set_num_threads(1)
+    nets = [nn.Linear(4, 2) for _ in range(2)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+    with recording(**GOVERNED) as recorder:
+        for _ in range(200):
+            fit(nets[0], optimizers[0])
+            fit(nets[1], optimizers[1])
+        for _ in range(200):
+            fit(nets[0], optimizers[0])
+    told = [record for record in recorder.records if record.kind == "step"]
+    assert [record.step for record in told] == list(range(1, 601))
+    for opt, count in ((0, 400), (1, 200)):
+        assert [r.body["index"] for r in told if r.body["opt"] == opt] == list(range(1, count + 1))
+    unchecked = [r for r in told if not r.body["checked"]]
+    assert len(unchecked) > 500
+    assert recorder.frames < len(recorder.records) / 3
+
+
+@pytest.mark.torch
+def test_what_moves_in_one_unchecked_step_is_told_with_that_step() -> None:
+    """A rate that is changed and changed back, a new seed, a schedule's every value."""
+    torch.set_num_threads(1)
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with recording(**GOVERNED) as recorder:
+        for number in range(1, 101):
+            optimizer.param_groups[0]["lr"] = 0.2 if number == 41 else 0.1
+            if number == 77:
+                torch.manual_seed(5)
+            fit(net, optimizer)
+    bodies = steps(recorder)
+    changed = [(b["index"], b["hyperparameters"].get("changed")) for b in bodies if "hyperparameters" in b]
+    assert [c for c in changed if c[1]] == [(41, [[0, "lr", 0.2]]), (42, [[0, "lr", 0.1]])]
+    assert [b["index"] for b in bodies if "seeded" in b.get("rng", {}) and b["index"] > 1] == [77]
+
+    with recording(**GOVERNED) as recorder:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        rates = []
+        for _ in range(100):
+            rates.append(optimizer.param_groups[0]["lr"])
+            fit(net, optimizer)
+            schedule.step()
+    moved = [b["hyperparameters"]["changed"][0][2] for b in steps(recorder)[1:]]
+    assert moved == rates[1:]
+    counts = [b["hyperparameters"]["schedulers"][0][1] for b in steps(recorder)[1:]]
+    assert counts == list(range(2, 101))
+
+
+@pytest.mark.torch
+def test_gradient_hooks_are_in_place_for_a_checked_step_that_follows_unchecked_ones() -> None:
+    """And are taken off again."""
+    torch.set_num_threads(1)
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with recording(**GOVERNED) as recorder:
+        fit(net, optimizer, 200)
+    checked = [b for b in steps(recorder) if b["checked"]]
+    assert len(checked) > 4
+    assert all(b["gradients"]["armed"] and b["gradients"]["calls"] == [1, 1] for b in checked[1:])
+    assert [b["weights"]["held"] for b in checked[1:]] == [True] * (len(checked) - 1)
+    assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+@pytest.mark.torch
+def test_an_optimizer_that_takes_over_the_weights_ends_the_glances_of_the_other() -> None:
+    """What one left behind is not the last word once the other has stepped."""
+    torch.set_num_threads(1)
+    net = nn.Linear(4, 2)
+    first, second = (torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(2))
+    with recording(**GOVERNED) as recorder:
+        fit(net, first, 30)
+        for _ in range(100):
+            fit(net, second)
+            fit(net, first)
+    assert not any(b.get("weights", {}).get("held") is False for b in steps(recorder))
+    assert [r.step for r in recorder.records if r.kind == "step"] == list(range(1, 231))
+
+
 # -- sampling -----------------------------------------------------------------------------------------------------
 
 
@@ -277,14 +365,19 @@ def test_a_fault_inside_the_guard_is_counted_and_the_step_goes_on(monkeypatch: p
 @pytest.mark.torch
 def test_nothing_is_kept_of_an_optimizer_that_is_gone() -> None:
     """A process that makes a thousand optimizers does not keep a thousand models."""
-    with recording():
-        net = nn.Linear(4, 2)
-        optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
-        fit(net, optimizer, 3)
-        alive = [weakref.ref(net), weakref.ref(optimizer), weakref.ref(net.weight)]
-        del net, optimizer
-        gc.collect()
-        assert [ref() for ref in alive] == [None, None, None]
+    for settings in ({}, GOVERNED):
+        with recording(**settings):
+            _let_go()
+
+
+def _let_go() -> None:
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    fit(net, optimizer, 9)
+    alive = [weakref.ref(net), weakref.ref(optimizer), weakref.ref(net.weight)]
+    del net, optimizer
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None, None]
 
 
 @pytest.mark.torch
