@@ -33,15 +33,19 @@ class Processes:
         self._broken = 0
         self._blind: list[str] = []
         self._last: Evidence | None = None
+        self._beating = False
+        """Whether the supervisor is at work: before it, measuring takes its time; after it, sealing does."""
         self._ended = False
         self._stopped_at: dict[int, int] = {}
         self._open: dict[int, int | None] = {}
         """Pid of every connected process → its number."""
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
-        if self._last is not None and evidence.at - self._last.at > 2 * self._heartbeat_ns:
+        late = self._last is not None and evidence.at - self._last.at > 2 * self._heartbeat_ns
+        if self._last is not None and late and self._beating:
             yield from self._silence(self._last, evidence)
         self._last = evidence
+        self._beating = (self._beating or evidence.kind == "ledger") and evidence.kind != "end"
         handler = getattr(self, f"_see_{evidence.kind}", None)
         if handler is not None:
             yield from handler(evidence)
