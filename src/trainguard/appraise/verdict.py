@@ -52,6 +52,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     reasons: tuple[str, ...] = ()
     links: tuple[LinkState, ...] = ()
     """Per link: held, broken, blind or explained."""
+    gaps: tuple[str, ...] = ()
+    """What else the level claims and nobody measured, one sentence each."""
     policy: str | None = None
     """SHA-256 of the policy it was judged by."""
     lock: str | None = None
@@ -89,6 +91,7 @@ def decide(
         findings=tuple(ordered),
         reasons=_reasons(word, ordered, links, gaps, steps=steps, watched_steps=watched_steps),
         links=tuple(links),
+        gaps=tuple(gaps),
         policy=policy,
         lock=lock,
     )
@@ -133,3 +136,19 @@ def _reasons(
     if word == "VERIFIED":
         reasons.append(f"every link held; {watched_steps} of {steps} steps were checked in full")
     return tuple(reasons)
+
+
+def until(verdict: Verdict, step: int) -> Verdict:
+    """The verdict on a run's work up to and including optimizer step `step`: later findings do not reach back.
+
+    A finding without a step concerns all of the run. A link that broke later counts as held where it held before; a
+    link that was blind stays blind. What a sampled check saw at a step may have begun some steps before: replay of the
+    steps in between (`trainguard audit`) settles that, this function does not.
+    """
+    kept = tuple(f for f in verdict.findings if f.subject.step is None or f.subject.step <= step)
+    if len(kept) == len(verdict.findings):
+        return verdict
+    links = tuple(msgspec.structs.replace(link, broken=0) if link.broken else link for link in verdict.links)
+    word = _word(kept, links, verdict.gaps)
+    reasons = _reasons(word, kept, links, verdict.gaps, steps=step, watched_steps=verdict.coverage.watched_steps)
+    return msgspec.structs.replace(verdict, verdict=word, findings=kept, reasons=reasons)

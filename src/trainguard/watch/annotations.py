@@ -51,7 +51,7 @@ def _step() -> Optional[int]:
     """Optimizer steps of this process so far; None before the first."""
     module = sys.modules.get(__package__ + ".engine")
     engine = module.current() if module is not None else None
-    return (engine.steps or None) if engine is not None else None
+    return (engine.tally.steps or None) if engine is not None else None
 
 
 def _bounded(values: Mapping[str, Any], read: Any) -> Dict[str, Any]:

@@ -8,10 +8,10 @@ its own file, listed in `links.LINKS`; for every step it returns a small JSON va
        step began, "own_ns": time of our own, "checked": true, "level": the governor's, "<link name>": value, …}
 
 Steps that the governor skips (budget) are asked about only of the links with `every_step`. They go out together, a few
-frames a second:
+frames a second ("ended": when the last of them was over, by the wall clock, ns; in a checked step's frame too):
 
-    kind "steps", step = number of the last, body = {"level": …, "rows": [[number, opt, index, count, wall_ns, own_ns],
-      [number, opt, index, 1, wall_ns, own_ns, {"<link name>": value, …}], …]}
+    kind "steps", step = number of the last, body = {"level": …, "ended": …, "rows": [
+      [number, opt, index, count, wall_ns, own_ns], [number, opt, index, 1, wall_ns, own_ns, {"<link>": value, …}], …]}
 
 A row stands for `count` steps in a row of one optimizer, from `number` and `index` on, with the sums of their times;
 one with values is a single step. While nothing moves that a link has an eye on (`Still`), such a step costs some
@@ -400,7 +400,7 @@ class Engine:
         if step.full:
             self.flush()
             body: Dict[str, Any] = {"opt": step.opt, "index": step.index, "wall_ns": step.wall_ns}
-            body.update(own_ns=step.own_ns, checked=True, level=self.governor.level)
+            body.update(own_ns=step.own_ns, checked=True, level=self.governor.level, ended=time.time_ns())
             body.update(values)
             self.client.send("step", body, step.number)
         else:
@@ -512,15 +512,18 @@ class Engine:
         with tally.lock:
             rows, tally.rows = tally.rows, []
             tally.tail = None
+            ended = time.time_ns() - (wall_clock() - tally.last_ns)
         if rows:
-            self._send_rows(rows)
+            self._send_rows(rows, ended)
 
-    def _send_rows(self, rows: List[List[Any]]) -> None:
+    def _send_rows(self, rows: List[List[Any]], ended: int) -> None:
         if len(rows) > 1 and len(rows) * 40 > FRAME_BYTES // 8 and len(json.dumps(rows, default=str)) > FRAME_BYTES:
-            self._send_rows(rows[: len(rows) // 2])
-            self._send_rows(rows[len(rows) // 2 :])
+            later = rows[len(rows) // 2 :]
+            self._send_rows(rows[: len(rows) // 2], ended - sum(row[4] for row in later))
+            self._send_rows(later, ended)
             return
-        self.client.send("steps", {"level": self.rows_level, "rows": rows}, rows[-1][0] + rows[-1][3] - 1)
+        body = {"level": self.rows_level, "rows": rows, "ended": ended}
+        self.client.send("steps", body, rows[-1][0] + rows[-1][3] - 1)
 
     # -- planning ---------------------------------------------------------------------------------------------
 

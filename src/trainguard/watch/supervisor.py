@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from trainguard.errors import Misuse, Unavailable
 from trainguard.evidence import Evidence
-from trainguard.watch import endings, ledger, outputs, processes
+from trainguard.watch import endings, ledger, outputs, processes, reached
 
 BOOT = Path(__file__).parent / "boot"
 """The folder with our sitecustomize.py, first on PYTHONPATH of the command."""
@@ -166,7 +166,7 @@ class Supervisor:
         self._ledger = ledger.Ledger()
         self._memory = endings.Memory()
         self._outputs = outputs.Outputs(Path.cwd())
-        self._step: int | None = None
+        self._reached = reached.Reached()
         self._child: int | None = None
         self._ended: tuple[int | None, int | None] | None = None
         self._stop = threading.Event()
@@ -293,9 +293,9 @@ class Supervisor:
             self._drop(peer)
 
     def _saved(self, settle_seconds: float = outputs.SETTLE_SECONDS) -> None:
-        """Record model files that were saved, with the newest step any rank had reached."""
+        """Record model files that were saved, with the last step any rank had made when they were written."""
         for path in self._outputs.settled(settle_seconds):
-            self._add("saved", {"path": str(path)}, step=self._step)
+            self._add("saved", {"path": str(path)}, step=self._reached.at(_written(path)))
 
     def _look(self, child: int) -> None:
         """Find Python processes of the job that never said hello."""
@@ -400,7 +400,7 @@ class Supervisor:
             return
         peer.said_bye = peer.said_bye or kind == "bye"
         if kind in ("step", "steps") and step is not None:
-            self._step = max(step, self._step or 0)
+            self._reached.stepped(peer.number, kind, step, body)
         self._add(
             kind,
             body,
@@ -482,6 +482,14 @@ def _start(command: Sequence[str], env: Mapping[str, str], mask: Iterable[int]) 
                 next_step=f"name its interpreter, such as: sh {command[0]}",
             ) from error
         raise Unavailable(f"{command[0]}: cannot be started: {error}") from error
+
+
+def _written(path: Path) -> int:
+    """When the file's content was last changed, ns; now where it is gone again."""
+    try:
+        return os.lstat(path).st_mtime_ns
+    except OSError:
+        return time.time_ns()
 
 
 def _over(child: int) -> bool:

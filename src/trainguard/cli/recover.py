@@ -1,0 +1,55 @@
+"""`trainguard recover RUN`: the last checkpoint before anything was wrong, and the command that resumes from it."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import msgspec
+
+from trainguard.cli.verdict import named_run
+from trainguard.home import Home
+
+
+@click.command("recover")
+@click.option("--quarantine", is_flag=True, help="Set aside what came after it (moved, never deleted).")
+@click.option(
+    "--check", "reference", metavar="RUN", help="Does RUN end where this one, resumed, ends? Compares tensors."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan.")
+@click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
+@click.argument("run")
+def command(quarantine: bool, reference: str | None, as_json: bool, quiet: bool, run: str) -> int:
+    """Show where RUN can go on from: its last checkpoint before the first finding, if its bytes are still there.
+
+    With --check, RUN is the resumed run, and the last checkpoint of each is compared tensor by tensor.
+
+    Exit status: 0 there is a way on (with --check: they end equal), 1 they differ, 3 there is none, or could not tell.
+    """
+    from trainguard.incident import recover
+
+    home = Home.find()
+    if reference is not None:
+        return _check(home, named_run(home, run), named_run(home, reference), as_json=as_json, quiet=quiet)
+    plan = recover.plan_recovery(home, named_run(home, run))
+    moved = recover.quarantine(plan) if quarantine else ()
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.encode({**msgspec.to_builtins(plan), "moved": moved}) + b"\n")
+    elif not quiet:
+        from trainguard.render.answer import recover_lines
+
+        click.echo("\n".join(recover_lines(plan, moved)))
+    return plan.exit_status
+
+
+def _check(home: Home, resumed: str, reference: str, *, as_json: bool, quiet: bool) -> int:
+    from trainguard.incident.recover import compare_ends
+
+    ends = compare_ends(home, resumed, reference)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.encode(ends) + b"\n")
+    elif not quiet:
+        from trainguard.render.answer import ends_lines
+
+        click.echo("\n".join(ends_lines(ends)))
+    return ends.exit_status

@@ -1,0 +1,383 @@
+"""What it cost: device-hours and money as low, likely and high, every figure with the rows it comes from.
+
+    report = assess(home, prices=read_prices(Path("prices.toml")))
+    report.hours.likely, report.rows, report.money
+
+Rows come from the log alone: which run was bad from which step, how long each rank went on after that, what descended
+from it. People's time and invoices are claims with an author, listed apart and never mixed into what was measured.
+Statements from outside ("8,000 GPUs") are set beside the largest number the log shows.
+
+    low      from the first violated finding to the last, proved runs only
+    likely   from the first violated finding to the end of the run, and all of every run made from it
+    high     all of every tainted run, suspect runs included
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from trainguard.archive import LogLeaves, RunReader
+from trainguard.errors import Misuse, Unavailable, VerificationError
+from trainguard.finding import Finding
+from trainguard.home import Home
+from trainguard.incident.graph import RANK
+from trainguard.incident.lineage import Lineage, read_lineage, run_key
+
+SCHEMA = "trainguard/damage/v1"
+LIMIT_BYTES = 1 << 20
+NS_PER_HOUR = 3_600_000_000_000
+
+Answer = Literal["supported", "not supported", "unknown"]
+
+
+class Range(msgspec.Struct, frozen=True, kw_only=True):
+    """Low, likely and high of one quantity."""
+
+    low: float = 0.0
+    likely: float = 0.0
+    high: float = 0.0
+
+    def plus(self, other: Range) -> Range:
+        """Sum of both; ranges add end to end, which is the widest they can be."""
+        return Range(low=self.low + other.low, likely=self.likely + other.likely, high=self.high + other.high)
+
+    def times(self, price: Range) -> Range:
+        """Each end at the price of the same end."""
+        return Range(low=self.low * price.low, likely=self.likely * price.likely, high=self.high * price.high)
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an hour of one device costs, and how that is known."""
+
+    device: str
+    currency: str
+    low: float
+    likely: float
+    high: float
+    basis: Literal["internal transfer", "contract", "list", "posted median"]
+    date: str
+    """Day the price is of, YYYY-MM-DD."""
+    source: str = ""
+
+    @property
+    def range(self) -> Range:
+        return Range(low=self.low, likely=self.likely, high=self.high)
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A cost that somebody states: people's time, an invoice. Not measured."""
+
+    by: str
+    """Role of who states it."""
+    what: str
+    currency: str
+    amount: float
+    date: str
+
+
+class Outside(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A statement from outside."""
+
+    text: str
+    quantity: Literal["devices", "device-hours", "money", "runs"]
+    value: float
+    currency: str = ""
+
+
+class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A prices file (TOML): tables `price`, `claim` and `outside`."""
+
+    price: tuple[Price, ...] = ()
+    claim: tuple[Claim, ...] = ()
+    outside: tuple[Outside, ...] = ()
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One stretch of one rank's time."""
+
+    kind: Literal["tainted", "suspect", "descendant"]
+    run: str
+    rank: int | None
+    process: int
+    from_step: int | None
+    to_step: int | None
+    hours: Range
+    """Device-hours."""
+    why: str
+    leaf: int | None = None
+    """Log leaf of the finding or of the run's first statement."""
+
+
+class Beside(msgspec.Struct, frozen=True, kw_only=True):
+    """An outside statement and what the log shows."""
+
+    text: str
+    stated: float
+    log_shows: Range
+    answer: Answer
+    why: str
+
+
+class Damage(msgspec.Struct, frozen=True, kw_only=True):
+    """See the module."""
+
+    schema: str = SCHEMA
+    hours: Range
+    rows: tuple[Row, ...]
+    devices: int
+    """Most ranks that stepped at once in one affected run."""
+    runs: tuple[str, ...]
+    money: Range | None = None
+    price: Price | None = None
+    claims: tuple[Claim, ...] = ()
+    outside: tuple[Beside, ...] = ()
+    unknown: tuple[str, ...] = ()
+    """Runs whose time is in none of the figures because nobody could tell whether they were affected."""
+
+
+NO_PRICES = Prices()
+
+
+def read_prices(path: Path) -> Prices:
+    """The prices in `path`. Raises Unavailable or Misuse, naming the field."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Unavailable(f"{path}: prices cannot be read: {error.strerror}") from error
+    if len(data) > LIMIT_BYTES:
+        raise Misuse(f"{path}: expected prices of at most {LIMIT_BYTES} bytes, found {len(data)}")
+    try:
+        prices = msgspec.convert(tomllib.loads(data.decode()), Prices)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise Misuse(f"{path}: not a prices file: {error}", next_step="see docs/damage.md for an example") from None
+    for price in prices.price:
+        if not 0 <= price.low <= price.likely <= price.high:
+            raise Misuse(f"{path}: price of {price.device}: expected 0 <= low <= likely <= high")
+    return prices
+
+
+def choose_price(prices: Prices, device: str | None) -> Price | None:
+    """The price of `device`, or the only one there is. Raises Misuse for a device without a price."""
+    if device is None:
+        return prices.price[0] if len(prices.price) == 1 else None
+    for price in prices.price:
+        if price.device == device:
+            return price
+    known = ", ".join(price.device for price in prices.price) or "none"
+    raise Misuse(f"device {device!r}: no price for it; there are prices for: {known}")
+
+
+def assess(
+    home: Home, *, prices: Prices = NO_PRICES, device: str | None = None, runs: Sequence[str] | None = None
+) -> Damage:
+    """The damage over all runs of the log, or over `runs` and what was made from them.
+
+    Raises as `read_lineage` does.
+    """
+    lineage = read_lineage(home)
+    leaves = LogLeaves(home)
+    rows: list[Row] = []
+    unknown: list[str] = []
+    for run in _chosen(lineage, runs):
+        found = list(_rows(home, leaves, lineage, run))
+        rows.extend(found)
+        if lineage.standing_of(run_key(run)).word == "UNKNOWN":
+            unknown.append(run)
+    hours = total(rows)
+    affected = tuple(dict.fromkeys(row.run for row in rows))
+    devices = max((len({row.process for row in rows if row.run == run}) for run in affected), default=0)
+    price = choose_price(prices, device)
+    money = hours.times(price.range) if price is not None else None
+    shown = {"devices": Range(low=devices, likely=devices, high=devices), "device-hours": hours}
+    shown["runs"] = Range(low=len(affected), likely=len(affected), high=len(affected))
+    return Damage(
+        hours=hours,
+        rows=tuple(rows),
+        devices=devices,
+        runs=affected,
+        money=money,
+        price=price,
+        claims=prices.claim,
+        outside=tuple(_beside(each, shown, money, price, complete=not unknown) for each in prices.outside),
+        unknown=tuple(unknown),
+    )
+
+
+def _chosen(lineage: Lineage, runs: Sequence[str] | None) -> Iterator[str]:
+    if runs is None:
+        yield from lineage.verdicts
+        return
+    wanted = dict.fromkeys(runs)
+    for run in runs:
+        for key in lineage.graph.descendants(f"start:{run}"):
+            node = lineage.graph.nodes.get(key)
+            if node is not None and node.run is not None:
+                wanted.setdefault(node.run)
+    yield from (run for run in lineage.verdicts if run in wanted)
+
+
+def _rows(home: Home, leaves: LogLeaves, lineage: Lineage, run: str) -> Iterator[Row]:
+    """One row for each process that stepped, where the run or what it was made from is tainted or suspect."""
+    verdict, standing = lineage.verdicts[run], lineage.standing_of(run_key(run))
+    if RANK[standing.word] < RANK["SUSPECT"]:
+        return
+    own = [finding for finding in verdict.findings if finding.outcome == "violated"]
+    inherited = len(standing.because) > 1 or not own
+    begin = leaves.runs[run].get("leaf")
+    for span in _spans(home, leaves, run):
+        if standing.word == "SUSPECT":
+            hours = Range(high=span.hours_from(None))
+            yield span.row("suspect", hours, "suspect: cause open", begin)
+        elif inherited:
+            hours = Range(likely=span.hours_from(None), high=span.hours_from(None))
+            yield span.row("descendant", hours, lineage.reasons(standing)[0], begin)
+        else:
+            yield _tainted(span, own)
+
+
+def _tainted(span: _Span, own: Sequence[Finding]) -> Row:
+    steps = sorted(f.subject.step for f in own if f.subject.step is not None)
+    throughout = len(steps) < len(own)
+    first = None if throughout else steps[0]
+    last = None if throughout else steps[-1]
+    worst = own[0]
+    hours = Range(
+        low=span.hours_between(first, last), likely=span.hours_from(first), high=max(span.hours_from(None), 0.0)
+    )
+    leaf = worst.evidence[0].leaf if worst.evidence else None
+    return span.row("tainted", hours, f"{worst.check}: {worst.message}", leaf, first)
+
+
+class _Span:
+    """When one process took which step, from the supervisor's clock."""
+
+    def __init__(self, run: str, process: int, rank: int | None) -> None:
+        self.run, self.process, self.rank = run, process, rank
+        self.times: list[tuple[int, int]] = []
+        """(step, time in ns), in order."""
+        self.began = self.ended = 0
+
+    def hours_from(self, step: int | None) -> float:
+        """Device-hours from the beginning of `step` to the end of the process; all of it for None."""
+        return max(0, self.ended - self._at(step)) / NS_PER_HOUR
+
+    def hours_between(self, first: int | None, last: int | None) -> float:
+        """Device-hours from the beginning of step `first` to the end of step `last`; all of it for None."""
+        if first is None or last is None:
+            return self.hours_from(None)
+        end = next((at for step, at in self.times if step >= last), self.ended)
+        return max(0, end - self._at(first)) / NS_PER_HOUR
+
+    def row(
+        self,
+        kind: Literal["tainted", "suspect", "descendant"],
+        hours: Range,
+        why: str,
+        leaf: object,
+        step: int | None = None,
+    ) -> Row:
+        last = self.times[-1][0] if self.times else None
+        return Row(
+            kind=kind,
+            run=self.run,
+            rank=self.rank,
+            process=self.process,
+            from_step=step if step is not None else 1,
+            to_step=last,
+            hours=hours,
+            why=why,
+            leaf=leaf if isinstance(leaf, int) else None,
+        )
+
+    def _at(self, step: int | None) -> int:
+        """When `step` began: the end of the one before it."""
+        if step is None:
+            return self.began
+        before = [at for number, at in self.times if number < step]
+        return before[-1] if before else self.began
+
+
+def _spans(home: Home, leaves: LogLeaves, run: str) -> list[_Span]:
+    """The processes of a run that stepped. A process occupies its device from hello to end."""
+    spans: dict[int, _Span] = {}
+    began: dict[int, int] = {}
+    last = 0
+    try:
+        for record in RunReader(home, run, leaves=leaves).records():
+            last = record.at
+            if record.process is None:
+                continue
+            if record.kind == "process":
+                began[record.process] = record.at
+            elif record.kind in ("step", "steps") and record.step is not None:
+                span = spans.setdefault(record.process, _Span(run, record.process, record.rank))
+                span.times.append((record.step, record.at))
+            elif record.kind == "exit" and record.process in spans:
+                spans[record.process].ended = record.at
+    except VerificationError:
+        pass  # the verdict says so: check `log`; what is proved is counted
+    for number, span in spans.items():
+        span.began = began.get(number, span.times[0][1])
+        span.ended = span.ended or last
+    return list(spans.values())
+
+
+def _beside(
+    said: Outside, shown: dict[str, Range], money: Range | None, price: Price | None, *, complete: bool
+) -> Beside:
+    if said.quantity == "money":
+        if money is None or price is None or price.currency != said.currency:
+            return _answered(said, Range(), "unknown", "no price in that currency was given")
+        log_shows = money
+    else:
+        log_shows = shown[said.quantity]
+    if log_shows.low <= said.value <= log_shows.high:
+        return _answered(said, log_shows, "supported", "within what the log shows")
+    if said.value < log_shows.low:
+        return _answered(said, log_shows, "not supported", "the log shows more")
+    if not complete:
+        return _answered(
+            said, log_shows, "unknown", "the log shows less, but runs that nobody could judge are left out"
+        )
+    return _answered(said, log_shows, "not supported", "the log shows less, and no run in it is left out")
+
+
+def _answered(said: Outside, log_shows: Range, answer: Answer, why: str) -> Beside:
+    return Beside(text=said.text, stated=said.value, log_shows=log_shows, answer=answer, why=why)
+
+
+class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fleet loses while nobody notices."""
+
+    devices: int
+    per_minute: Range
+    per_hour: Range
+    per_day: Range
+    price: Price
+
+
+def what_if(devices: int, price: Price) -> WhatIf:
+    """Money that `devices` cost per minute, hour and day of delay. Raises Misuse for a number that is no fleet."""
+    if not 0 < devices <= 10_000_000:
+        raise Misuse(f"--what-if: expected 1 to 10,000,000 devices, found {devices}")
+    hour = Range(low=devices, likely=devices, high=devices).times(price.range)
+    return WhatIf(
+        devices=devices, per_minute=_scaled(hour, 1 / 60), per_hour=hour, per_day=_scaled(hour, 24), price=price
+    )
+
+
+def _scaled(value: Range, factor: float) -> Range:
+    return Range(low=value.low * factor, likely=value.likely * factor, high=value.high * factor)
+
+
+def total(rows: Iterable[Row]) -> Range:
+    """Sum of the rows' hours."""
+    hours = Range()
+    for row in rows:
+        hours = hours.plus(row.hours)
+    return hours
