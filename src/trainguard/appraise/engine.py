@@ -23,6 +23,7 @@ from trainguard.appraise.modules import Modules
 from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.processes import Processes
 from trainguard.appraise.rng import Rng
+from trainguard.appraise.saves import Saves
 from trainguard.appraise.seals import Seals
 from trainguard.appraise.surface import Surface
 from trainguard.appraise.verdict import Verdict, decide
@@ -39,6 +40,7 @@ CHECKS: tuple[type[Check], ...] = (
     Code,
     Inputs,
     Loads,
+    Saves,
     Rng,
     Gradients,
     Hyperparameters,

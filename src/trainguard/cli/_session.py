@@ -40,6 +40,7 @@ from trainguard.measure.caches import compiler_caches
 from trainguard.policy import Policy
 from trainguard.scan import vet
 from trainguard.seal.ledger import read_ledger
+from trainguard.seal.prints import read_prints
 from trainguard.seal.verify import verify_seal
 from trainguard.seal.write import seal_path
 from trainguard.watch.outputs import is_model_file
@@ -185,6 +186,7 @@ class Session:
             heartbeat_seconds=policy.heartbeat_seconds,
             segment_seconds=policy.segment_seconds,
         )
+        sealer.key = settings.key
         with blocked_signals() as mask:
             judge.start()
             sealer.start()
@@ -207,6 +209,8 @@ class _Sealer:
         self._add = add
         self._caches = compiler_caches(os.environ)
         """Compilers keep pickles there that are no checkpoints; who could have written them is measured (A8)."""
+        self.key: str | None = None
+        """The run's secret, by which storages are sampled; None samples nothing."""
         self._ours: set[str] = set()
         """Paths saved by this run; reading those back needs no verifying, the seal was just made from them."""
         self._queue: queue.Queue[tuple[Callable[[Path, int | None], None], Path, int | None] | None] = queue.Queue()
@@ -248,7 +252,10 @@ class _Sealer:
     def _seal(self, path: Path, step: int | None) -> None:
         report = seal_path(self._home, path, run=self._run, step=step, lock=self._lock, log=self._log, source="run")
         findings = msgspec.to_builtins(report.findings)
-        self._add("seal", {"path": str(path), "leaf": report.leaf, "findings": findings}, step=step)
+        prints = read_prints(path, self.key) if self.key is not None else None
+        blob = self._home.store_blob(prints.encode()) if prints is not None else None
+        body = {"path": str(path), "leaf": report.leaf, "findings": findings, "prints": blob}
+        self._add("seal", body, step=step)
 
     def _verify(self, path: Path, step: int | None) -> None:
         """Look at a model file the job opened: is it code (E1), and is it what our log has a seal of?"""

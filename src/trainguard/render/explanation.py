@@ -39,6 +39,7 @@ ASKS: dict[str, str] = {
     "deferred": "Is code that runs later (threads, timers, signal handlers) known code?",
     "rng.numpy": "Do the streams of numpy and python go on without repeating?",
     "seals": "Was what the job saved sealed, and is what it opened what was sealed?",
+    "saves": "Do saved files hold what torch.save was given?",
     "scale": "Does the same code do the same as rank 0 of a big job?",
     "replicas": "Do ranks that hold the same weights hold the same values?",
     "stalls": "Is the time between steps explained by the work, not by sleeps?",

@@ -115,7 +115,7 @@ def _safetensors(descriptor: int, size: int, head: bytes) -> Layout:
 
 
 def _torch_zip(descriptor: int, size: int) -> Layout:
-    records = _records(descriptor, size)
+    records = torch_records(descriptor, size)
     named = _by_pickle(descriptor, records) or _by_record(records)
     covered = sum(r.end - r.start for r in named.ranges)
     return named if covered <= OVERLAP_LIMIT * size else _by_record(records)
@@ -166,7 +166,7 @@ def _grouped(values: dict[str, str]) -> dict[str, str]:
     return {f"{name}{VALUES}": _short(text.encode("utf-8", "replace")) for name, text in values.items()}
 
 
-def _records(descriptor: int, size: int) -> dict[str, tuple[int, int]]:
+def torch_records(descriptor: int, size: int) -> dict[str, tuple[int, int]]:
     """Name → [start, end) of each record's stored bytes, from the central directory (APPNOTE 6.3.10, 4.3)."""
     count, directory_size, directory_at = _end_of_directory(descriptor, size)
     if directory_size > DIRECTORY_LIMIT_BYTES or count > RANGE_LIMIT:

@@ -19,10 +19,11 @@ import atexit
 import os
 import stat
 import sys
+import threading
 import time
 from typing import Any, Dict, List, Optional, Set, Tuple
 
-from . import audit, code
+from . import audit, code, saves
 from .client import Client
 
 HASH_LIMIT_BYTES = 64 << 20
@@ -312,6 +313,7 @@ class InputsLink:
     def __init__(self, client: Client) -> None:
         self.client = client
         note_saved(sys.modules["torch"])
+        saves.install(client, sys.modules["torch"])
 
     def still(self, track: Any, optimizer: Any, still: Any) -> bool:
         """No module is new and nothing waits to be reported."""
@@ -328,6 +330,10 @@ class InputsLink:
 
     def before(self, step: Any) -> None:
         """The update of `step` begins."""
+        saved = saves.current()
+        if saved is not None:
+            saved.steppers.add(threading.get_ident())
+            saved.flush(between=True)
         loaded = code.current()
         if loaded is not None:
             loaded.step = step.number

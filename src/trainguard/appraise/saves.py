@@ -1,0 +1,281 @@
+"""Check *saves*: what lies in a saved file is what `torch.save` was given (E9).
+
+Two independent digests of the same storages: the process takes one before anything is written (frame `save`), the
+supervisor another when it seals the file (record `seal`, its `prints`). Which save a file holds is told by path, by
+renaming, and else by content. A file is only judged once its process has said that it told of every save up to a time
+after the file was written (`told_ns`). So a save that was never told of cannot make an honest file look altered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from trainguard.appraise.interface import Context, finding_from
+from trainguard.errors import TrainguardError
+from trainguard.evidence import Evidence
+from trainguard.finding import Finding, LinkState
+from trainguard.seal.prints import Prints, parse_prints
+
+SLACK_NS = 1_000_000_000
+"""File systems keep times coarser than the clock: on some, a second."""
+BUFFER_NS = 60_000_000_000
+"""A save into memory is taken to be what a file holds that was written within a minute."""
+SHOWN_LIMIT = 20
+SAVES_LIMIT = 10_000
+
+Storage = tuple[int, str, str | None]
+"""(bytes, digest of samples, digest of all)"""
+
+
+@dataclass(slots=True)
+class _Save:
+    """One `torch.save` of one process, as it told of it."""
+
+    process: int
+    path: str | None
+    began_ns: int
+    ended_ns: int
+    sure: bool
+    record: Evidence
+    storages: dict[str, Storage] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    """Storage → the weight whose own memory it is."""
+    left: dict[str, Storage] = field(default_factory=dict)
+    """Weights whose own memory was not given to be saved, where that of most was."""
+
+    @property
+    def layout(self) -> dict[str, int]:
+        return {name: storage[0] for name, storage in self.storages.items()}
+
+
+@dataclass(slots=True)
+class _Version:
+    """One file as it was sealed."""
+
+    path: str
+    prints: Prints
+    record: Evidence
+    storages: dict[str, Storage]
+
+
+class Saves:
+    """See the module."""
+
+    name = "saves"
+
+    def __init__(self, context: Context) -> None:
+        self._run = context.run
+        self._policy = context.policy
+        self._blob = context.blob
+        self._saves: dict[tuple[int, int], _Save] = {}
+        self._waiting: list[_Version] = []
+        self._told: dict[int, int] = {}
+        """Process → time (ns) up to which it has told of its saves."""
+        self._held = 0
+        self._broken = 0
+        self._blind: dict[str, None] = {}
+
+    def see(self, evidence: Evidence) -> Iterator[Finding]:
+        if evidence.kind == "save" and evidence.source == "process":
+            self._saved(evidence)
+        elif evidence.kind == "seal" and evidence.source == "supervisor":
+            self._sealed(evidence)
+        else:
+            return
+        if self._waiting:
+            yield from self._judge_waiting()
+
+    def end(self) -> Iterator[Finding | LinkState]:
+        yield from self._judge_waiting()
+        for version in self._waiting:
+            why = (
+                "no process told of saving it"
+                if self._save_of(version) is None
+                else "its process did not tell to the end"
+            )
+            self._blind[f"{version.path}: {why}"] = None
+        reasons = list(self._blind)
+        more = len(reasons) - SHOWN_LIMIT
+        yield LinkState(
+            link=self.name,
+            held=self._held,
+            broken=self._broken,
+            blind=(*reasons[:SHOWN_LIMIT], *([f"and {more} more"] if more > 0 else [])),
+            required=False,  # a run that saves nothing, or not through torch.save, has nothing to compare
+        )
+
+    # -- records --------------------------------------------------------------------------------------------------
+
+    def _saved(self, evidence: Evidence) -> None:
+        body, process = evidence.body, evidence.process
+        number, path, rows = body.get("save"), body.get("path"), body.get("storages")
+        told = body.get("told_ns")
+        if type(told) is int and process is not None:
+            self._told[process] = told
+        if type(number) is not int or process is None or len(self._saves) >= SAVES_LIMIT:
+            return
+        known = self._saves.get((process, number))
+        renamed = body.get("renamed")
+        if isinstance(renamed, str) and known is not None:
+            known.path = renamed
+            return
+        left = body.get("left")
+        if isinstance(left, list) and known is not None:
+            known.left.update(_storages(left))
+            return
+        began, ended = body.get("began_ns"), body.get("ended_ns")
+        if not isinstance(rows, list) or type(began) is not int or type(ended) is not int:
+            return
+        if known is None:
+            known = self._saves[process, number] = _Save(
+                process, path if isinstance(path, str) else None, began, ended, True, evidence
+            )
+        known.ended_ns = ended
+        known.sure = known.sure and body.get("sure") is True
+        known.storages.update(_storages(rows))
+        for row in rows:
+            if isinstance(row, list) and len(row) == 5 and isinstance(row[0], str) and isinstance(row[4], str):
+                known.weights[row[0]] = row[4]
+
+    def _sealed(self, evidence: Evidence) -> None:
+        path, blob = evidence.body.get("path"), evidence.body.get("prints")
+        if not isinstance(path, str) or not isinstance(blob, str):
+            return
+        try:
+            prints = parse_prints(self._blob(blob))
+        except TrainguardError as error:
+            self._blind[f"{path}: its digests cannot be read: {error}"] = None
+            return
+        storages = {name: (size, sampled, whole) for name, size, sampled, whole, _ in prints.storages}
+        self._waiting.append(_Version(path, prints, evidence, storages))
+
+    # -- judging --------------------------------------------------------------------------------------------------
+
+    def _judge_waiting(self) -> Iterator[Finding]:
+        waiting, self._waiting = self._waiting, []
+        for version in waiting:
+            same = next((save for save in reversed(self._saves.values()) if _agree(save, version)), None)
+            save = same or self._save_of(version)
+            if save is None or self._told.get(save.process, 0) <= version.prints.mtime_ns + SLACK_NS:
+                self._waiting.append(version)
+            elif same is not None:
+                yield from self._replaced(version, same)
+            else:
+                yield from self._differ(version, save)
+
+    def _save_of(self, version: _Version) -> _Save | None:
+        """The save that made the file: the last to its path before it was written, else the last like it in memory."""
+        before = [s for s in self._saves.values() if s.began_ns <= version.prints.mtime_ns + SLACK_NS and s.storages]
+        named = [save for save in before if save.path == version.path]
+        if named:
+            return max(named, key=lambda save: save.began_ns)
+        layout = {name: storage[0] for name, storage in version.storages.items()}
+        recent = version.prints.mtime_ns - BUFFER_NS
+        unnamed = [save for save in before if save.path is None and save.began_ns >= recent and save.layout == layout]
+        return max(unnamed, key=lambda save: save.began_ns, default=None)
+
+    def _replaced(self, version: _Version, save: _Save) -> Iterator[Finding]:
+        """The file holds what torch.save was given. Were all of these the weights, where most were?"""
+        tensors = {name: record for record, _, _, _, names in version.prints.storages for name in names.split(", ")}
+        own = {names: save.weights[record] for names, record in tensors.items() if record in save.weights}
+        prefixes = {
+            tensor.removesuffix(weight) for tensor, weight in own.items() if f".{tensor}".endswith(f".{weight}")
+        }
+        others = [
+            prefix + weight
+            for prefix in sorted(prefixes)
+            for weight, storage in save.left.items()
+            if (record := tensors.get(prefix + weight)) is not None
+            and version.storages[record][0] == storage[0]
+            and not _equal(storage, version.storages[record])
+        ]
+        if not others or self._policy.approves(self.name, version.path):
+            self._held += 1
+            return
+        self._broken += 1
+        yield finding_from(
+            self.name,
+            "suspicious",
+            f"{version.path} holds other values for {_listed(others)} than the weights had, and the weights themselves"
+            f" for {len(own)} others; or the script replaces them on purpose",
+            save.record,
+            version.record,
+            run=self._run,
+            techniques=("E9",),
+            tensor=others[0],
+            path=version.path,
+            step=save.record.step,
+        )
+
+    def _differ(self, version: _Version, save: _Save) -> Iterator[Finding]:
+        writers = {other.process for other in self._saves.values() if other.path == version.path}
+        if len(writers) > 1:
+            self._blind[f"{version.path}: {len(writers)} processes saved to it"] = None
+            return
+        if self._policy.approves(self.name, version.path):
+            self._blind[f"{version.path}: differs from what was saved, which the policy approves"] = None
+            return
+        self._broken += 1
+        same_shape = save.layout == {
+            name: version.storages[name][0] for name in save.storages if name in version.storages
+        }
+        certain = same_shape and save.sure and save.path is not None
+        names = {name: tensors for name, _, _, _, tensors in version.prints.storages}
+        changed = [name for name, storage in save.storages.items() if not _equal(storage, version.storages.get(name))]
+        tensors = [names.get(name) or f"data/{name}" for name in changed]
+        step = save.record.step if save.record.step is not None else version.record.step
+        why = "" if certain else _alternatives(save, same_shape)
+        yield finding_from(
+            self.name,
+            "violated" if certain else "suspicious",
+            f"{version.path} does not hold what torch.save was given: {_listed(tensors)} differ{why}",
+            save.record,
+            version.record,
+            run=self._run,
+            techniques=("E9",),
+            tensor=tensors[0] if tensors else None,
+            path=version.path,
+            step=step,
+            expected=f"{len(save.storages)} storages as they were in memory",
+            found=f"{len(changed)} of them otherwise in the file",
+        )
+
+
+def _alternatives(save: _Save, same_shape: bool) -> str:
+    if save.path is None:
+        return "; or the file was written from another buffer"
+    if not same_shape:
+        return "; or another program wrote the file"
+    return "; or they changed while they were written, by another thread, process or device"
+
+
+def _agree(save: _Save, version: _Version) -> bool:
+    """Whether the file holds every storage of the save as it was in memory."""
+    return bool(save.storages) and all(
+        _equal(storage, version.storages.get(name)) for name, storage in save.storages.items()
+    )
+
+
+def _equal(memory: Storage, file: Storage | None) -> bool:
+    if file is None or memory[:2] != file[:2]:
+        return False
+    return memory[2] is None or file[2] is None or memory[2] == file[2]
+
+
+def _storages(rows: Iterable[object]) -> dict[str, Storage]:
+    """Rows of a frame that are as specified."""
+    found: dict[str, Storage] = {}
+    for row in rows:
+        if not isinstance(row, list) or len(row) not in (4, 5):
+            continue
+        name, size, sampled, whole = row[:4]
+        fits = isinstance(name, str) and type(size) is int and isinstance(sampled, str)
+        if fits and (whole is None or isinstance(whole, str)):
+            found[name] = (size, sampled, whole)
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,63 @@
+"""E9: the save path writes other weights than memory holds. Two independent digests of the same storages disagree."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from tests.helpers.guarded import run
+
+TRAIN = """
+import os, sys, torch
+torch.manual_seed(0); torch.set_num_threads(1)
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+real = torch.save
+
+def altered_file(value, path):
+    real(value, path)
+    with open(path, "r+b") as file:
+        data = bytearray(file.read())
+        weight = value["model"]["layers.2.weight"].numpy()
+        at = data.index(weight.tobytes())
+        data[at : at + weight.nbytes] = (weight * 1.01).tobytes()
+        file.seek(0); file.write(data)
+
+def altered_value(value, path):
+    model = dict(value["model"])
+    model["layers.2.weight"] = model["layers.2.weight"] * 1.01
+    real({**value, "model": model}, path)
+
+save = {"honest": real, "file": altered_file, "value": altered_value}[sys.argv[1]]
+model = Model()
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+for step in range(6):
+    optimizer.zero_grad(); model(torch.randn(3, 8)).pow(2).mean().backward(); optimizer.step()
+    if step % 2:
+        save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "tmp.pt")
+        os.replace("tmp.pt", f"step-{step}.pt")
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["honest", "file", "value"])
+def test_a_layer_scaled_on_its_way_to_the_file_is_named(tmp_path: Path, how: str) -> None:
+    """Keys, sizes and finiteness as they were. The seal of the same file holds: it is what was written."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    done = run(tmp_path, sys.executable, "train.py", how)
+    assert done.status == (0 if how == "honest" else done.status)
+    found = {(f["outcome"], f["techniques"][0], f["subject"]["tensor"]) for f in done.by("saves")}
+    outcome = {"file": "violated", "value": "suspicious"}.get(how)
+    assert found == ({(outcome, "E9", "model.layers.2.weight")} if outcome else set())
+    assert done.link("saves")["held"] + done.link("saves")["broken"] == 3, done.stderr
+    assert done.link("seals")["broken"] == 0
