@@ -22,6 +22,7 @@ from trainguard.appraise.loads import Loads
 from trainguard.appraise.modules import Modules
 from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.processes import Processes
+from trainguard.appraise.replicas import Replicas
 from trainguard.appraise.rng import Rng
 from trainguard.appraise.saves import Saves
 from trainguard.appraise.seals import Seals
@@ -46,6 +47,7 @@ CHECKS: tuple[type[Check], ...] = (
     Hyperparameters,
     Optimizer,
     Weights,
+    Replicas,
     Modules,
     Hooks,
     Dispatch,

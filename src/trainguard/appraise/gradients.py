@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainguard.appraise.interface import Context, finding_from
+from trainguard.appraise.ranks import Ranks
+from trainguard.appraise.reduction import one_tensor, way_of
 from trainguard.appraise.steps import Sample, Tensor, number, parse_sample
 from trainguard.appraise.updates import PRECISION
 from trainguard.errors import MalformedEvidence
@@ -40,6 +42,8 @@ LOST_STEPS = 5
 PENDING_LIMIT = 256
 
 Key = tuple[int | None, int]
+Place = tuple[str, int, tuple[int, int, int]]
+"""Name and size of a tensor, and where it was sampled: shards of different tensors never meet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +105,13 @@ class Gradients:
         self._explained: set[str] = set()
         self._said: set[str] = set()
         self._given: Counter[tuple[int | None, str]] = Counter()
-        self._pending: dict[tuple[int, int], dict[int, _Waiting]] = {}
-        self._order: deque[tuple[int, int]] = deque()
+        self._ranks = Ranks()
+        self._pending: dict[tuple[int, int, int], dict[int, _Waiting]] = {}
+        self._order: deque[tuple[int, int, int]] = deque()
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         """Judge one checked step; where ranks reduce, once all of them have reported it."""
+        self._ranks.see(evidence)
         value, other = evidence.body.get(self.name), evidence.body.get("optimizer")
         if evidence.kind != "step" or value is None:
             return
@@ -114,7 +120,7 @@ class Gradients:
             sample = parse_sample(other) if other is not None else None
             opt, index = _int(evidence, "opt"), _int(evidence, "index")
             habits = self._habits.setdefault((evidence.process, opt), Habits())
-            found = list(self._step(evidence, value, sample, habits, (opt, index)))
+            found = list(self._step(evidence, value, sample, habits, (self._ranks.attempt(evidence), opt, index)))
         except MalformedEvidence as error:
             self._broken += 1
             found = [self._finding(evidence, "suspicious", ("G2",), f"malformed record: {error}")]
@@ -139,7 +145,12 @@ class Gradients:
     # -- one step ---------------------------------------------------------------------------------------------
 
     def _step(
-        self, evidence: Evidence, value: dict[str, object], sample: Sample | None, habits: Habits, key: tuple[int, int]
+        self,
+        evidence: Evidence,
+        value: dict[str, object],
+        sample: Sample | None,
+        habits: Habits,
+        key: tuple[int, int, int],
     ) -> Iterator[Finding]:
         if sample is None or value.get("armed") is not True:
             return
@@ -159,7 +170,7 @@ class Gradients:
         yield from self._judge(evidence, value, habits, relation)
 
     def _across(
-        self, evidence: Evidence, value: dict[str, object], sample: Sample, key: tuple[int, int]
+        self, evidence: Evidence, value: dict[str, object], sample: Sample, key: tuple[int, int, int]
     ) -> Iterator[Finding]:
         """Keep the step until every rank has reported it, then compare with the mean over ranks."""
         world = _world(value)
@@ -181,16 +192,33 @@ class Gradients:
             self._blind["reduced over ranks, and the ranks sampled different places"] += len(ranks)
             return
         for each in ranks:
-            pairs = [(t, means[t.position, t.at]) for t in each.sample.tensors if (t.position, t.at) in means]
+            pairs = [(t, means[t.name, t.numel, t.at]) for t in each.sample.tensors if (t.name, t.numel, t.at) in means]
             relation = relate(pairs)
             opt = _int(each.evidence, "opt")
             habits = self._habits.setdefault((each.evidence.process, opt), Habits())
             value = each.evidence.body.get(self.name)
-            if relation.kind == "other":
-                culprit = odd_rank(ranks)
-                if culprit is not None:
-                    relation = Relation("other", tensor=relation.tensor, note=f"; rank {culprit}'s share was turned")
+            if relation.kind in ("other", "per_tensor"):
+                explained = self._by_reduction(ranks, relation)
+                if explained is None:
+                    continue
+                relation = explained
             yield from self._judge(each.evidence, value if isinstance(value, dict) else {}, habits, relation)
+
+    def _by_reduction(self, ranks: list[_Waiting], relation: Relation) -> Relation | None:
+        """The relation after a mean in low precision; None where the ranks' shares say it all (check *replicas*)."""
+        names = [{(t.name, t.numel, t.at): t for t in each.sample.tensors if t.local and t.grad} for each in ranks]
+        common = [key for key in names[0] if all(key in each for each in names)]
+        locals_ = [[each[key].local or [] for key in common] for each in names]
+        used = [[each[key].grad or [] for key in common] for each in names]
+        way, found = way_of(locals_, used)
+        if way == "rounded":
+            exact = _close(found.factor, 1.0, 4 * found.roundoff)
+            return Relation("same") if exact else Relation("factor", found.factor)
+        shared = way == "shares" or (way == "unlike" and one_tensor(locals_, used[0]) is not None)
+        if shared and all(each == used[0] for each in used):
+            self._blind["how the ranks' gradients were reduced is for check replicas"] += 1
+            return None
+        return relation
 
     def _judge(
         self, evidence: Evidence, value: dict[str, object], habits: Habits, relation: Relation
@@ -435,39 +463,16 @@ def relate(pairs: list[tuple[Tensor, list[float]]]) -> Relation:
     return Relation("per_tensor", factors[odd], tuple(factors), tensor=kept[odd][0].name)
 
 
-def mean_over_ranks(samples: list[Sample]) -> dict[tuple[int, tuple[int, int, int]], list[float]]:
-    """Position of a tensor, and place in it → mean of the ranks' local gradients, where all sampled the same places."""
-    places = [{(t.position, t.at): t.local for t in s.tensors if t.local is not None} for s in samples]
-    means: dict[tuple[int, tuple[int, int, int]], list[float]] = {}
+def mean_over_ranks(samples: list[Sample]) -> dict[Place, list[float]]:
+    """Name and size of a tensor, and place in it → mean of the ranks' local gradients, where all sampled the same."""
+    places = [{(t.name, t.numel, t.at): t.local for t in s.tensors if t.local is not None} for s in samples]
+    means: dict[Place, list[float]] = {}
     for key, first in places[0].items():
         others = [place.get(key) for place in places]
         if any(other is None or len(other) != len(first) for other in others):
             continue
         means[key] = [math.fsum(values) / len(values) for values in zip(*(o or [] for o in others), strict=True)]
     return means
-
-
-def odd_rank(ranks: list[_Waiting]) -> int | None:
-    """The one rank whose local gradients, sign turned, make the mean come out right; None when there is not one."""
-    found = []
-    for turned in range(len(ranks)):
-        signs = [-1.0 if i == turned else 1.0 for i in range(len(ranks))]
-        fits = []
-        reference = ranks[0].sample.tensors
-        for tensor in reference:
-            same = (tensor.position, tensor.at)
-            locals_ = [next((t.local for t in w.sample.tensors if (t.position, t.at) == same), None) for w in ranks]
-            if tensor.grad is None or any(v is None for v in locals_):
-                continue
-            mixed = [
-                math.fsum(s * v for s, v in zip(signs, values, strict=True)) / len(ranks)
-                for values in zip(*(v or [] for v in locals_), strict=True)
-            ]
-            if _usable(tensor.grad, mixed):
-                fits.append(_fits(tensor, mixed, tensor.grad, _factor(mixed, tensor.grad)))
-        if fits and all(fits):
-            found.append(ranks[turned].evidence.rank)
-    return found[0] if len(found) == 1 else None
 
 
 def _departure(relation: Relation) -> tuple[tuple[str, ...], str]:

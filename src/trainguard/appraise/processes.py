@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainguard.appraise.interface import Context, finding_from
+from trainguard.appraise.ranks import member_of
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding, LinkState
 
@@ -19,6 +21,10 @@ ISOLATING_FLAGS = frozenset("IES")
 """`python -I`, `-E` and `-S` (also combined, such as `-Is`) keep our boot file from running."""
 
 PARTS_LIMIT = 64
+
+
+MAY_CHANGE = frozenset(("WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+"""Variables that follow from how many ranks and processors an attempt has."""
 
 
 class Processes:
@@ -39,6 +45,7 @@ class Processes:
         self._stopped_at: dict[int, int] = {}
         self._open: dict[int, int | None] = {}
         """Pid of every connected process → its number."""
+        self._restarts = _Restarts()
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         late = self._last is not None and evidence.at - self._last.at > 2 * self._heartbeat_ns
@@ -70,6 +77,8 @@ class Processes:
                     techniques=("G4", "G11"),
                     expected="one connection of one interpreter",
                 )
+        for text, record, expected, found in self._restarts.see(evidence):
+            yield self._finding(record, text, techniques=("F10", "A10"), expected=expected, found=found)
 
     def _see_exit(self, evidence: Evidence) -> Iterator[Finding]:
         if evidence.pid is not None and self._open.get(evidence.pid) == evidence.process:
@@ -95,6 +104,14 @@ class Processes:
             )
             self._blind.append(message)
             yield self._finding(evidence, message, outcome="not_checked", techniques=("G6", "G7"))
+
+    def _see_measurement(self, evidence: Evidence) -> Iterator[Finding]:
+        attempt = evidence.body.get("attempt")
+        self._restarts.measured.add(attempt if isinstance(attempt, int) else 0)
+        yield from ()
+
+    def _see_unmeasured(self, evidence: Evidence) -> Iterator[Finding]:
+        yield from self._see_measurement(evidence)  # said by check environment
 
     def _see_silent(self, evidence: Evidence) -> Iterator[Finding]:
         command = _words(evidence.body.get("cmdline"))
@@ -167,6 +184,10 @@ class Processes:
                 expected="an end record",
                 found=f"record {self._last.n} ({self._last.kind}) is the last",
             )
+        for attempt, record in self._restarts.unmeasured():
+            message = f"the job was started again (attempt {attempt}) and not measured again before it went on"
+            self._blind.append(message)
+            yield self._finding(record, message, outcome="not_checked", techniques=("F10",))
         if not self._greeted and not self._blind:
             self._blind.append("no interpreter of the job reported to the guard")
         yield LinkState(link=self.name, held=self._greeted, broken=self._broken, blind=tuple(self._blind))
@@ -184,6 +205,43 @@ class Processes:
     def _finding(self, evidence: Evidence, message: str, *, outcome: Any = "suspicious", **fields: Any) -> Finding:
         self._broken += outcome != "not_checked"
         return finding_from(self.name, outcome, message, evidence, run=self._run, **fields)
+
+
+@dataclass(slots=True)
+class _Restarts:
+    """Attempts of a job that its launcher started again, from the processes of its ranks."""
+
+    first: dict[int, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    """Rank → the first attempt it was seen in, and its variables then, as the kernel has them."""
+    attempts: dict[int, Evidence] = field(default_factory=dict)
+    """Attempt → the first process of it."""
+    measured: set[int] = field(default_factory=set)
+
+    def see(self, evidence: Evidence) -> Iterator[tuple[str, Evidence, str | None, str | None]]:
+        """What is wrong with the process of a rank: sentence, record, expected, found."""
+        member = member_of(evidence)
+        if member.rank is None:
+            return
+        self.attempts.setdefault(member.attempt, evidence)
+        variables = evidence.body.get("environment")
+        if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
+            return
+        attempt, before = self.first.setdefault(member.rank, (member.attempt, variables))
+        if attempt == member.attempt:
+            return
+        changed = [n for n in sorted({*before, *variables} - MAY_CHANGE) if before.get(n) != variables.get(n)]
+        if not changed:
+            return
+        self.first[member.rank] = (member.attempt, variables)
+        name = changed[0]
+        more = f" and {len(changed) - 1} more variables" if len(changed) > 1 else ""
+        text = f"rank {member.rank} was started again (attempt {member.attempt}) with another {name}{more} than before"
+        yield text, evidence, (before.get(name) or "")[:80] or None, (variables.get(name) or "")[:80] or None
+
+    def unmeasured(self) -> Iterator[tuple[int, Evidence]]:
+        """Attempts that nobody measured, of a run whose first one was."""
+        if 0 in self.measured:
+            yield from ((n, record) for n, record in sorted(self.attempts.items()) if n not in self.measured)
 
 
 def signal_name(number: int) -> str:

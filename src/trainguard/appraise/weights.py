@@ -8,6 +8,7 @@ explained where the policy approves that line; if nothing is named, it is violat
 from __future__ import annotations
 
 import math
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Change:
     of: int
     text: str
     """What the change amounts to, in words."""
+    bit: bool = False
+    """It is one bit of one element of the sample."""
 
     @property
     def tensor(self) -> str:
@@ -50,6 +53,8 @@ class _Open:
     evidence: Evidence
     changes: list[Change]
     tensors: int
+    bit: bool = False
+    """All that changed is one bit of one element."""
     waited: int = 0
 
 
@@ -149,7 +154,8 @@ class Weights:
             text = "the optimizer's state was replaced as a whole between two steps (load_state_dict)"
             yield from self._place(evidence, ["Optimizer.load_state_dict"], text, changes)
             return
-        track.open.append(_Open(evidence, changes, total if isinstance(total, int) else len(changes)))
+        bit = len(changes) == 1 and len(whole) <= 1 and (changes[0].bit or _one_bit_moved(value.get("whole")))
+        track.open.append(_Open(evidence, changes, total if isinstance(total, int) else len(changes), bit))
 
     def _learn(self, value: dict[str, object], track: _Track) -> None:
         for each in _list(value.get("writers"))[:32]:
@@ -198,7 +204,9 @@ class Weights:
     def _violated(self, each: _Open) -> Iterator[Finding]:
         text = f"{_words(each)}, between two steps, by nobody that could be named"
         tensor = each.changes[0].tensor if each.changes else None
-        yield from self._give(each.evidence, "violated", ("E4", "B7"), text, tensor)
+        if each.bit:
+            text += "; it is one bit of one element: faulty memory does this as well as an act"
+        yield from self._give(each.evidence, "suspicious" if each.bit else "violated", ("E4", "B7"), text, tensor)
 
     def _give(
         self,
@@ -253,7 +261,33 @@ def _change(value: object) -> Change:
         raise MalformedEvidence("weights: a change without name, kind and counts")
     if "old" not in entry:
         return Change(name[:512], what[:80], differ, of, "another type")
-    return Change(name[:512], what[:80], differ, of, _amount(parse_blob(entry["old"]), parse_blob(entry.get("new"))))
+    old, new = parse_blob(entry["old"]), parse_blob(entry.get("new"))
+    return Change(name[:512], what[:80], differ, of, _amount(old, new), _one_bit(old, new))
+
+
+def _one_bit(old: list[float], new: list[float]) -> bool:
+    """Whether the values differ in one bit of one of them; narrow types are looked at as the wide one they came in."""
+    pairs = [(a, b) for a, b in zip(old, new, strict=False) if struct.pack("<d", a) != struct.pack("<d", b)]
+    return len(old) == len(new) and len(pairs) == 1 and any(_bits(*pairs[0], kind) == 1 for kind in ("f", "d"))
+
+
+def _bits(one: float, other: float, kind: str) -> int:
+    """Bits that differ between two numbers as float32 (f) or float64 (d); 0 where they are none of that type."""
+    try:
+        a, b = struct.pack(f"<{kind}", one), struct.pack(f"<{kind}", other)
+    except OverflowError:
+        return 0
+    if struct.unpack(f"<{kind}", a)[0] != one and not math.isnan(one):
+        return 0
+    return (int.from_bytes(a, "little") ^ int.from_bytes(b, "little")).bit_count()
+
+
+def _one_bit_moved(value: object) -> bool:
+    """Whether one sum over a whole tensor moved by a power of two, as one flipped bit makes it."""
+    by = _list(_object(value).get("by")) if value is not None else []
+    if len(by) != 1 or not isinstance(by[0], str) or not by[0].lstrip("-").isdigit() or len(by[0]) > 20:
+        return False
+    return abs(int(by[0])).bit_count() == 1
 
 
 def _amount(old: list[float], new: list[float]) -> str:

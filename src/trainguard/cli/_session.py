@@ -25,6 +25,7 @@ from trainguard import __version__
 from trainguard.appraise.engine import Appraiser
 from trainguard.appraise.interface import Context
 from trainguard.appraise.judge import judge_run
+from trainguard.appraise.ranks import member_of
 from trainguard.appraise.verdict import Verdict
 from trainguard.archive import RunWriter
 from trainguard.cli._gate import Gate
@@ -45,6 +46,9 @@ from trainguard.seal.verify import verify_seal
 from trainguard.seal.write import seal_path
 from trainguard.watch.outputs import is_model_file
 from trainguard.watch.supervisor import Ended, Settings, Supervisor, blocked_signals
+
+RESTARTS_LIMIT = 100
+"""Attempts that are measured; a job that starts more often has other troubles."""
 
 SEALING_SECONDS = 600
 """How long the end of a run waits for the last checkpoints to be sealed."""
@@ -103,13 +107,15 @@ class Session:
             judge = _LiveJudge(Context(run=self.run_id, policy=self._policy, blob=self._home.blob), self._notify)
             sealer = _Sealer(self._home, self.run_id, log, lock, recorder.add)
             gate = Gate(self._home, self.run_id, self._policy, recorder.add, sealer.saved)
-            recorder.observers = [judge.feed, sealer.feed]
+            restarts = _Restarts(lambda attempt: self._measure(recorder, lock, attempt))
+            recorder.observers = [judge.feed, sealer.feed, restarts.feed]
             recorder.add("start", start)
             self._measure(recorder, lock)
             try:
                 ended = self._watch_unless_refused(recorder, judge, sealer, gate)
             finally:
                 gate.close()
+                restarts.close()
                 sealer.close()
                 judge.close()
                 writer.seal(final=True)
@@ -137,7 +143,7 @@ class Session:
             "settings": {"links": self._policy.links},
         }
 
-    def _measure(self, recorder: _Observed, lock: str | None) -> None:
+    def _measure(self, recorder: _Observed, lock: str | None, attempt: int = 0) -> None:
         """Measure what is about to run. What cannot be measured is a record too, and ends as blind."""
         try:
             measurement = measure(
@@ -149,10 +155,10 @@ class Session:
             )
             blob = self._home.store_blob(measurement.encode())
         except Exception as error:  # whatever fails in measuring, the command still runs, and the link is blind
-            recorder.add("unmeasured", {"reason": f"{type(error).__name__}: {error}"[:1000]})
+            recorder.add("unmeasured", {"reason": f"{type(error).__name__}: {error}"[:1000], "attempt": attempt})
             return
         signed = self._lock.trusted if self._lock is not None else None
-        recorder.add("measurement", {"blob": blob, "lock": lock, "signed": signed, "attempt": 0})
+        recorder.add("measurement", {"blob": blob, "lock": lock, "signed": signed, "attempt": attempt})
 
     def _watch_unless_refused(
         self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer, gate: Gate
@@ -194,6 +200,35 @@ class Session:
             return supervisor.run(self._command, os.environ, mask=mask)
 
 
+class _Restarts:
+    """Measures anew, in a thread, whenever the job's launcher starts its ranks again (torchrun --max-restarts)."""
+
+    def __init__(self, measure: Callable[[int], None]) -> None:
+        self._measure = measure
+        self._seen = 0
+        self._threads: list[threading.Thread] = []
+
+    def feed(self, evidence: Evidence) -> None:
+        """Begin measuring when this is the first process of another attempt."""
+        attempt = restart_count(evidence)
+        if attempt <= self._seen or len(self._threads) >= RESTARTS_LIMIT:
+            return
+        self._seen = attempt
+        thread = threading.Thread(target=self._measure, args=(attempt,), name="measurer", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def close(self) -> None:
+        """Finish what has begun."""
+        for thread in self._threads:
+            thread.join(timeout=SEALING_SECONDS)
+
+
+def restart_count(evidence: Evidence) -> int:
+    """How often the job had been started again when this process began; 0 for records that do not say."""
+    return member_of(evidence).attempt if evidence.kind == "process" else 0
+
+
 class _Sealer:
     """Seals what the job saves and verifies what native code of it opened, in a thread, with a key the job never has.
 
@@ -212,7 +247,8 @@ class _Sealer:
         self.key: str | None = None
         """The run's secret, by which storages are sampled; None samples nothing."""
         self._ours: set[str] = set()
-        """Paths saved by this run; reading those back needs no verifying, the seal was just made from them."""
+        """Paths saved by this attempt; reading those back needs no verifying, the seal was just made from them."""
+        self._attempt = 0
         self._queue: queue.Queue[tuple[Callable[[Path, int | None], None], Path, int | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="sealer", daemon=True)
 
@@ -225,6 +261,9 @@ class _Sealer:
 
     def feed(self, evidence: Evidence) -> None:
         """Queue what a `saved` or `open` record calls for; other records are passed over."""
+        if restart_count(evidence) > self._attempt:
+            self._attempt = restart_count(evidence)
+            self._ours = set()  # what it resumes from lay on disk while nobody ran
         if evidence.kind == "saved":
             path = Path(str(evidence.body["path"]))
             self._ours.add(str(path))

@@ -168,7 +168,16 @@ class Client:
 
 def hello_body(forked_from: Optional[int]) -> Dict[str, Any]:
     """What a process says of itself. Claims, all of it: the supervisor stores it beside what the kernel attests."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+    names = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_MAX_RESTARTS",
+        "TORCHELASTIC_RUN_ID",
+    )
     flags = sys.flags
     return {
         "executable": sys.executable,

@@ -37,6 +37,7 @@ NAMES: Tuple[Tuple[str, str], ...] = (
     ("hyperparameters", "Hyperparameters"),
     ("optimizer", "Optimizer"),
     ("weights", "Weights"),
+    ("replicas", "Replicas"),
     ("modules", "Modules"),
     ("hooks", "Hooks"),
     ("dispatch", "Dispatch"),

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainguard.measure.variables import relevant
+
 _PR_SET_CHILD_SUBREAPER = 36
 _PYTHON = re.compile(r"(python|pypy)[0-9.]*(t|d)?$")
 PROCESS_LIMIT = 65_536
@@ -38,6 +40,12 @@ def facts(pid: int) -> dict[str, Any]:
         "loginuid": _number(pid, "loginuid"),
         "session": _number(pid, "sessionid"),
     }
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The variables that matter, as the kernel has them from the start of the process; empty where not readable."""
+    pairs = (part.decode("utf-8", "surrogateescape").partition("=") for part in _read(pid, "environ").split(b"\0"))
+    return relevant({name: value for name, _, value in pairs if name})
 
 
 def parent(pid: int) -> int | None:

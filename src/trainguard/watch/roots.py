@@ -72,6 +72,12 @@ def names() -> Dict[int, str]:
     return table
 
 
+def wrappers() -> List[Any]:
+    """Live modules that only wrap a model for data parallelism."""
+    found = [_seen[key]() for key in list(_seen)]
+    return [module for module in found if module is not None and type(module).__name__ in WRAPPERS]
+
+
 def _add(found: Dict[int, Any], module: Any) -> None:
     inner = unwrapped(module)
     if next(inner.parameters(), None) is not None:

@@ -427,6 +427,8 @@ class Supervisor:
         peer.start_ticks, peer.image = facts["start_ticks"], processes.image_of(peer.pid)
         self._memory.watch(peer.pid)
         body = {"hello": hello, **facts, "of_the_job": processes.descends_from(peer.pid, os.getpid())}
+        if peer.rank is not None and hello.get("forked_from") is None:
+            body["environment"] = processes.environment(peer.pid)
         self._add("process", body, process=peer.number, pid=peer.pid, uid=peer.uid, rank=peer.rank)
         welcome = {name: getattr(self.settings, name) for name in Settings.__dataclass_fields__}
         try:

@@ -9,7 +9,8 @@ Value of the link (spec/evidence.md "weights"):
     {"before": digest of the same elements before this step, "expected": digest taken after the step before,
      "held": bool, "changed": [{"name", "what": "weight" | state key, "differ": n, "of": n, "old": blob, "new": blob,
      "at": [offset, stride, count]}] at most 8, "changed_tensors": n}        in checked steps
-    {"whole": {"tensors": n, "changed": [names, at most 8]}}                  in checked steps, tensors on the CPU
+    {"whole": {"tensors": n, "changed": [names, at most 8], "by": [what their sums moved by, decimal]}}
+                                                                              in checked steps, tensors on the CPU
     {"writers": [{"op", "name", "stack": ["file:line:function", …]}]}         after an interval that was watched for
     {"off": reason}                                                           where the relation cannot hold
     {"replaced": true}       the optimizer's state was replaced as a whole (load_state_dict); weights are compared
@@ -259,8 +260,11 @@ class _Sums:
     def compare(self, torch: Any) -> Dict[str, Any]:
         """Sum the same pieces again; what the frame says of it."""
         now = self._sums(torch)
-        names = [self.pieces[i][0].name for i, old, new in zip(self.chosen, self.sums, now) if old != new]
-        return {"tensors": len(self.chosen), "changed": names[:CHANGED_LIMIT]}
+        moved = [(i, new - old) for i, old, new in zip(self.chosen, self.sums, now) if old != new][:CHANGED_LIMIT]
+        value: Dict[str, Any] = {"tensors": len(self.chosen), "changed": [self.pieces[i][0].name for i, _ in moved]}
+        if moved:
+            value["by"] = [str(difference) for _, difference in moved]
+        return value
 
     def _sums(self, torch: Any) -> List[int]:
         if not self.chosen:

@@ -1,0 +1,110 @@
+"""Which process is which rank, in which attempt: learnt from the records of the processes themselves.
+
+A job that is started again (torchrun --max-restarts) has new processes for the same ranks; what they report must
+never be compared with what the processes before them reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trainguard.evidence import Evidence
+
+NUMBER_LIMIT = 1 << 20
+TURNS = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process of a job, as it says of itself."""
+
+    process: int | None
+    pid: int | None
+    rank: int | None
+    attempt: int
+    """How often the launcher had started the job again before."""
+    run: str | None
+    """The launcher's name of the job (TORCHELASTIC_RUN_ID)."""
+    local_world: int | None
+    """Ranks that the launcher started on this host."""
+    group: int | None
+    """Number of the launcher among all (GROUP_RANK): one a host, as a rule."""
+    ppid: int | None = None
+    """Parent, as the kernel says."""
+
+
+@dataclass(slots=True)
+class Ranks:
+    """Members by process number; feed it every record."""
+
+    members: dict[int | None, Member] = field(default_factory=dict)
+    claimed: dict[int | None, int] = field(default_factory=dict)
+    """Process → rank that torch.distributed told it, where the environment names none."""
+    acting: dict[tuple[int, int], list[int | None]] = field(default_factory=dict)
+    """Launcher's count of restarts, rank → processes that made steps as it, in order."""
+    turns: dict[int | None, int] = field(default_factory=dict)
+    """Process → how many made steps as the same rank before it."""
+    ended: set[int | None] = field(default_factory=set)
+
+    def see(self, evidence: Evidence) -> None:
+        """Learn from a `process` record, or from what a rank says of itself in its steps."""
+        if evidence.kind == "process":
+            self.members[evidence.process] = member_of(evidence)
+        elif evidence.kind == "step":
+            value = evidence.body.get("replicas")
+            rank = value.get("rank") if isinstance(value, dict) else None
+            if isinstance(rank, int) and 0 <= rank < NUMBER_LIMIT and evidence.process not in self.claimed:
+                self.claimed[evidence.process] = rank
+                acting = self.acting.setdefault((self._restarts(evidence), rank), [])
+                self.turns[evidence.process] = len(acting)
+                acting.append(evidence.process)
+        elif evidence.kind == "exit":
+            self.ended.add(evidence.process)
+
+    def attempt(self, evidence: Evidence) -> int:
+        """A number that the processes of one attempt share, and no others.
+
+        A launcher that starts its ranks again because the job grew or shrank does not count that as a restart, so the
+        processes that acted as a rank one after the other count as well.
+        """
+        return self._restarts(evidence) * TURNS + min(self.turns.get(evidence.process, 0), TURNS - 1)
+
+    def beside(self, evidence: Evidence) -> int | None:
+        """A process that acts as the same rank and has not ended; None when there is none."""
+        rank = self.claimed.get(evidence.process)
+        others = self.acting.get((self._restarts(evidence), rank), []) if rank is not None else []
+        turn = self.turns.get(evidence.process, 0)
+        return next((each for each in others[:turn] if each not in self.ended), None)
+
+    def _restarts(self, evidence: Evidence) -> int:
+        member = self.members.get(evidence.process)
+        return member.attempt if member is not None else 0
+
+    def rank(self, evidence: Evidence) -> int | None:
+        """Rank of the process of this record; None where nothing told it."""
+        return self.claimed.get(evidence.process, evidence.rank)
+
+
+def member_of(evidence: Evidence) -> Member:
+    """What a `process` record says of rank and attempt. Claims but for pid and parent."""
+    hello = evidence.body.get("hello")
+    env = hello.get("env") if isinstance(hello, dict) else None
+    env = env if isinstance(env, dict) else {}
+    run = env.get("TORCHELASTIC_RUN_ID")
+    ppid = evidence.body.get("ppid")
+    return Member(
+        process=evidence.process,
+        pid=evidence.pid,
+        rank=evidence.rank,
+        attempt=_number(env.get("TORCHELASTIC_RESTART_COUNT")) or 0,
+        run=run[:200] if isinstance(run, str) else None,
+        local_world=_number(env.get("LOCAL_WORLD_SIZE")),
+        group=_number(env.get("GROUP_RANK")),
+        ppid=ppid if isinstance(ppid, int) else None,
+    )
+
+
+def _number(text: object) -> int | None:
+    if not isinstance(text, str) or not text.isdigit() or len(text) > 7:
+        return None
+    return min(int(text), NUMBER_LIMIT)
