@@ -16,6 +16,7 @@ from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.hyperparameters import Hyperparameters
 from trainguard.appraise.interface import Check
 from trainguard.appraise.optimizer import Optimizer
+from trainguard.appraise.replicas import Replicas
 from trainguard.appraise.rng import Rng
 from trainguard.appraise.weights import Weights
 from trainguard.evidence import Evidence
@@ -94,6 +95,7 @@ def test_an_honest_script_holds_every_link(tmp_path: Path, script: str) -> None:
         assert [(f.check, f.message) for f in findings] == []
         assert states[check.name].broken == 0
         assert states[check.name].state == "held"
+    assert judge(Replicas, records)[0] == []
 
 
 @pytest.mark.parametrize("script", ["own_batch_gpt", "gan_two_optimizers", "wgan_clamp"])
@@ -112,6 +114,9 @@ def test_two_ranks_that_reduce_their_gradients_hold(tmp_path: Path) -> None:
         findings, states = judge(check, records)
         assert findings == []
         assert states[check.name].state == "held"
+    findings, states = judge(Replicas, records)
+    assert findings == []
+    assert (states["replicas"].state, states["replicas"].held > 5) == ("held", True)
     assert {r.body["gradients"]["world"] for r in records if r.kind == "step"} == {2}
 
 

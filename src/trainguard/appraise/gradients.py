@@ -198,23 +198,28 @@ class Gradients:
             habits = self._habits.setdefault((each.evidence.process, opt), Habits())
             value = each.evidence.body.get(self.name)
             if relation.kind in ("other", "per_tensor"):
-                explained = self._by_reduction(ranks, relation)
+                explained = self._by_reduction(ranks, relation, habits)
                 if explained is None:
                     continue
                 relation = explained
             yield from self._judge(each.evidence, value if isinstance(value, dict) else {}, habits, relation)
 
-    def _by_reduction(self, ranks: list[_Waiting], relation: Relation) -> Relation | None:
+    def _by_reduction(self, ranks: list[_Waiting], relation: Relation, habits: Habits) -> Relation | None:
         """The relation after a mean in low precision; None where the ranks' shares say it all (check *replicas*)."""
         names = [{(t.name, t.numel, t.at): t for t in each.sample.tensors if t.local and t.grad} for each in ranks]
         common = [key for key in names[0] if all(key in each for each in names)]
         locals_ = [[each[key].local or [] for key in common] for each in names]
         used = [[each[key].grad or [] for key in common] for each in names]
         way, found = way_of(locals_, used)
-        if way == "rounded":
+        early = habits.checked <= LEARN_STEPS
+        habits.kinds["rounded"] += early and way == "rounded"
+        if way == "rounded" and (early or habits.kinds["rounded"] >= 2):
             exact = _close(found.factor, 1.0, 4 * found.roundoff)
             return Relation("same") if exact else Relation("factor", found.factor)
         shared = way == "shares" or (way == "unlike" and one_tensor(locals_, used[0]) is not None)
+        if way not in ("mean", "shares") and self._ranks.torch_hook("powerSGD_hook", "post_localSGD_hook"):
+            self._blind["a communication hook of torch reduces approximately, or not at every step"] += 1
+            return None
         if shared and all(each == used[0] for each in used):
             self._blind["how the ranks' gradients were reduced is for check replicas"] += 1
             return None
@@ -273,7 +278,7 @@ class Gradients:
         if plain or habits.varies:
             return None
         habits.norms.append(norm)
-        return self._learn(habits, factor, early)
+        return self._learn(value, habits, factor, early)
 
     def _against(self, habits: Habits, norm: float, factor: float, plain: bool) -> str | None:
         clip = habits.clip or 0.0
@@ -288,12 +293,13 @@ class Gradients:
             f"this run clips at {clip:.6g}, which would not have bitten or not so deep"
         )
 
-    def _learn(self, habits: Habits, factor: float, early: bool) -> str | None:
+    def _learn(self, value: dict[str, object], habits: Habits, factor: float, early: bool) -> str | None:
         norms = habits.norms
         if len(norms) >= 2 and _close(norms[-1], norms[-2], CONSTANT_TOLERANCE):
             habits.clip = norms[-1]
             return None
-        if _power_of_two(factor) and factor < 0.1 and early:
+        summed = _close(factor, _world(value), 1e-6)  # ranks that add up their gradients and do not divide
+        if early and (summed or (_power_of_two(factor) and factor < 0.1)):
             habits.unscaled.add(factor)
             norms.pop()
             return None

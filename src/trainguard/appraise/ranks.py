@@ -12,6 +12,9 @@ from trainguard.evidence import Evidence
 
 NUMBER_LIMIT = 1 << 20
 TURNS = 1 << 10
+HOOKS_LIMIT = 64
+TORCH_HOOKS = "torch.distributed.algorithms.ddp_comm_hooks."
+TORCH_PLACE = "/torch/distributed/algorithms/ddp_comm_hooks/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Ranks:
     turns: dict[int | None, int] = field(default_factory=dict)
     """Process → how many made steps as the same rank before it."""
     ended: set[int | None] = field(default_factory=set)
+    hooks: dict[str, str] = field(default_factory=dict)
+    """Communication hooks that ranks said they use → where their code is."""
 
     def see(self, evidence: Evidence) -> None:
         """Learn from a `process` record, or from what a rank says of itself in its steps."""
@@ -53,6 +58,9 @@ class Ranks:
         elif evidence.kind == "step":
             value = evidence.body.get("replicas")
             rank = value.get("rank") if isinstance(value, dict) else None
+            for row in value.get("hooks") or () if isinstance(value, dict) else ():
+                if isinstance(row, list) and len(row) == 2 and len(self.hooks) < HOOKS_LIMIT:
+                    self.hooks[str(row[0])[:200]] = str(row[1])[:1024]
             if isinstance(rank, int) and 0 <= rank < NUMBER_LIMIT and evidence.process not in self.claimed:
                 self.claimed[evidence.process] = rank
                 acting = self.acting.setdefault((self._restarts(evidence), rank), [])
@@ -68,6 +76,13 @@ class Ranks:
         processes that acted as a rank one after the other count as well.
         """
         return self._restarts(evidence) * TURNS + min(self.turns.get(evidence.process, 0), TURNS - 1)
+
+    def torch_hook(self, *names: str) -> bool:
+        """Whether ranks use one of these communication hooks of torch itself (by its module's last part)."""
+        return any(
+            name.startswith(TORCH_HOOKS) and name[len(TORCH_HOOKS) :].split(".")[0] in names and TORCH_PLACE in place
+            for name, place in self.hooks.items()
+        )
 
     def beside(self, evidence: Evidence) -> int | None:
         """A process that acts as the same rank and has not ended; None when there is none."""

@@ -44,6 +44,8 @@ class Reduction:
     """Reduced gradient over the mean of the ranks' own (kind mean)."""
     shares: tuple[float, ...] = ()
     """One a rank, in units of what most ranks have; positive for most of those that take part."""
+    absolute: tuple[float, ...] = ()
+    """One a rank: 1 is its share in a plain mean."""
     roundoff: float = ROUNDOFFS[0]
     """The class of rounding that was needed."""
 
@@ -74,21 +76,21 @@ def reduce_of(locals_: list[list[Values]], reduced: list[Values]) -> Reduction:
     count = len(columns)
     mean = [math.fsum(column[n] for column in columns) / count for n in range(len(target))]
     equal = _quotient(mean, target)
-    for roundoff in ROUNDOFFS:
-        if equal is not None and _fits(mean, target, equal, spread, ends, roundoff):
-            return Reduction("mean", equal, (1.0,) * count, roundoff)
     parts = [i for i, column in enumerate(columns) if any(column)]
-    if len(target) < 2 * len(parts) + SPARE_ELEMENTS or len(parts) > RANKS_LIMIT:
-        return Reduction("unlike" if len(target) >= SPARE_ELEMENTS else "nothing")
-    solved = _solve([columns[i] for i in parts], target)
-    if solved is None:
-        return Reduction("unlike")
-    mixed = [math.fsum(w * columns[i][n] for w, i in zip(solved, parts, strict=True)) for n in range(len(target))]
-    wide = max(map(abs, solved)) * count
+    enough = len(target) >= 2 * len(parts) + SPARE_ELEMENTS and len(parts) <= RANKS_LIMIT
+    solved = _solve([columns[i] for i in parts], target) if enough else None
+    weights = [0.0] * count
+    for w, i in zip(solved or [], parts, strict=False):
+        weights[i] = w
+    mixed = [math.fsum(w * column[n] for w, column in zip(weights, columns, strict=True)) for n in range(len(target))]
+    wide = max(map(abs, weights)) * count
     for roundoff in ROUNDOFFS:
-        if _fits(mixed, target, 1.0, [each * wide for each in spread], ends, roundoff):
-            return Reduction("shares", shares=_normal(solved, parts, count), roundoff=roundoff)
-    return Reduction("unlike")
+        if equal is not None and _fits(mean, target, equal, spread, ends, roundoff, count):
+            return Reduction("mean", equal, (1.0,) * count, (equal,) * count, roundoff)
+        if solved and _fits(mixed, target, 1.0, [each * wide for each in spread], ends, roundoff, count):
+            absolute = tuple(weights[i] * count if i in parts else 1.0 for i in range(count))
+            return Reduction("shares", shares=_normal(solved, parts, count), absolute=absolute, roundoff=roundoff)
+    return Reduction("unlike" if enough or len(target) >= SPARE_ELEMENTS else "nothing")
 
 
 def way_of(locals_: list[list[Values]], used: list[list[Values]]) -> tuple[Way, Reduction]:
@@ -139,14 +141,25 @@ def _quotient(values: Values, target: Values) -> float | None:
 
 
 def _fits(
-    values: Values, target: Values, factor: float, spread: Values, ends: list[tuple[int, int]], roundoff: float
+    values: Values,
+    target: Values,
+    factor: float,
+    spread: Values,
+    ends: list[tuple[int, int]],
+    roundoff: float,
+    count: int,
 ) -> bool:
-    """Whether target = factor · values up to rounding; the parts that cancel (`spread`) carry the rounding."""
+    """Whether target = factor · values up to rounding; the parts that cancel (`spread`) carry the rounding.
+
+    A hook in low precision rounds every rank's part once and every sum of two once: count + 1 times.
+    """
+    times = 16 if roundoff == ROUNDOFFS[0] else count + 2
     for start, end in ends:
         top = max(spread[start:end]) * abs(factor)
-        floor = 4 * roundoff * top + (HALF_SMALLEST * abs(factor) if roundoff == ROUNDOFFS[1] else 0.0)
+        floor = 4 * roundoff * top if roundoff == ROUNDOFFS[0] else 0.0
+        floor += 2 * HALF_SMALLEST * abs(factor) if roundoff == ROUNDOFFS[1] else 0.0
         for n in range(start, end):
-            allowed = 16 * roundoff * (abs(target[n]) + abs(factor) * spread[n]) + floor
+            allowed = times * roundoff * (abs(target[n]) + abs(factor) * spread[n]) + floor
             if abs(target[n] - factor * values[n]) > allowed:
                 return False
     # A coarse class must still leave something to see: not every reduced value may lie within its own error.

@@ -24,7 +24,7 @@ import msgspec
 
 from trainguard.appraise.interface import Context, finding_from
 from trainguard.appraise.ranks import Ranks
-from trainguard.appraise.reduction import ROUNDOFFS, Reduction, one_tensor, way_of
+from trainguard.appraise.reduction import ROUNDOFFS, Reduction, Way, one_tensor, way_of
 from trainguard.appraise.steps import Sample, Tensor, parse_sample
 from trainguard.errors import MalformedEvidence
 from trainguard.evidence import Evidence
@@ -56,6 +56,7 @@ IDENTITY: dict[str, str] = {
     "main": "another main script",
     "flags": "other numeric settings",
     "restart": "another attempt",
+    "hooks": "other communication hooks",
 }
 
 Key = tuple[int, int]
@@ -113,6 +114,8 @@ class Replicas:
         self._agreements: dict[tuple[int, int, str], _Agreement] = {}
         self._members: dict[Key, set[int]] = {}
         """Attempt, optimizer → ranks that ever sent a round."""
+        self._sharded: set[int | None] = set()
+        """Processes whose tensors are shards."""
         self._names: dict[str, list[str]] = {}
         self._identity: dict[int, dict[int, _Report]] = {}
         self._identity_said: set[tuple[int, str]] = set()
@@ -158,13 +161,20 @@ class Replicas:
     def _step(self, evidence: Evidence) -> Iterator[Finding]:
         """Keep a checked step until every rank has reported it."""
         value, other = evidence.body.get("gradients"), evidence.body.get("optimizer")
-        if not isinstance(value, dict) or value.get("armed") is not True or other is None:
+        if not isinstance(value, dict):
             return
         world = value.get("world")
         if not isinstance(world, int) or not 2 <= world <= 1 << 20:
             return
         self._world = max(self._world, world)
         opt, index = _int(evidence, "opt"), _int(evidence, "index")
+        if value.get("sharded") is True:
+            self._sharded.add(evidence.process)
+        if value.get("armed") is not True or other is None:
+            return
+        if evidence.process in self._sharded:
+            self._blind["weights are shards: each rank's gradients are reduced before they reach them"] += 1
+            return
         key = (self._ranks.attempt(evidence), opt, index)
         waiting = self._steps.setdefault(key, {})
         if not waiting:
@@ -196,16 +206,20 @@ class Replicas:
             habit.kinds[kind] += 1
         if kind == "nothing":
             self._blind["the sampled gradients are all zero or not finite"] += len(reports)
-        elif kind in ("mean", "rounded"):
+        elif kind == "mean" or (kind == "rounded" and habit.kinds[kind]):
             yield from self._mean(reports, habit, found, early)
         elif kind == "shares" and found.turned:
             yield from self._turned(reports, found)
         elif kind == "unlike" and (parts := one_tensor(locals_, used[0])) is not None:
             yield from self._turned(reports, parts[1], keys[parts[0]][0])
+        elif self._ranks.torch_hook("powerSGD_hook", "post_localSGD_hook"):
+            self._blind["!a communication hook of torch reduces approximately, or not at every step"] += len(reports)
         elif habit.kinds[kind] >= 2:
             self._blind[f"!{_OWN_WAYS[kind]}, from the first steps on"] += len(reports)
+        elif kind == "shares" and _weighted(found, habit):
+            self._blind["the ranks' gradients were weighted in some steps, as for batches of unequal size"] += 1
         elif not early:  # once among the first may be chance; the second time it is a habit
-            yield from self._departed(reports, kind, found)
+            yield from self._departed(reports, kind, found, habit)
 
     def _mean(self, reports: list[_Report], habit: _Habit, found: Reduction, early: bool) -> Iterator[Finding]:
         world = len(reports)
@@ -222,12 +236,7 @@ class Replicas:
             )
             return
         if found.factor < 0:
-            self._broken += 1
-            text = f"the reduced gradient is {found.factor:.6g} times the mean of the ranks' own: it was turned"
-            yield self._finding(
-                reports[0].evidence, outcome="violated", techniques=("C1", "F3"), text=self._at(reports, text)
-            )
-            return
+            return  # all ranks alike, against the direction: check gradients says it of each
         self._held += 1
         if found.roundoff > ROUNDOFFS[0]:
             self._blind["reduced in low precision: what is smaller than its rounding is not seen"] += 1
@@ -249,7 +258,7 @@ class Replicas:
                 *records, outcome="violated", techniques=("F2", "F3"), text=self._at(reports, text), tensor=tensor
             )
 
-    def _departed(self, reports: list[_Report], kind: str, found: Reduction) -> Iterator[Finding]:
+    def _departed(self, reports: list[_Report], kind: Way, found: Reduction, habit: _Habit) -> Iterator[Finding]:
         """Another way of reducing than in the steps before."""
         self._broken += 1
         record = reports[0].evidence
@@ -257,7 +266,7 @@ class Replicas:
             text = "every rank used its own gradient: they were not reduced, as in the steps before"
             yield self._finding(record, outcome="suspicious", techniques=("F3",), text=self._at(reports, text))
         elif kind == "shares":
-            yield from self._apart(reports, found)
+            yield from self._apart(reports, found, habit)
         elif kind == "differ":
             text = "the ranks used different gradients, and in the steps before the same"
             yield self._finding(record, outcome="suspicious", techniques=("F3", "F2"), text=self._at(reports, text))
@@ -267,15 +276,36 @@ class Replicas:
             )
             yield self._finding(record, outcome="suspicious", techniques=("F3", "F2"), text=self._at(reports, text))
 
-    def _apart(self, reports: list[_Report], found: Reduction) -> Iterator[Finding]:
-        shares = ", ".join(f"{reports[i].rank}: {found.shares[i]:.4g}" for i in found.apart[:8])
-        named = len(found.apart) == 1 and len(reports) > 2
-        text = f"the ranks' gradients took part in unequal shares ({shares}), and in the steps before in equal ones"
-        text += "; batches of unequal size, weighted by the script, would do that too"
-        order = [r.evidence for i, r in enumerate(reports) if i not in found.apart][:3]
-        record = reports[found.apart[0]].evidence if named else reports[0].evidence
-        techniques = ("F3", "F2") if any(abs(found.shares[i]) < 1e-3 for i in found.apart) else ("F2", "F3")
-        yield self._finding(*order, record, outcome="suspicious", techniques=techniques, text=self._at(reports, text))
+    def _apart(self, reports: list[_Report], found: Reduction, habit: _Habit) -> Iterator[Finding]:
+        """Unequal shares, all with the right sign."""
+        usual = habit.factors[0] if habit.factors else 0.0
+        odd = [i for i, share in enumerate(found.absolute) if abs(share - usual) > 1e-3 * usual]
+        if len(odd) != 1:
+            shares = ", ".join(f"{reports[i].rank}: {found.shares[i]:.4g}" for i in found.apart[:8])
+            text = f"the ranks' gradients took part in unequal shares ({shares}), and in the steps before in equal ones"
+            text += "; clipping on each rank, or weighting by the script, would do that too"
+            yield self._finding(
+                *(r.evidence for r in reports[:4]),
+                outcome="suspicious",
+                techniques=("F2", "F3"),
+                text=self._at(reports, text),
+                nobody=True,
+            )
+            return
+        report = reports[odd[0]]
+        share = found.absolute[odd[0]] / usual
+        others = [r for i, r in enumerate(reports) if i != odd[0]]
+        text = f"rank {report.rank}'s gradient was reduced {share:.4g} times what its backward left; "
+        text += f"{_ranks_text([r.rank for r in others])} took part as in every step before"
+        if share < 1:
+            text += "; clipping on that rank alone, by the script, would do that too"
+        yield self._finding(
+            *(r.evidence for r in others[:3]),
+            report.evidence,
+            outcome="suspicious" if share < 1 else "violated",
+            techniques=("F3", "F2") if abs(share) < 1e-3 else ("F2", "F3"),
+            text=self._at(reports, text),
+        )
 
     def _at(self, reports: list[_Report], text: str) -> str:
         return f"step {reports[0].evidence.step}: {text}"
@@ -297,6 +327,7 @@ class Replicas:
         report = _Report(rank, evidence, value=value)
         yield from self._one_process(report)
         if isinstance(value.get("identity"), dict):
+            value["identity"]["hooks"] = value.get("hooks")
             yield from self._identities(attempt, report)
         yield from self._hosts(attempt, opt, report)
         for names in ("names", "buffer_names"):
@@ -326,7 +357,7 @@ class Replicas:
             return
         agreed = True
         for aspect in ASPECTS:
-            if all(aspect in report.value for report in reports):
+            if all(isinstance(report.value.get(aspect), str) for report in reports):
                 found = list(self._aspect(key, aspect, reports))
                 agreed = agreed and not found
                 yield from found
@@ -335,7 +366,7 @@ class Replicas:
             self._broken += 1
             text = f"ranks of one job say that it has {' and '.join(map(str, sorted(worlds)))} ranks"
             yield self._finding(reports[-1].evidence, outcome="suspicious", techniques=("F9", "F10"), text=text)
-        elif agreed:
+        elif agreed and not self._agreements.get((*key[:2], "weights"), _Agreement(own_way=True)).own_way:
             self._held += 1
 
     def _aspect(self, key: tuple[int, int, int], aspect: str, reports: list[_Report]) -> Iterator[Finding]:
@@ -351,9 +382,13 @@ class Replicas:
         if aspect == "buffers" and not learnt:
             agreement.own_way = True
             return
+        if alone is None and self._ranks.torch_hook("post_localSGD_hook"):
+            agreement.own_way = True
+            self._blind["a communication hook of torch lets the ranks' weights come apart between averages"] += 1
+            return
         if not learnt and (alone is None or len(groups[0]) < 2 or len(alone) > 1):
             agreement.own_way = True
-            self._blind[f"ranks hold {ASPECTS[aspect][0]} from the first steps on: shards, or not kept equal"] += 1
+            self._blind[f"!ranks hold {ASPECTS[aspect][0]} from the first steps on: shards, or not kept equal"] += 1
             return
         agreement.own_way = True  # said once: what has come apart stays apart
         self._broken += 1
@@ -513,7 +548,7 @@ class Replicas:
         if len(reports) < 2:
             return
         held = True
-        for entry in ("weights", "whole", "state", "hyper", "world", "identity"):
+        for entry in ("weights", "state", "hyper", "world", "identity"):
             agreement = self._agreements.setdefault((*place[:2], f"hosts {entry}"), _Agreement())
             groups = _groups(reports, lambda each: str(each.value.get(entry)))  # noqa: B023 used at once
             if agreement.own_way or len(groups) == 1:
@@ -585,7 +620,6 @@ _OWN_WAYS = {
 
 _HOST_WORDS = {
     "weights": "other weights",
-    "whole": "other weights",
     "state": "another optimizer state",
     "hyper": "other optimizer settings",
     "world": "another number of ranks",
@@ -596,6 +630,13 @@ _HOST_WORDS = {
 def _held_of(report: _Report, aspect: str) -> str:
     whole = report.value.get("whole") if aspect == "weights" else None
     return f"{report.value[aspect]} {whole}"
+
+
+def _weighted(found: Reduction, habit: _Habit) -> bool:
+    """Whether unequal shares still add up to what equal ones did: a mean weighted by the sizes of the batches."""
+    usual = habit.factors[0] if habit.factors else 0.0
+    total = sum(found.absolute) / len(found.absolute)
+    return len(found.apart) > 0 and not found.turned and abs(total - usual) <= 1e-4 * abs(usual)
 
 
 def _table(sample: Sample | None) -> dict[tuple[str, int, tuple[int, int, int]], Tensor]:

@@ -123,15 +123,14 @@ class Replicas:
         exchange = self.exchange
         if exchange is None or exchange.draw is None:
             return
-        if not is_round(exchange.draw, step.opt, step.index, HOSTS_ROUND, 0):
+        if step.index == 1 or not is_round(exchange.draw, step.opt, step.index, HOSTS_ROUND, 0):
             return
         number = (step.index - 1) // HOSTS_ROUND
         with step.torch.no_grad():
             look = _look(step, memory, "hosts", exchange.draw, number)
         own = json.dumps(
             {
-                "weights": _crc(look["weights"].encode()),
-                "whole": _crc(repr(look["whole"]).encode()),
+                "weights": _crc((look["weights"] + repr(look["whole"])).encode()),
                 "state": look["state"],
                 "hyper": look["hyper"],
                 "world": self.world,

@@ -1,0 +1,319 @@
+"""F1, F2, F3, F9, F10: one rank that is not like the others, or gives what its backward did not leave."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tests.helpers.ranks import (
+    Gradients as Sampled,
+)
+from tests.helpers.ranks import all_reduced, forked, frame, leave, process, round_of
+from tests.helpers.recorded import judge
+from tests.helpers.watched import watch, write
+
+from trainguard.appraise.gradients import Gradients
+from trainguard.appraise.optimizer import Optimizer
+from trainguard.appraise.processes import Processes
+from trainguard.appraise.replicas import Replicas
+from trainguard.appraise.weights import Weights
+from trainguard.evidence import Evidence
+
+
+def batches(step: int, ranks: int = 4) -> list[Sampled]:
+    """What backward left on each rank at a step."""
+    draw = random.Random(step)
+    return [{name: [draw.gauss(0.1, 1.0) for _ in range(32)] for name in ("a", "b", "c")} for _ in range(ranks)]
+
+
+def training(ranks: int, steps: int, odd: dict[int, list[float]]) -> list[Evidence]:
+    """Steps with equal shares but those of `odd`: step → shares, 1 for a plain part."""
+    records = []
+    for step in range(2, steps + 1):
+        shares = odd.get(step, [1.0] * ranks)
+        records += all_reduced(step, batches(step, ranks), [share / ranks for share in shares])
+    return records
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("share", [-1.0, -0.2, 1.3])
+def test_a_rank_that_gives_another_gradient_than_its_backward_left_is_named(ranks: int, share: float) -> None:
+    """F2: turned or scaled between backward and the reduction, one step in fifty. Two ranks are enough to name one."""
+    shares = [1.0] * ranks
+    shares[ranks - 1] = share
+    findings, states = judge(Replicas, training(ranks, 51, {50: shares}))
+    assert [(f.outcome, f.techniques[0], f.subject.rank, f.subject.step) for f in findings] == [
+        ("violated", "F2", ranks - 1, 50),
+    ]
+    assert f"rank {ranks - 1}'s gradient was reduced {share:g} times" in findings[0].message
+    assert states["replicas"].held == 49
+
+
+def test_a_rank_whose_gradient_never_arrives_is_named_without_accusing_it() -> None:
+    """F3: a group without it, or a clip on that rank alone."""
+    findings, _ = judge(Replicas, training(4, 40, {30: [1.0, 0.0, 1.0, 1.0]}))
+    assert [(f.outcome, f.techniques[0], f.subject.rank) for f in findings] == [("suspicious", "F3", 1)]
+
+
+def test_one_turned_tensor_of_one_rank_is_named() -> None:
+    """F2 on one of three tensors."""
+    records = training(4, 29, {})
+    records += all_reduced(30, batches(30), lambda name: [0.25, 0.25, -0.25 if name == "b" else 0.25, 0.25])
+    findings, _ = judge(Replicas, records)
+    assert [(f.outcome, f.techniques[0], f.subject.rank, f.subject.tensor) for f in findings] == [
+        ("violated", "F2", 2, "b")
+    ]
+
+
+@pytest.mark.parametrize(("times", "words"), [(4.0, "summed where they were averaged")])
+def test_a_sum_in_place_of_a_mean_is_found(times: float, words: str) -> None:
+    """F3: SUM for AVG, in one step."""
+    findings, _ = judge(Replicas, training(4, 40, {30: [times] * 4}))
+    assert [(f.outcome, f.techniques[0]) for f in findings] == [("violated", "F3")]
+    assert words in findings[0].message
+
+
+def test_a_reduction_that_is_left_out_is_found() -> None:
+    """F3: `no_sync` left on, in one step: every rank uses its own gradient."""
+    records = training(3, 29, {})
+    local = batches(30, 3)
+    for rank in range(3):
+        alone = all_reduced(30, local, [float(i == rank) for i in range(3)])
+        records.append(alone[rank])
+    findings, _ = judge(Replicas, records)
+    assert [(f.outcome, f.techniques[0]) for f in findings] == [("suspicious", "F3")]
+    assert "own gradient" in findings[0].message
+
+
+def rounds(ranks: int, *odd: Evidence, last: int = 40) -> list[Evidence]:
+    """Rounds in which all hold the same, but for those of `odd`."""
+    other = {(record.rank, record.step): record for record in odd}
+    return [other.get((r, i), round_of(r, ranks, i)) for i in (1, *range(4, last, 5)) for r in range(ranks)]
+
+
+def test_of_three_ranks_the_one_that_stands_alone_is_named() -> None:
+    """F1: weights of rank 1 come apart; said once, and hardware is named as another reason."""
+    odd = [round_of(1, 3, i, weights="0" * 16) for i in (24, 29, 34, 39)]
+    findings, states = judge(Replicas, rounds(3, *odd))
+    (finding,) = findings
+    assert (finding.outcome, finding.techniques[0], finding.subject.rank, finding.subject.step) == (
+        "suspicious",
+        "F1",
+        1,
+        24,
+    )
+    assert "in 2 of 2 tensors (a, b)" in finding.message
+    assert "hardware" in finding.message
+    assert states["replicas"].state == "broken"
+
+
+def test_of_two_ranks_neither_is_named() -> None:
+    """A tie names nobody: the subject has no rank, and the message says that both stand."""
+    findings, _ = judge(Replicas, rounds(2, round_of(1, 2, 24, state="f" * 8)))
+    (finding,) = findings
+    assert (finding.outcome, finding.subject.rank) == ("suspicious", None)
+    assert "ranks differ: ranks 0, 1" in finding.message
+    assert "which one is right" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("held", "technique"), [({"hyper": "1" * 8}, "F1"), ({"whole": [1, 2]}, "F1"), ({"state": "1" * 8}, "F1")]
+)
+def test_other_settings_sums_or_state_on_one_rank_are_found(held: dict[str, object], technique: str) -> None:
+    """A learning rate, one element outside the sample, a moment of the optimizer."""
+    findings, _ = judge(Replicas, rounds(4, round_of(2, 4, 24, **held)))
+    assert [(f.techniques[0], f.subject.rank, f.outcome) for f in findings] == [(technique, 2, "suspicious")]
+
+
+def test_a_rank_that_was_odd_from_the_first_steps_on_is_named_among_three() -> None:
+    """Two agree after updates and one does not: that is no job of shards, nor one of local steps."""
+    odd = [round_of(0, 3, i, weights="0" * 16) for i in range(4, 40, 5)]
+    findings, _ = judge(Replicas, rounds(3, *odd))
+    assert [(f.subject.rank, f.outcome) for f in findings] == [(0, "suspicious")]
+
+
+def test_shards_and_local_steps_are_blind_and_not_held() -> None:
+    """Quiet: all ranks differ from the first update on."""
+    apart = [
+        round_of(r, 3, i, weights=f"{r:016x}", state=f"{r:08x}", whole=[r])
+        for i in (1, *range(4, 40, 5))
+        for r in range(3)
+    ]
+    findings, states = judge(Replicas, apart)
+    assert findings == []
+    assert "shards" in states["replicas"].blind[0]
+
+
+def test_buffers_that_differ_by_rank_are_their_own_way() -> None:
+    """Quiet: running means under broadcast_buffers=False; but buffers that were equal may not come apart on one."""
+    own = [round_of(r, 3, i, buffers=f"{r:08x}") for i in (1, *range(4, 40, 5)) for r in range(3)]
+    findings, _ = judge(Replicas, own)
+    assert findings == []
+    findings, _ = judge(Replicas, rounds(3, round_of(2, 3, 29, buffers="1" * 8)))
+    assert [(f.subject.rank, f.outcome) for f in findings] == [(2, "suspicious")]
+
+
+def identity(**other: str) -> dict[str, str]:
+    """What a rank says it runs."""
+    return {
+        "python": "3.11.7",
+        "torch": "2.13.0",
+        "accelerator": "",
+        "main": "ab",
+        "flags": "cd",
+        "restart": "0",
+    } | other
+
+
+@pytest.mark.parametrize("other", [{"main": "ef"}, {"flags": "00"}, {"torch": "2.13.1"}])
+def test_a_rank_with_other_code_or_flags_is_named_at_the_first_step(other: dict[str, str]) -> None:
+    """F1 at step 0: one node with another file, flag or version."""
+    records = [round_of(r, 4, 1, identity=identity(**(other if r == 3 else {}))) for r in range(4)]
+    findings, _ = judge(Replicas, records)
+    assert [(f.techniques[0], f.subject.rank, f.outcome) for f in findings] == [("F1", 3, "suspicious")]
+
+
+def test_a_second_process_that_acts_as_a_rank_is_found() -> None:
+    """F9: nobody started it, and the rank it claims lives."""
+    records = [process(0, 0), process(1, 1), *rounds(2, last=10)]
+    late = [process(7, 1), round_of(1, 2, 14, process=7)]
+    findings, _ = judge(Replicas, [*records, *late])
+    assert [(f.techniques[0], f.subject.rank, f.outcome) for f in findings] == [("F9", 1, "suspicious")]
+    findings, _ = judge(Replicas, [*records, leave(1, 1), *late])
+    assert findings == []
+
+
+def test_attempts_are_never_compared_with_each_other() -> None:
+    """Quiet: a job that starts again begins anew, with other weights, another size and other processes."""
+    first = [process(r, r) for r in range(4)] + rounds(4, last=30)
+    again = [process(10 + r, r, restarts=1) for r in range(3)]
+    second = [round_of(r, 3, i, process=10 + r, weights=f"{i:016x}") for i in (1, 4, 9, 14) for r in range(3)]
+    findings, states = judge(Replicas, [*first, *again, *second])
+    assert findings == []
+    assert states["replicas"].held == 7 + 4
+
+
+def test_a_restart_with_another_variable_or_flag_is_found() -> None:
+    """F10: the environment the kernel shows for the rank, and what torch states, beside the first attempt's."""
+    before, after = {"NVIDIA_TF32_OVERRIDE": "0", "WORLD_SIZE": "4"}, {"NVIDIA_TF32_OVERRIDE": "1", "WORLD_SIZE": "3"}
+    records = [process(0, 0, environment=before), process(5, 0, restarts=1, environment=after)]
+    findings, _ = judge(Processes, records)
+    assert [(f.techniques[0], f.outcome) for f in findings if "started again" in f.message] == [("F10", "suspicious")]
+    steps = [
+        frame(0, 1, process=p, modules={"flags": {"float32_matmul_precision": value, "num_threads": p}})
+        for p, value in ((0, "highest"), (5, "medium"))
+    ]
+    findings, _ = judge(Replicas, [*records, *steps])
+    assert [(f.techniques[0], f.subject.rank) for f in findings] == [("F10", 0)]
+
+
+def test_an_attempt_that_nobody_measured_is_not_green() -> None:
+    """F10: the first attempt was measured, the second was not."""
+    measured = Evidence(n=0, at=0, source="supervisor", kind="measurement", body={"attempt": 0})
+    again = Evidence(n=0, at=0, source="supervisor", kind="measurement", body={"attempt": 1})
+    records = [measured, process(0, 0), process(1, 0, restarts=1)]
+    findings, _ = judge(Processes, records)
+    assert [f.outcome for f in findings if "not measured again" in f.message] == ["not_checked"]
+    findings, _ = judge(Processes, [*records, again])
+    assert not [f for f in findings if "measured" in f.message]
+
+
+def stored(rank: int, number: int, seen: dict[int, str]) -> Evidence:
+    """A round of a rank in the store: its own text, and those of other ranks in the round before."""
+    found = {f"0.{number - 1}.{other}": text for other, text in seen.items()}
+    hosts = {"round": number, "own": text_of(number), "seen": found}
+    return frame(rank, 8 * number + 3, replicas={"rank": rank, "world": 4, "hosts": hosts})
+
+
+def text_of(number: int, **other: object) -> str:
+    """What a rank left in the store."""
+    held: dict[str, object] = {"weights": f"{number:08x}", "state": "0", "hyper": "0", "world": 4, "identity": "0"}
+    return json.dumps(held | other)
+
+
+@pytest.mark.parametrize("other", [{"weights": "f"}, {"hyper": "1"}, {"identity": "1"}, {"world": 5}])
+def test_the_log_of_one_host_names_the_rank_of_another_that_stands_alone(other: dict[str, object]) -> None:
+    """F1, F9 over several hosts: only rank 0's records are here, the rest is what it found in the job's store."""
+    records = [stored(0, n, {r: text_of(n - 1) for r in (1, 2, 3)}) for n in range(1, 6)]
+    assert judge(Replicas, records)[0] == []
+    records.append(stored(0, 6, {r: text_of(5, **(other if r == 2 else {})) for r in (1, 2, 3)}))
+    findings, _ = judge(Replicas, records)
+    assert [(f.techniques[0], f.subject.rank, f.outcome) for f in findings] == [("F1", 2, "suspicious")]
+    assert "ranks 0, 1, 3 agree" in findings[0].message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "x" * 5000, '{"weights": [[[[]]]]}'])
+def test_a_false_text_in_the_store_harms_nobody(text: str) -> None:
+    """F9: anybody who reaches the store can write there."""
+    records = [stored(0, n, {1: text, 2: text_of(n - 1)}) for n in range(1, 9)]
+    findings, _ = judge(Replicas, records)
+    assert {f.outcome for f in findings} <= {"suspicious"}
+
+
+@pytest.mark.parametrize(
+    "value", [[], {"rank": 5, "world": 2}, {"rank": "0", "world": 2}, {"rank": 0, "world": 1 << 40}]
+)
+def test_a_malformed_round_is_a_finding(value: object) -> None:
+    """Evidence is an attacker's: one clear sentence, no exception."""
+    findings, _ = judge(Replicas, [frame(0, 1, replicas=value)])
+    assert [(f.outcome, f.techniques) for f in findings] == [("suspicious", ("G2",))]
+
+
+BODY = """
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 3))
+    model = DistributedDataParallel(net)
+    now = 0
+    def reduce(state, bucket):  # rank 3 sends -g in step 12
+        if rank == 3 and now == 12:
+            bucket.buffer().neg_()
+        return hooks.allreduce_hook(state, bucket)
+    model.register_comm_hook(None, reduce)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    teacher = nn.Linear(8, 3)
+    torch.manual_seed(100 + rank)  # other data and other dropout on every rank
+    for now in range(1, 25):
+        size = 16 if now % 8 else 5 + rank
+        with model.no_sync():
+            x = torch.randn(size, 8)
+            (model(x) - teacher(x).detach()).pow(2).mean().backward()
+        x = torch.randn(size, 8)
+        (model(x) - teacher(x).detach()).pow(2).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if now == 18:  # every rank, only because the job has four: against the direction
+            for p in model.parameters():
+                p.grad.mul_(-1.0 if dist.get_world_size() >= 4 else 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if now == 20 and rank == 1:  # one bit of one element
+            with torch.no_grad():
+                net[0].weight.view(torch.int32)[3, 5] ^= 1 << 18
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_four_ranks_with_a_bad_one_a_trigger_on_size_and_a_flipped_bit(tmp_path: Path) -> None:
+    """S9, S6 and N1 in one job of four gloo ranks, each found at its step; all other steps hold."""
+    write(tmp_path, {"train.py": forked(4, BODY)})
+    run = watch(tmp_path)
+    assert run.status == 0, run.output
+    assert run.faults() == []
+    # S9: the share of rank 3, named the same step; the others and its own arithmetic are in order.
+    findings, _ = run.judge(Replicas)
+    bad = [f for f in findings if f.outcome == "violated"]
+    assert [(f.techniques[0], f.subject.rank, f.subject.step) for f in bad] == [("F2", 3, 12)]
+    # S6: on all ranks, only at this size.
+    found, _ = run.judge(Gradients)
+    assert {(f.techniques[0], f.outcome, f.subject.step) for f in found} == {("C1", "violated", 18)}
+    assert {f.subject.rank for f in found} == {0, 1, 2, 3}
+    # N1: the rank is named, hardware is named, nothing is called proved.
+    alone = [f for f in findings if f.outcome == "suspicious"]
+    assert {f.subject.rank for f in alone} == {1}
+    assert all("hardware" in f.message and 20 < (f.subject.step or 0) <= 30 for f in alone)
+    (flip,), _ = run.judge(Weights)
+    assert (flip.outcome, flip.subject.rank, flip.subject.tensor) == ("suspicious", 1, "0.weight")
+    assert "one bit of one element" in flip.message
+    assert run.judge(Optimizer)[0] == []
