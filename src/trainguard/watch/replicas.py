@@ -71,20 +71,26 @@ class Replicas:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.world = 1
+        self.group: Any = None
+        """The default process group that `world` is the size of."""
+        self.governor: Any = None
         self.exchange: Optional[_Exchange] = None
         self.tried = False
 
     def before(self, step: Step) -> None:
         """Look, if this step is a round. Before the update, so that all ranks look at the same moment."""
-        if step.index == 1 or step.index % ROUND == 1:
+        group = _group()
+        if group is not self.group:
+            self.group, self.tried, self.exchange = group, False, None
             self.world = _world(step.torch)
         if self.world < 2:
             return
-        governor = step.engine.governor
-        memory = step.track.memory.setdefault(self.name, {"sent": {}})
+        governor = self.governor = step.engine.governor
+        memory = step.track.memory.setdefault(self.name, {"sent": {}, "quiet": 0})
+        if step.index < memory["quiet"]:
+            return  # promised in `still`: we may be called late, with the update made
         value: Dict[str, Any] = {}
-        level = 0 if governor.everything else governor.level
-        if is_round(governor.draw, step.opt, step.index, ROUND, level - FREE_LEVEL):
+        if is_round(governor.draw, step.opt, step.index, ROUND, _shift(governor)):
             number = (step.index - 1) // ROUND
             with step.torch.no_grad():
                 value.update(_look(step, memory, "own", governor.draw, number))
@@ -98,6 +104,22 @@ class Replicas:
     def after(self, step: Step) -> Any:
         """What was read."""
         return step.scratch.get(self.name)
+
+    def still(self, track: Any, optimizer: Any, still: Any) -> bool:
+        """Nothing to say before the next round; the step before it ends the quiet, so that we are called in time."""
+        member = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "GroupMember", None)
+        if member is not None:
+            still.same.append((member, "WORLD", self.group))
+        memory = track.memory.get(self.name)
+        if self.world < 2 or memory is None:
+            return self.world < 2
+        governor = self.governor
+        due = next_round(governor.draw, track.opt, track.count, ROUND, _shift(governor))
+        if self.exchange is not None and self.exchange.draw is not None:
+            due = min(due, next_round(self.exchange.draw, track.opt, track.count, HOSTS_ROUND, 0))
+        memory["quiet"] = due
+        still.until = min(still.until, max(track.count + 1, due - 1))
+        return True
 
     def _once(self, step: Step, memory: Dict[str, Any], value: Dict[str, Any]) -> None:
         """What seldom changes: sent when it is another than the last sent."""
@@ -157,6 +179,20 @@ def is_round(draw: Draw, opt: int, index: int, size: int, shift: int) -> bool:
     if (index - 1) % size != draw(b"round", opt, block, size) % size:
         return False
     return all(draw(b"half", opt, up, block >> up) % 2 == (block >> (up - 1)) & 1 for up in range(1, shift + 1))
+
+
+def next_round(draw: Draw, opt: int, index: int, size: int, shift: int) -> int:
+    """The first round after step `index`."""
+    shift = max(0, shift)
+    for block in range(index // size, index // size + (2 << shift) + 1):
+        found = block * size + 1 + draw(b"round", opt, block, size) % size
+        if found > index and is_round(draw, opt, found, size, shift):
+            return found
+    return index + 1
+
+
+def _shift(governor: Any) -> int:
+    return 0 if governor.everything else max(0, governor.level - FREE_LEVEL)
 
 
 def _look(step: Step, memory: Dict[str, Any], which: str, draw: Draw, number: int) -> Dict[str, Any]:
@@ -223,6 +259,11 @@ def _some(torch: Any, tensor: Any) -> bytes:
 
 def _crc(data: bytes) -> str:
     return "%08x" % zlib.crc32(data)
+
+
+def _group() -> Any:
+    member = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "GroupMember", None)
+    return getattr(member, "WORLD", None)
 
 
 def _world(torch: Any) -> int:

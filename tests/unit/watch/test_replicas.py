@@ -42,6 +42,15 @@ def test_the_rounds_of_a_rank_with_less_room_are_rounds_of_all_others() -> None:
     assert len(rounds(governor(), 3)) >= 8
 
 
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_the_next_round_is_told_ahead(shift: int) -> None:
+    """So that steps taken at a glance end before it."""
+    found = sorted(rounds(governor(), shift))
+    for one, other in itertools.pairwise(found):
+        for index in range(one, other):
+            assert replicas.next_round(governor().draw, 0, index, replicas.ROUND, shift) == other
+
+
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Exchanges of three ranks over one real store."""
