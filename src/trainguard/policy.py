@@ -48,6 +48,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Elements sampled per tensor."""
     heartbeat_seconds: float = 10.0
     """The supervisor writes a heartbeat this often; twice this without one is silence."""
+    hang_seconds: float = 300.0
+    """A training thread that makes no step for this long is asked where it is (docs/checks/stalls.md)."""
     segment_seconds: float = 2.0
     """Records are sealed into the log at least this often."""
     update_tolerance_ulp: float = 16.0
@@ -86,6 +88,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     organisation.load == "stop" and not set(self.load_trust) <= set(organisation.load_trust),
                 ),
                 ("always_steps", self.always_steps < organisation.always_steps),
+                ("hang_seconds", self.hang_seconds > organisation.hang_seconds),
                 ("heartbeat_seconds", self.heartbeat_seconds > organisation.heartbeat_seconds),
                 (
                     "approve",

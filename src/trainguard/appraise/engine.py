@@ -26,6 +26,7 @@ from trainguard.appraise.replicas import Replicas
 from trainguard.appraise.rng import Rng
 from trainguard.appraise.saves import Saves
 from trainguard.appraise.seals import Seals
+from trainguard.appraise.stalls import Stalls
 from trainguard.appraise.surface import Surface
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.appraise.weights import Weights
@@ -38,6 +39,7 @@ CHECKS: tuple[type[Check], ...] = (
     Processes,
     Seals,
     Kills,
+    Stalls,
     Code,
     Inputs,
     Loads,

@@ -191,6 +191,7 @@ class Session:
             settings,
             heartbeat_seconds=policy.heartbeat_seconds,
             segment_seconds=policy.segment_seconds,
+            hang_seconds=policy.hang_seconds,
         )
         sealer.key = settings.key
         with blocked_signals() as mask:

@@ -22,6 +22,7 @@ import sys
 import threading
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from . import frames as _frames
 from . import origin
 from .client import Client
 
@@ -93,6 +94,8 @@ def threads() -> Iterator[Dict[str, Any]]:
             continue
         line = None
         target = getattr(thread, "_target", None)
+        if thread is None and _is_guards(frames.get(ident) if ident is not None else None):
+            continue
         if target is not None:
             line = _line("thread", target)
         elif thread is not None and type(thread).run is not threading.Thread.run:
@@ -102,6 +105,14 @@ def threads() -> Iterator[Dict[str, Any]]:
             line = {"kind": "thread", "origin": place, "function": function, "name": "", "on": ""}
         line["on"] = thread.name if thread is not None else "not started through threading"
         yield line
+
+
+def _is_guards(frame: Any) -> bool:
+    """Whether a thread runs a function of ours: the one that answers the supervisor (frames.py)."""
+    outermost = frame
+    while outermost is not None and outermost.f_back is not None:
+        outermost = outermost.f_back
+    return outermost is not None and outermost.f_globals is vars(_frames)
 
 
 def _outermost(frame: Any) -> Tuple[Optional[str], Optional[str]]:

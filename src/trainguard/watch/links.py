@@ -44,6 +44,7 @@ NAMES: Tuple[Tuple[str, str], ...] = (
     ("deferred", "Deferred"),
     ("surface", "Surface"),
     ("trackers", "Trackers"),
+    ("frames", "Frames"),
 )
 """(file, class) of every link."""
 

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from trainguard.errors import Misuse, Unavailable
 from trainguard.evidence import Evidence
-from trainguard.watch import endings, ledger, outputs, processes, reached
+from trainguard.watch import endings, ledger, outputs, processes, reached, stalls
 
 BOOT = Path(__file__).parent / "boot"
 """The folder with our sitecustomize.py, first on PYTHONPATH of the command."""
@@ -70,6 +70,8 @@ RESERVED = frozenset(
         "heartbeat",
         "signal",
         "signalled",
+        "stall",
+        "pace",
         "exit",
         "gap",
         "malformed",
@@ -152,6 +154,7 @@ class Supervisor:
         *,
         heartbeat_seconds: float = 10.0,
         segment_seconds: float = 2.0,
+        hang_seconds: float = 300.0,
     ) -> None:
         self.recorder = recorder
         self.settings = settings
@@ -167,6 +170,7 @@ class Supervisor:
         self._memory = endings.Memory()
         self._outputs = outputs.Outputs(Path.cwd())
         self._reached = reached.Reached()
+        self._stalls = stalls.Stalls(self._add, hang_seconds=hang_seconds)
         self._child: int | None = None
         self._ended: tuple[int | None, int | None] | None = None
         self._stop = threading.Event()
@@ -191,6 +195,7 @@ class Supervisor:
         finally:
             self._stop.set()
             listener.close()
+            self._stalls.close()
             self._selector.close()
             self._outputs.close()
             self._ledger.close()
@@ -412,6 +417,8 @@ class Supervisor:
             seq=seq,
             step=step,
         )
+        if kind == "step" and step is not None:
+            self._stalls.stepped(peer.number, peer.pid, peer.rank, step, body, peer.link.send)
 
     def _greet(self, peer: _Peer, hello: dict[str, Any]) -> None:
         """Record who connected, claims beside facts, and answer with the welcome."""
@@ -442,6 +449,7 @@ class Supervisor:
             return
         self._selector.unregister(peer.link)
         peer.link.close()
+        self._stalls.gone(peer.number)
         self._take_signals()  # what ended it was told before it ended
         body: dict[str, Any] = {"said_bye": peer.said_bye, "frames": peer.next_seq, "greeted": peer.hello is not None}
         ended = body["ended"] = endings.ending(peer.pid, peer.start_ticks, peer.pidfd)
