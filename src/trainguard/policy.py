@@ -17,6 +17,9 @@ from trainguard.errors import MalformedEvidence, Misuse, Unavailable
 POLICY_LIMIT_BYTES = 1 << 20
 TIERS = ("weights", "training", "framework")
 
+MEASURES = frozenset({"stop", "deny-signals"})
+"""What can be enforced beyond recording."""
+
 
 class Approval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One honest oddity, approved once."""
@@ -40,6 +43,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Own time each process may use before the budget binds, so short runs are watched whole (docs/adr/0002)."""
     kills: str = "ledger"
     """ledger: name the sender of every signal in the job; off: put no filter on the job (docs/checks/kills.md)."""
+    enforce: str | tuple[str, ...] = "log"
+    """log: only record; stop: end the job at the first proved violation; deny-signals: refuse signals between strangers
+    in the job; or a list of the last two (docs/checks/enforcement.md)."""
+    stop_grace_seconds: float = 10.0
+    """Time between SIGTERM and SIGKILL when the job is stopped."""
+    allow_signals: tuple[str, ...] = ()
+    """Programs of the job, by base name, that deny-signals lets signal others."""
     always_steps: int = 20
     """First steps of a process that are always checked in full."""
     tensors: int = 4
@@ -66,6 +76,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Environment variables, beyond the built-in list, that may differ from the lock."""
 
     @property
+    def measures(self) -> frozenset[str]:
+        """What is enforced: a subset of MEASURES; empty for log."""
+        named = (self.enforce,) if isinstance(self.enforce, str) else self.enforce
+        return frozenset(named) - {"log"}
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of every field, hex."""
         return sha256_hex(canonical_json(msgspec.to_builtins(self)))
@@ -78,6 +94,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             for name, is_looser in (
                 ("links", order[self.links] < order[organisation.links]),
                 ("kills", self.kills == "off" and organisation.kills != "off"),
+                ("enforce", not self.measures >= organisation.measures),
+                (
+                    "allow_signals",
+                    "deny-signals" in organisation.measures
+                    and not set(self.allow_signals) <= set(organisation.allow_signals),
+                ),
                 ("update_tolerance_ulp", self.update_tolerance_ulp > organisation.update_tolerance_ulp),
                 ("tensors", self.tensors < organisation.tensors),
                 ("elements", self.elements < organisation.elements),
@@ -127,6 +149,8 @@ def parse_policy(data: bytes, *, where: str) -> Policy:
         raise Misuse(f"{where}: load: expected log or stop, found {policy.load!r}")
     if policy.load_tier not in TIERS:
         raise Misuse(f"{where}: load_tier: expected {', '.join(TIERS)}, found {policy.load_tier!r}")
+    if not policy.measures <= MEASURES:
+        raise Misuse(f"{where}: enforce: expected log, stop, deny-signals or a list of them, found {policy.enforce!r}")
     return policy
 
 

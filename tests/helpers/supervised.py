@@ -58,7 +58,7 @@ def supervise(
     """Run `command` (default: `python train.py`) in `folder`; options are Supervisor's and Settings' fields."""
     records = Records()
     records.add("start", {"run": "test", "command": ["python", "train.py"], "cwd": str(folder), "lock": None})
-    outer = {name: options.pop(name) for name in ("heartbeat_seconds", "hang_seconds") if name in options}
+    outer = {name: options.pop(name) for name in list(options) if name not in Settings.__dataclass_fields__}
     settings = Settings(pycache=str(cache_folder()), **options)
     before = Path.cwd()
     os.chdir(folder)

@@ -10,7 +10,9 @@ SOURCE = Path(__file__).parents[2] / "src" / "trainguard"
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if "boot" not in p.parts)
 JUDGES = {"appraise", "incident", "render", "server"}
 WATCHERS = {"measure", "watch", "integrations"}
-INSIDE = {p.stem for p in (SOURCE / "watch").glob("*.py") if p.stem not in ("supervisor", "processes", "outputs", "stalls")}
+INSIDE = {
+    p.stem for p in (SOURCE / "watch").glob("*.py") if p.stem not in ("supervisor", "processes", "outputs", "stalls")
+}
 """watch/ files that run inside the training process."""
 
 

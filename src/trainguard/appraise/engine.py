@@ -74,6 +74,7 @@ class Appraiser:
         self.lock: str | None = None
         self._policy: str | None = None
         self._none = False
+        self._stopped: str | None = None
 
     def see(self, evidence: Evidence) -> list[Finding]:
         """The findings that this record makes certain."""
@@ -81,6 +82,8 @@ class Appraiser:
             lock, settings = evidence.body.get("lock"), evidence.body.get("settings")
             self.lock = lock if isinstance(lock, str) else None
             self._none = isinstance(settings, dict) and settings.get("links") == "none"
+        if evidence.kind == "enforced" and evidence.source == "supervisor":
+            self._stopped = _stopped(evidence)
         new: list[Finding] = []
         try:
             for each in unfold(evidence):
@@ -124,6 +127,8 @@ class Appraiser:
         )
 
     def _gaps(self) -> Iterator[str]:
+        if self._stopped is not None:
+            yield self._stopped
         if self.lock is None:
             yield "no lock: what ran was compared with nothing approved"
         if self._none:
@@ -144,6 +149,16 @@ class Appraiser:
             yield from outcomes
         except Exception as error:  # a failing check must not hide what the others found
             self._failed[check.name] = f"{type(error).__name__}: {error}"[:300]
+
+
+def _stopped(evidence: Evidence) -> str:
+    """Why the guard ended the job, and what is left to go on from."""
+    body = evidence.body
+    sealed = body.get("checkpoint")
+    last = f"{sealed.get('path')} (leaf {sealed.get('leaf')})" if isinstance(sealed, dict) else "none"
+    step = f" after step {evidence.step}" if evidence.step is not None else ""
+    reason = f"{body.get('check')}: {body.get('message')}"
+    return f"stopped by the guard{step} (--enforce stop): {reason[:400]}; last sealed checkpoint: {last[:400]}"
 
 
 def appraise(records: Iterable[Evidence], context: Context) -> Verdict:

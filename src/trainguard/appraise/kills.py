@@ -12,6 +12,7 @@ ever an accusation, and its subject is a process and an account. How often such 
 from __future__ import annotations
 
 import math
+import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -106,6 +107,8 @@ class Kills:
         self._explained: list[str] = []
         self._required = False
         self._forwarded: Evidence | None = None
+        self._stopped = False
+        """The guard ended the job itself."""
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         self._first = evidence.at if self._first is None else self._first
@@ -216,7 +219,8 @@ class Kills:
         """One sender, one target."""
         pid = target["pid"]
         kin = self._kin(sender, target)
-        if number is not None and target.get("start_ticks") is not None:
+        refused = evidence.body.get("denied") is True
+        if number is not None and target.get("start_ticks") is not None and not refused:
             self._sent.setdefault(pid, []).append(_Sent(number, kin, self._who(sender)))
         guarded = self._guarded(target)
         if kin in ("itself", "descendant") or not (guarded or pid == self._child or pid in self._guard_pids()):
@@ -227,6 +231,8 @@ class Kills:
             return
         self._told.add(key)
         message = f"{self._who(sender)} {_did(call, number)} {self._whom(target)}"
+        if refused:
+            message += "; it was refused and not delivered (--enforce deny-signals)"
         if pid in self._guard_pids():
             message += ", a process of the guard"
             yield from self._accuse(evidence, "suspicious", message, sender, number, pid, ("G7", "F8"))
@@ -329,6 +335,10 @@ class Kills:
         self._forwarded = evidence
         yield from ()
 
+    def _see_enforced(self, evidence: Evidence) -> Iterator[Finding]:
+        self._stopped = True
+        yield from ()
+
     def _see_exit(self, evidence: Evidence) -> Iterator[Finding]:
         ended = evidence.body.get("ended")
         pid = evidence.pid
@@ -368,6 +378,8 @@ class Kills:
         sent = next((s for s in reversed(self._sent.get(pid, [])) if s.signal == number), None)
         if sent is not None and sent.kin in ("itself", "descendant"):
             return f"by {name}, sent by {'itself' if sent.kin == 'itself' else sent.sender}", "kin"
+        if self._stopped and number in (signal.SIGTERM, SIGKILL):
+            return f"by {name}, sent by the guard (--enforce stop)", "known"
         forwarded = self._forwarded
         if pid == self._child and forwarded is not None and forwarded.body.get("signal") == number:
             return f"by {name}, sent to the supervisor by {_forwarder(forwarded.body)}", "known"

@@ -62,6 +62,8 @@ class Outcome:
     ended: Ended | None
     """How the command ended; None when it was not started because preflight failed under --gate."""
     verdict: Verdict
+    stopped: bool = False
+    """Whether the guard ended it (--enforce stop)."""
 
 
 class Session:
@@ -84,6 +86,8 @@ class Session:
         self._lock = lock
         self._gate = gate
         self._notify = notify
+        self._supervisor: Supervisor | None = None
+        self._sealer: _Sealer | None = None
         self.run_id = run_id(name)
 
     def run(self) -> Outcome:
@@ -104,8 +108,8 @@ class Session:
             lock = self._home.store_blob(self._lock.data) if self._lock is not None else None
             start = self._start(policy, lock)
             writer.begin(start)
-            judge = _LiveJudge(Context(run=self.run_id, policy=self._policy, blob=self._home.blob), self._notify)
-            sealer = _Sealer(self._home, self.run_id, log, lock, recorder.add)
+            judge = _LiveJudge(Context(run=self.run_id, policy=self._policy, blob=self._home.blob), self._hear)
+            sealer = self._sealer = _Sealer(self._home, self.run_id, log, lock, recorder.add)
             gate = Gate(self._home, self.run_id, self._policy, recorder.add, sealer.saved)
             restarts = _Restarts(lambda attempt: self._measure(recorder, lock, attempt))
             recorder.observers = [judge.feed, sealer.feed, restarts.feed]
@@ -122,7 +126,21 @@ class Session:
         finally:
             writer.close()
         log.publish()
-        return Outcome(run=self.run_id, ended=ended, verdict=judge_run(self._home, self.run_id))
+        stopped = self._supervisor is not None and self._supervisor.stopped
+        return Outcome(run=self.run_id, ended=ended, verdict=judge_run(self._home, self.run_id), stopped=stopped)
+
+    def _hear(self, finding: Finding) -> None:
+        """Pass a finding on; under --enforce stop the first proved one ends the job."""
+        self._notify(finding)
+        if finding.outcome != "violated" or "stop" not in self._policy.measures or self._supervisor is None:
+            return
+        sealed = self._sealer.last if self._sealer is not None else None
+        why = {
+            "check": finding.check,
+            "message": finding.message[:1000],
+            "subject": msgspec.to_builtins(finding.subject),
+        }
+        self._supervisor.stop(why | {"checkpoint": sealed})
 
     def _start(self, policy: str, lock: str | None) -> dict[str, Any]:
         return {
@@ -164,8 +182,9 @@ class Session:
         self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer, gate: Gate
     ) -> Ended | None:
         """How the command ended; None when preflight refused it. A command that is not started is on record as such."""
-        if self._gate and judge.violated:
-            recorder.add("end", {"not_started": "preflight found differences from the lock (--gate)"})
+        if (self._gate or "stop" in self._policy.measures) and judge.violated:
+            why = "--gate" if self._gate else "--enforce stop"
+            recorder.add("end", {"not_started": f"preflight found differences from the lock ({why})"})
             return None
         try:
             return self._watch(recorder, judge, sealer, gate)
@@ -186,12 +205,14 @@ class Session:
             gate=gate.settings,
             pycache=str(_private_folder(self._home.cache / "bytecode")),
         )
-        supervisor = Supervisor(
+        self._supervisor = supervisor = Supervisor(
             recorder,
             settings,
             heartbeat_seconds=policy.heartbeat_seconds,
             segment_seconds=policy.segment_seconds,
             hang_seconds=policy.hang_seconds,
+            deny=policy.allow_signals if "deny-signals" in policy.measures else None,
+            stop_grace_seconds=policy.stop_grace_seconds,
         )
         sealer.key = settings.key
         with blocked_signals() as mask:
@@ -247,6 +268,8 @@ class _Sealer:
         """Compilers keep pickles there that are no checkpoints; who could have written them is measured (A8)."""
         self.key: str | None = None
         """The run's secret, by which storages are sampled; None samples nothing."""
+        self.last: dict[str, Any] | None = None
+        """The checkpoint that was sealed last: path, leaf, step."""
         self._ours: set[str] = set()
         """Paths saved by this attempt; reading those back needs no verifying, the seal was just made from them."""
         self._attempt = 0
@@ -296,6 +319,7 @@ class _Sealer:
         blob = self._home.store_blob(prints.encode()) if prints is not None else None
         body = {"path": str(path), "leaf": report.leaf, "findings": findings, "prints": blob}
         self._add("seal", body, step=step)
+        self.last = {"path": str(path), "leaf": report.leaf, "step": step}
 
     def _verify(self, path: Path, step: int | None) -> None:
         """Look at a model file the job opened: is it code (E1), and is it what our log has a seal of?"""

@@ -13,10 +13,14 @@ import msgspec
 
 from trainguard.cli._lock import with_trust
 from trainguard.cli._session import Outcome, Session, warn
+from trainguard.errors import Misuse
 from trainguard.finding import Finding
 from trainguard.home import Home
 from trainguard.lockfile import Lock, read_lock
 from trainguard.policy import Approval, Policy, load_policy
+
+EXIT_STOPPED = 4
+"""The guard ended the job (--enforce stop)."""
 
 DEFAULT_LOCK = Path("trainguard.lock")
 
@@ -26,6 +30,13 @@ DEFAULT_LOCK = Path("trainguard.lock")
 @click.option("--lock", "lock_path", type=click.Path(path_type=Path), help="Lock to run against [./trainguard.lock].")
 @click.option("--policy", "policy_path", type=click.Path(path_type=Path), help="Policy file (TOML).")
 @click.option("--links", type=click.Choice(["governed", "all", "none"]), help="Which in-process checks run.")
+@click.option(
+    "--enforce",
+    multiple=True,
+    type=click.Choice(["log", "stop", "deny-signals"]),
+    help="log: only record; stop: end the job at the first proved violation (exit status 4); deny-signals: refuse "
+    "signals between strangers in the job. Can be given twice; can only tighten the policy.",
+)
 @click.option("--gate", is_flag=True, help="Do not start when preflight fails; TAINTED gives 1, SUSPECT 3.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict document as the last line of stdout.")
 @click.option("--quiet", is_flag=True, help="Print nothing of our own but errors.")
@@ -35,6 +46,7 @@ def command(
     lock_path: Path | None,
     policy_path: Path | None,
     links: str | None,
+    enforce: tuple[str, ...],
     gate: bool,
     as_json: bool,
     quiet: bool,
@@ -46,7 +58,7 @@ def command(
     session = Session(
         home,
         cmd,
-        policy=_policy(policy_path, links, lock),
+        policy=_enforcing(_policy(policy_path, links, lock), enforce),
         lock=lock,
         name=name,
         gate=gate,
@@ -77,6 +89,18 @@ def _policy(path: Path | None, links: str | None, lock: Lock | None) -> Policy:
     return policy
 
 
+def _enforcing(policy: Policy, given: tuple[str, ...]) -> Policy:
+    """The policy with what the flags add to it. Raises Misuse where they would take something away."""
+    wanted = frozenset(given) - {"log"}
+    if "log" in given and (wanted or policy.measures):
+        other = ", ".join(sorted(wanted or policy.measures))
+        raise Misuse(f"--enforce log: {'given together with' if wanted else 'the policy enforces'} {other}")
+    measures = policy.measures | wanted
+    if "deny-signals" in measures and policy.kills == "off":
+        raise Misuse("deny-signals needs the kill ledger", next_step='take kills = "off" out of the policy')
+    return msgspec.structs.replace(policy, enforce=tuple(sorted(measures)) if measures else "log")
+
+
 def _announce(finding: Finding) -> None:
     """One line on stderr as a finding becomes certain."""
     from trainguard.render.line import finding_line
@@ -100,8 +124,10 @@ def _exit_status(outcome: Outcome, *, gate: bool) -> int:
     """The command's own status if it is not 0; with --gate, the verdict's. Dies by the signal the command died of."""
     ended = outcome.ended
     if ended is None:
-        warn("the command was not started: preflight found differences from the lock (--gate)")
+        warn(f"the command was not started: preflight found differences from the lock ({'--gate' if gate else 'stop'})")
         return 1
+    if outcome.stopped:
+        return EXIT_STOPPED
     if ended.signal is not None:
         _die_by(ended.signal)
     if ended.status:

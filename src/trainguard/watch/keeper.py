@@ -1,15 +1,17 @@
-"""Kill ledger, answering half: names who sends a signal, and always lets it through.
+"""Kill ledger, answering half: names who sends a signal, and lets it through unless it was told to refuse strangers.
 
 The kernel stops a process of the job inside `kill` and its relatives and asks whoever holds the ledger's listener
 (watch/ledger.py puts the filter on). This file takes the question, reads from /proc who asks and whom it means, hands
-that on, and answers CONTINUE. It runs in two places: as a process of its own, the keeper, and as a thread of the
-supervisor that steps in when the keeper does not answer.
+that on, and answers CONTINUE; under `--enforce deny-signals` EPERM to signals between strangers (`refuses`). It runs in
+two places: as a process of its own, the keeper, and as a thread of the supervisor that steps in when the keeper does
+not answer.
 
 Why a process of its own: when the last holder of a listener goes away, the kernel answers ENOSYS, and `kill` would stop
 working in a job whose supervisor died. The keeper shares nothing with the supervisor but a socket it never waits for,
 ignores what terminals and schedulers send, and ends when no process carries the filter any more (POLLHUP).
 
-    python -I -S keeper.py        listener = fd 3, socket to the supervisor (SOCK_SEQPACKET, JSON messages) = fd 4
+    python -I -S keeper.py [DENY]   listener = fd 3, socket to the supervisor (SOCK_SEQPACKET, JSON messages) = fd 4;
+                                    DENY: JSON list of programs that may signal strangers; without it all may
 
 Standard library only. Calls and structures: linux/seccomp.h, seccomp_unotify(2).
 """
@@ -24,9 +26,10 @@ import select
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 NOTIF_RECV = 0xC0502100
 NOTIF_SEND = 0xC0182101
@@ -130,6 +133,14 @@ def let_through(listener: int, number: int) -> None:
         pass
 
 
+def refuse(listener: int, number: int) -> None:
+    """Answer: the call fails with EPERM, and nothing is sent."""
+    try:
+        fcntl.ioctl(listener, NOTIF_SEND, struct.pack("=QqiI", number, 0, -errno.EPERM, 0))
+    except OSError:
+        pass
+
+
 def wake_quickly(listener: int) -> None:
     """Ask the kernel to switch to the keeper on the asker's processor; older kernels do not know it."""
     try:
@@ -139,17 +150,18 @@ def wake_quickly(listener: int) -> None:
 
 
 def answer(listener: int, book: "Book") -> None:
-    """Take one question, book it, let it through: in that order, and let through whatever happens."""
+    """Take one question, book it, let it through: in that order, and let through whatever fails."""
     question = receive(listener)
     if question is None:
         return
     number, tid, call, arguments = question
+    refused = False
     try:
-        book.enter(tid, call, arguments)
+        refused = book.enter(tid, call, arguments)
     except Exception:
         book.faults += 1
     finally:
-        let_through(listener, number)
+        (refuse if refused else let_through)(listener, number)
 
 
 # -- who and whom ------------------------------------------------------------------------------------------------------
@@ -159,12 +171,17 @@ class Book:
     """Writes one message a question to `hand_on`; the same sender, call, target and signal again is only counted.
 
     Message: {"call", "signal" | None, "sender": facts, "targets": [facts], "target": as given, "calls": n,
-    "lost": messages that could not be handed on, "faults": n}. `calls` is how many calls the message stands for: the
-    first is told at once, further equal ones are counted and told once a second.
+    "lost": messages that could not be handed on, "faults": n, "denied": true where it was refused}. `calls` is how
+    many calls the message stands for: the first is told at once, further equal ones are counted and told once a
+    second.
     """
 
-    def __init__(self, hand_on: Callable[[Dict[str, Any]], bool], supervisor: int) -> None:
+    def __init__(
+        self, hand_on: Callable[[Dict[str, Any]], bool], supervisor: int, deny: Optional[Sequence[str]] = None
+    ) -> None:
         self.hand_on = hand_on
+        self.deny = None if deny is None else frozenset(deny)
+        """Programs that may signal strangers; None lets everything through."""
         self.supervisor = supervisor
         """Its pid: where ancestry ends."""
         self.lost = 0
@@ -174,10 +191,10 @@ class Book:
         self.held: Dict[Tuple[Any, ...], List[Any]] = {}
         self.lock = threading.Lock()
 
-    def enter(self, tid: int, call: str, arguments: Tuple[int, ...]) -> None:
-        """Book one call."""
-        if self.orphaned:
-            return
+    def enter(self, tid: int, call: str, arguments: Tuple[int, ...]) -> bool:
+        """Book one call; whether it is to be refused."""
+        if self.orphaned and self.deny is None:
+            return False
         sender = thread_group(tid)
         number = _signed(arguments[SIGNAL_ARGUMENT[call]]) if call in SIGNAL_ARGUMENT else None
         key = (sender, call, arguments[:3])
@@ -186,7 +203,7 @@ class Book:
             known = self.held.get(key)
             if known is not None and now - known[0] < REPEAT_SECONDS:
                 known[1] += 1
-                return
+                return bool(known[2].get("denied"))
         if len(self.held) >= KEY_LIMIT:
             self.flush(now + REPEAT_SECONDS)
         message: Dict[str, Any] = {
@@ -199,10 +216,14 @@ class Book:
         target, pids = targets(sender, call, arguments)
         message["target"] = target
         message["targets"] = [facts(pid, self.supervisor) for pid in pids]
+        denied = self.deny is not None and refuses(message, self.supervisor, self.deny)
+        if denied:
+            message["denied"] = True
         if known is not None:
             message["calls"] += known[1]
         self.held[key] = [now, 0, message]
         self.send(message)
+        return denied
 
     def flush(self, now: float) -> None:
         """Send what was counted, and forget what is older than a second."""
@@ -220,6 +241,43 @@ class Book:
             self.lost = 0
         else:
             self.lost += 1
+
+
+HARMLESS = frozenset((0, 10, 12, 17, 18, 23, 28)) | frozenset(range(32, 65))
+"""SIGUSR1/2, SIGCHLD, SIGCONT, SIGURG, SIGWINCH and real-time signals: messages, not ends."""
+
+TOOLS = frozenset(
+    {"kill", "pkill", "killall", "killall5", "skill", "fuser", "timeout", "env", "nohup", "setsid", "nice", "xargs"}
+    | {"sh", "dash", "bash", "ash", "zsh", "ksh", "busybox", "toybox", "coreutils"}
+)
+"""Programs that act for whoever started them (the judge's list, appraise/kills.py)."""
+
+
+def refuses(message: Dict[str, Any], supervisor: int, allowed: FrozenSet[str]) -> bool:
+    """Whether a signal is between strangers: to a process of the job, from none of those that may end it.
+
+    Those are the target itself, the processes above it (its parent, its launcher), tools that one of them started, and
+    programs of `allowed`. Signals to processes outside the job are not ours to refuse.
+    """
+    if message["call"] not in SIGNAL_ARGUMENT or message["signal"] in HARMLESS:
+        return False
+    if message["target"] == -1:
+        return True
+    acting = [message["sender"]["pid"]]
+    names = [os.path.basename(message["sender"]["exe"] or message["sender"]["comm"] or "")]
+    for pid, _, name, _ in message["sender"]["ancestry"]:
+        if names[-1] not in TOOLS or pid == supervisor:
+            break
+        acting.append(pid)
+        names.append(name)
+    if any(name in allowed for name in names):
+        return False
+    for target in message["targets"]:
+        above = [entry[0] for entry in target["ancestry"]]
+        of_the_job = supervisor in above or target["pid"] == supervisor
+        if of_the_job and not any(pid == target["pid"] or pid in above for pid in acting):
+            return True
+    return False
 
 
 def targets(sender: int, call: str, arguments: Tuple[int, ...]) -> Tuple[int, List[int]]:
@@ -344,7 +402,7 @@ def _signed(value: int) -> int:
 # -- the process -------------------------------------------------------------------------------------------------------
 
 
-def keep(listener: int, channel: socket.socket) -> None:
+def keep(listener: int, channel: socket.socket, deny: Optional[Sequence[str]] = None) -> None:
     """Answer until no process carries the filter any more, whether or not anybody reads `channel`.
 
     A thread waits inside the receiving call, so that a question counts as taken the moment it is asked: until then any
@@ -368,7 +426,7 @@ def keep(listener: int, channel: socket.socket) -> None:
             except OSError:
                 return
 
-    book = Book(hand_on, os.getppid())
+    book = Book(hand_on, os.getppid(), deny)
     threading.Thread(target=serve, daemon=True).start()
     poll = select.poll()
     poll.register(listener, 0)  # errors and hang-up are always told
@@ -386,7 +444,7 @@ def main() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, -10)
     except OSError:
         pass
-    keep(3, socket.socket(fileno=4))
+    keep(3, socket.socket(fileno=4), json.loads(sys.argv[1]) if len(sys.argv) > 1 else None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Kill ledger: who in the job sends which signal to whom, SIGKILL included, without privileges.
 
 A seccomp filter over the command and all it ever starts makes the kernel ask us before `kill` and its relatives
-(keeper.CALLS); the keeper (watch/keeper.py) names the sender from /proc and lets every call through. Nothing is denied.
+(keeper.CALLS); the keeper (watch/keeper.py) names the sender from /proc and lets every call through. Only where `deny`
+is given are signals between strangers refused, with EPERM (docs/checks/enforcement.md).
 
 How the filter gets on without touching the command: a seccomp filter belongs to a thread. One thread of the supervisor
 puts it on, starts the command with the same `posix_spawnp` as without a ledger, and ends; the command inherits it.
@@ -29,7 +30,7 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from . import keeper
 
@@ -157,7 +158,9 @@ def _kernel() -> Tuple[int, ...]:
 class Ledger:
     """One run's ledger. `start(spawn)` starts the command under it; `messages()` are keeper.Book's, as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, deny: Optional[Sequence[str]] = None) -> None:
+        self.deny = deny
+        """Programs that may signal strangers, where others may not; None denies nothing."""
         self.listener: Optional[int] = None
         self.reason: Optional[str] = None
         """Why there is no ledger; None where there is one."""
@@ -214,7 +217,7 @@ class Ledger:
             return
         self.keepers += 1
         with contextlib.suppress(OSError):
-            self.keeper = _spawn_keeper(self.listener, self._theirs.fileno())
+            self.keeper = _spawn_keeper(self.listener, self._theirs.fileno(), self.deny)
 
     def messages(self) -> Iterator[Dict[str, Any]]:
         """What was told since the last call."""
@@ -245,7 +248,7 @@ class Ledger:
 
     def _stand_by(self, listener: int) -> None:
         """Answer what the keeper leaves unanswered: it may be stopped, starting, or gone."""
-        book = keeper.Book(self._hand_on, os.getpid())
+        book = keeper.Book(self._hand_on, os.getpid(), self.deny)
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         waited = False
@@ -273,16 +276,15 @@ class Ledger:
         return True
 
 
-def _spawn_keeper(listener: int, channel: int) -> int:
+def _spawn_keeper(listener: int, channel: int, deny: Optional[Sequence[str]]) -> int:
     """Start keeper.py with the listener as 3 and the socket as 4, in a session of its own, holding nothing else."""
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (listener, channel)]
     actions = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
     actions += [(os.POSIX_SPAWN_DUP2, high[0], 3), (os.POSIX_SPAWN_DUP2, high[1], 4)]  # type: ignore[list-item]
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    words = [sys.executable, "-I", "-S", KEEPER, *([json.dumps(list(deny))] if deny is not None else [])]
     try:
-        return os.posix_spawn(
-            sys.executable, [sys.executable, "-I", "-S", KEEPER], kept, file_actions=actions, setsid=True
-        )
+        return os.posix_spawn(sys.executable, words, kept, file_actions=actions, setsid=True)
     finally:
         for fd in high:
             os.close(fd)

@@ -117,6 +117,12 @@ class Tree:
         certain.extend(self._vanished(present))
         return certain
 
+    def members(self, root: int) -> list[int]:
+        """Pids of the job that live now, `root` among them; ended ones that nobody has collected are left out."""
+        return [
+            pid for pid in self._job(root) if _read(pid, "stat").rpartition(b")")[2].split()[:1] not in ([], [b"Z"])
+        ]
+
     def _job(self, root: int) -> list[int]:
         """Pids of the job now: `root`, what descends from it, and orphans that were given to us."""
         listed = {int(name) for name in os.listdir("/proc") if name.isdigit()}

@@ -5,8 +5,9 @@
        ▼
     supervisor ── adds pid, uid (SO_PEERCRED), process number, time ── recorder (spool, chain, seal, log)
 
-Rules it keeps: the command never waits for us, and nothing here ends the command. If we die, the sockets break and
-training goes on unrecorded; the record then has no end, which is itself a finding. Nothing is judged here.
+Rules it keeps: the command never waits for us, and nothing here ends it, unless the policy says `stop`. If we die, the
+sockets break and training goes on unrecorded; the record then has no end, which is itself a finding. Nothing is judged
+here.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ RESERVED = frozenset(
         "heartbeat",
         "signal",
         "signalled",
+        "enforced",
         "stall",
         "pace",
         "exit",
@@ -144,6 +146,18 @@ class _Peer:
     image: processes.Image = (None, b"")
 
 
+@dataclass(slots=True)
+class _Stopping:
+    """The job is to end."""
+
+    why: dict[str, Any]
+    """For the record."""
+    deadline: float | None = None
+    """When SIGKILL follows; None before anything was sent."""
+    sent: set[tuple[int, int]] = field(default_factory=set)
+    """(pid, signal) sent so far."""
+
+
 class Supervisor:
     """Runs one command under watch. Use once: `Supervisor(...).run(command)`."""
 
@@ -155,6 +169,8 @@ class Supervisor:
         heartbeat_seconds: float = 10.0,
         segment_seconds: float = 2.0,
         hang_seconds: float = 300.0,
+        deny: Sequence[str] | None = None,
+        stop_grace_seconds: float = 10.0,
     ) -> None:
         self.recorder = recorder
         self.settings = settings
@@ -166,7 +182,7 @@ class Supervisor:
         self._records = 0
         self._tree = processes.Tree(grace_seconds=HELLO_GRACE_SECONDS)
         self._unheard = processes.Unheard(grace_seconds=UNHEARD_GRACE_SECONDS)
-        self._ledger = ledger.Ledger()
+        self._ledger = ledger.Ledger(deny)
         self._memory = endings.Memory()
         self._outputs = outputs.Outputs(Path.cwd())
         self._reached = reached.Reached()
@@ -174,6 +190,8 @@ class Supervisor:
         self._child: int | None = None
         self._ended: tuple[int | None, int | None] | None = None
         self._stop = threading.Event()
+        self._stop_grace_seconds = stop_grace_seconds
+        self._stopping: _Stopping | None = None
 
     # -- the whole run --------------------------------------------------------------------------------------------
 
@@ -240,6 +258,34 @@ class Supervisor:
             number, rank = (peer.number, peer.rank) if peer is not None else (None, None)
             self._add("signalled", told, pid=who.get("pid"), uid=who.get("uid"), process=number, rank=rank)
 
+    def stop(self, why: dict[str, Any]) -> None:
+        """End the job: SIGTERM to the command, then to what is left of it, SIGKILL after the grace. Thread-safe."""
+        if self._stopping is None:
+            self._stopping = _Stopping(why)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the job was ended by `stop`."""
+        return self._stopping is not None and self._stopping.deadline is not None
+
+    def _end_job(self, child: int) -> bool:
+        """One look at a job that is being stopped; whether some of it lives on."""
+        stopping = self._stopping
+        if stopping is None or (stopping.deadline is None and self._ended is not None):
+            return False
+        now = time.monotonic()
+        if stopping.deadline is None:
+            stopping.deadline = now + self._stop_grace_seconds
+            self._add("enforced", {"mode": "stop", **stopping.why}, step=self._step)
+        left = [pid for pid in self._tree.members(child) if pid != child or self._ended is None]
+        number = signal.SIGTERM if now < stopping.deadline else signal.SIGKILL
+        for pid in left if self._ended is not None or number == signal.SIGKILL else [child]:
+            if (pid, number) not in stopping.sent:
+                stopping.sent.add((pid, number))
+                with contextlib.suppress(OSError):
+                    os.kill(pid, number)
+        return bool(left) and now < stopping.deadline + DRAIN_SECONDS
+
     @property
     def child(self) -> int | None:
         """Pid of the command while it runs."""
@@ -272,18 +318,20 @@ class Supervisor:
         """Listen until the command has ended and what it sent before has been read."""
         next_seal = next_heartbeat = next_look = time.monotonic()
         deadline = None
-        while deadline is None or (self._peers and time.monotonic() < deadline):
+        stopping = False
+        while deadline is None or stopping or (self._peers and time.monotonic() < deadline):
             events = self._selector.select(TICK_SECONDS if deadline is None else 0.02)
             for key, _ in events:
                 key.data(key.fileobj)
             now = time.monotonic()
+            stopping = self._end_job(child)
             if now >= next_look:
                 self._look(child)
                 self._saved()
                 next_look = now + TICK_SECONDS
             if deadline is None and self._reap(child):
                 deadline = time.monotonic() + DRAIN_SECONDS
-            if deadline is not None and not events:
+            if deadline is not None and not events and not stopping:
                 break
             if now >= next_heartbeat:
                 self._add("heartbeat", {"processes": len(self._peers), "records": self._records})
