@@ -22,7 +22,6 @@ import sys
 import threading
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from . import frames as _frames
 from . import origin
 from .client import Client
 
@@ -112,7 +111,8 @@ def _is_guards(frame: Any) -> bool:
     outermost = frame
     while outermost is not None and outermost.f_back is not None:
         outermost = outermost.f_back
-    return outermost is not None and outermost.f_globals is vars(_frames)
+    ours = sys.modules.get("%s.frames" % __package__)
+    return outermost is not None and ours is not None and outermost.f_globals is vars(ours)
 
 
 def _outermost(frame: Any) -> Tuple[Optional[str], Optional[str]]:
