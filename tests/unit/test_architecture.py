@@ -11,7 +11,9 @@ MODULES = sorted(p for p in SOURCE.rglob("*.py") if "boot" not in p.parts)
 JUDGES = {"appraise", "incident", "render", "server"}
 WATCHERS = {"measure", "watch", "integrations"}
 INSIDE = {
-    p.stem for p in (SOURCE / "watch").glob("*.py") if p.stem not in ("supervisor", "processes", "outputs", "stalls")
+    p.stem
+    for p in (SOURCE / "watch").glob("*.py")
+    if p.stem not in ("supervisor", "processes", "outputs", "stalls", "node")
 }
 """watch/ files that run inside the training process."""
 

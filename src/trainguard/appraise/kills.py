@@ -12,6 +12,7 @@ ever an accusation, and its subject is a process and an account. How often such 
 from __future__ import annotations
 
 import math
+import re
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from msgspec.structs import replace
 from trainguard.appraise.interface import Context, finding_from
 from trainguard.appraise.processes import signal_name
 from trainguard.evidence import Evidence
-from trainguard.finding import Finding, LinkState
+from trainguard.finding import Finding, LinkState, Subject
 
 BASE_RATE_PER_GPU_DAY = 419 / (54 * 16_384)
 """Interruptions nobody intended: 419 in 54 days on 16,384 GPUs (Llama 3, section 3.3.4)."""
@@ -37,6 +38,43 @@ FAULTS = frozenset({4, 5, 7, 8, 11, 31})
 """SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS: the kernel raises them for what the process itself did."""
 
 SIGKILL = 9
+
+SCHEDULERS = {
+    "slurmstepd": "Slurm",
+    "slurmd": "Slurm",
+    "srun": "Slurm",
+    "containerd-shim": "the container engine",
+    "containerd-shim-runc-v2": "the container engine",
+    "dockerd": "the container engine",
+    "conmon": "the container engine",
+    "runc": "the container engine",
+    "crun": "the container engine",
+    "tini": "the container's init",
+    "dumb-init": "the container's init",
+    "docker-init": "the container's init",
+    "kubelet": "Kubernetes",
+    "systemd": "systemd",
+    "pbs_mom": "PBS",
+    "sge_shepherd": "Grid Engine",
+    "sbatchd": "LSF",
+    "condor_starter": "HTCondor",
+    "raylet": "Ray",
+}
+"""Programs that end jobs because they are told to, or because time is up."""
+
+INTERRUPTION_SECONDS = 60
+"""Ends of processes closer together than this are one interruption."""
+
+UNEXPLAINED, CHANCE = 3, 1e-3
+"""This many ends by unknown senders, this unlikely by nature, are a finding of their own."""
+
+PEER_LOST = re.compile(
+    r"connection (closed|reset) by (remote )?peer|remote process exited|broken pipe"
+    r"|peer.{0,20}(disconnected|unreachable)|socket.{0,20}(closed|timed? ?out)"
+    r"|NCCL.{0,40}(remote|unhandled system) error",
+    re.IGNORECASE,
+)
+"""What a rank says when another one, or its node or network, has gone."""
 
 TOOLS = frozenset(
     {"kill", "pkill", "killall", "killall5", "skill", "fuser", "timeout", "env", "nohup", "setsid", "nice", "xargs"}
@@ -102,7 +140,18 @@ class Kills:
         self._world = 1
         self._first: int | None = None
         self._last = 0
-        self._held = self._broken = self._interruptions = 0
+        self._held = self._broken = self._interruptions = self._unexplained = 0
+        self._interrupted: dict[str, int] = {}
+        """Kind of interruption → when the last one was."""
+        self._errors: dict[int, dict[str, Any]] = {}
+        """pid → the exception it said it ended with."""
+        self._failed: list[str] = []
+        """Ranks that ended badly, in order, in words."""
+        self._node = False
+        self._outside: dict[int, list[tuple[int, str, bool]]] = {}
+        """Target → (signal, sender in words, whether the kernel itself) that the node's ledger saw."""
+        self._pending: list[tuple[Evidence, int, int, str]] = []
+        """Ends whose sender the node's ledger may still name: (record, pid, signal, subject)."""
         self._notes: list[str] = []
         self._explained: list[str] = []
         self._required = False
@@ -339,35 +388,131 @@ class Kills:
         self._stopped = True
         yield from ()
 
+    def _see_bye(self, evidence: Evidence) -> Iterator[Finding]:
+        error = evidence.body.get("error")
+        if isinstance(error, dict) and evidence.pid is not None and len(self._errors) < 4096:
+            self._errors[evidence.pid] = error
+        yield from ()
+
     def _see_exit(self, evidence: Evidence) -> Iterator[Finding]:
         ended = evidence.body.get("ended")
         pid = evidence.pid
         if pid is None or pid == self._child or not isinstance(ended, dict):
             return
         number = ended.get("signal")
-        process = self._processes.get(pid)
         self._gone[pid] = evidence.at
-        if not isinstance(number, int):
-            self._held += 1
-            return
         rank = f", rank {evidence.rank}" if evidence.rank is not None else ""
         subject = f"process {pid}{rank}"
+        if not isinstance(number, int):
+            self._held += 1
+            if evidence.rank is not None and ended.get("status") not in (0, None):
+                self._left(evidence, subject, ended["status"])
+            return
+        process = self._processes.get(pid)
         cause, kind = self._cause(pid, number, evidence)
         if kind == "open" and process is not None and process.parent in self._gone:
             cause, kind = f"by {signal_name(number)} after its parent had ended", "known"
         if kind == "kin":
             self._held += 1
+            if evidence.rank is not None and self._failed and number in (signal.SIGTERM, SIGKILL):
+                self._note(f"{subject} was ended {cause} after {self._failed[0]} had failed")
             return
+        self._fail(evidence, subject)
+        if kind == "open" and self._node:
+            self._pending.append((evidence, pid, number, subject))
+            return
+        yield from self._open_end(evidence, number, subject, cause, kind)
+
+    def _open_end(self, evidence: Evidence, number: int, subject: str, cause: str, kind: str) -> Iterator[Finding]:
         self._note(f"{subject} was ended {cause}")
         if kind == "open" and number == SIGKILL:
+            self._unexplained += self._is_new("unexplained", evidence.at)
             yield self._finding(evidence, "not_checked", f"{subject} was ended {cause}")
+
+    def _left(self, evidence: Evidence, subject: str, status: object) -> None:
+        """A rank left by itself with an error: its own doing, or the consequence of another's end."""
+        error = self._errors.get(evidence.pid or -1, {})
+        text = str(error.get("text"))[:160]
+        told = f": {error.get('type')} at {error.get('place')}: {text}" if error else ""
+        message = f"{subject} ended by itself with status {status}{told[:400]}"
+        if error and PEER_LOST.search(text) is not None:
+            message += (
+                f"; it lost a peer after {self._failed[0]} had failed"
+                if self._failed
+                else "; it lost a peer outside this host: a node or its network went away"
+            )
+        self._fail(evidence, subject)
+        self._interruptions += self._is_new("all", evidence.at)
+        self._note(message)
+
+    def _fail(self, evidence: Evidence, subject: str) -> None:
+        if evidence.rank is not None and len(self._failed) < 64:
+            self._failed.append(subject)
+
+    def _is_new(self, kind: str, at: int) -> bool:
+        """Whether an end belongs to no interruption so far: the ranks of a job end together."""
+        last = self._interrupted.get(kind)
+        self._interrupted[kind] = at
+        return last is None or at - last > INTERRUPTION_SECONDS * 1_000_000_000
+
+    # -- the node's ledger -----------------------------------------------------------------------------------------
+
+    def _see_node(self, evidence: Evidence) -> Iterator[Finding]:
+        self._node = evidence.body.get("state") == "on"
+        yield from ()
+
+    def _see_outside(self, evidence: Evidence) -> Iterator[Finding]:
+        """A signal to a process of the job, as the kernel's trace on this node tells it."""
+        body = evidence.body
+        target, number, sender = body.get("target"), body.get("signal"), body.get("sender")
+        if not isinstance(target, int) or not isinstance(number, int) or not isinstance(sender, dict):
+            yield self._finding(
+                evidence, "not_checked", "an entry of the node's ledger is not as its specification says"
+            )
+            return
+        if number in HARMLESS or not (target in self._processes or target == self._child):
+            return
+        by = sender.get("pid")
+        told = any(sent.signal == number for sent in self._sent.get(target, ()))
+        if by in self._guard_pids() or by == target or (told and self._state == "on"):
+            return  # passed on by us, by itself, or known from the job's own ledger
+        kernel = body.get("kernel") is True
+        who = "the kernel" if kernel else self._who(sender) + _login(sender)
+        self._outside.setdefault(target, []).append((number, who, kernel))
+        if kernel or by in self._processes:
+            return
+        scheduler = SCHEDULERS.get(_base(sender.get("exe") or sender.get("comm")))
+        message = f"{who}, outside the job, sent {signal_name(number)} to {self._whom({'pid': target})}"
+        if scheduler is not None:
+            self._note(f"{message}: {scheduler} ended it")
+            return
+        yield from self._accuse(evidence, "suspicious", message, sender, number, target, ("F8",))
+
+    def _settle(self) -> Iterator[Finding]:
+        """Ends that waited for the node's ledger."""
+        for evidence, pid, number, subject in self._pending:
+            seen = [(who, kernel) for sent, who, kernel in self._outside.get(pid, ()) if sent == number]
+            name = signal_name(number)
+            if seen:
+                who, kernel = seen[-1]
+                cause = (
+                    f"by {name}, raised by the kernel" if kernel else f"by {name}, sent from outside the job by {who}"
+                )
+                yield from self._open_end(evidence, number, subject, cause, "known")
+            else:
+                cause = f"by {name}; the node's ledger was on and saw no sender"
+                yield from self._open_end(evidence, number, subject, cause, "open")
+        self._pending = []
 
     def _see_end(self, evidence: Evidence) -> Iterator[Finding]:
         number = evidence.body.get("signal")
         if isinstance(number, int):
             pid = self._child if self._child is not None else -1
-            cause, _ = self._cause(pid, number, evidence)
+            cause, kind = self._cause(pid, number, evidence)
             self._required = True
+            seen = [who for sent, who, _ in self._outside.get(pid, ()) if sent == number]
+            if kind == "open" and seen:
+                cause = f"by {signal_name(number)}, sent from outside the job by {seen[-1]}"
             self._note(f"the command was ended {cause}")
         yield from ()
 
@@ -383,11 +528,13 @@ class Kills:
         forwarded = self._forwarded
         if pid == self._child and forwarded is not None and forwarded.body.get("signal") == number:
             return f"by {name}, sent to the supervisor by {_forwarder(forwarded.body)}", "known"
-        self._interruptions += 1
+        self._interruptions += self._is_new("all", evidence.at)
         if sent is not None:
             return f"by {name}, sent by {sent.sender}", "known"
         if number in FAULTS:
             return f"by {name}: a crash, raised by the kernel for what the process itself did", "known"
+        if number == SIGKILL and self._is_named(pid, evidence):
+            return f"by {name}: the kernel's log says that it ended this process because memory ran out", "known"
         if number == SIGKILL and memory is not None:
             return f"by {name}: {memory}", "known"
         if self._state == "on":
@@ -395,7 +542,12 @@ class Kills:
                 f"by {name}, whose sender is outside the job or is the kernel; this ledger does not see those",
                 "open",
             )
-        return f"by {name}; who sent it is not known", "open"
+        return f"by {name}; who sent it is not known: there is no ledger in this job", "open"
+
+    def _is_named(self, pid: int, evidence: Evidence) -> bool:
+        told = evidence.body.get("out_of_memory")
+        named = told.get("named") if isinstance(told, dict) else None
+        return isinstance(named, list) and pid in named[:1000]
 
     def _out_of_memory(self, evidence: Evidence) -> str | None:
         """What the counters say happened since they were last looked at."""
@@ -413,10 +565,20 @@ class Kills:
     # -- the balance -----------------------------------------------------------------------------------------------
 
     def end(self) -> Iterator[Finding | LinkState]:
+        yield from self._settle()
         if self._state is None:
             self._note("this record has no kill ledger")
         if self._interruptions:
-            self._note(self._rate())
+            self._note(self._rate(self._interruptions, "interruption(s)"))
+        if self._unexplained >= UNEXPLAINED and _at_least(self._unexplained, self._expected()) < CHANCE:
+            self._broken += 1
+            yield Finding(
+                check=self.name,
+                outcome="suspicious",
+                techniques=("F8",),
+                subject=Subject(run=self._run),
+                message=self._rate(self._unexplained, "ends by SIGKILL whose sender is not known"),
+            )
         yield LinkState(
             link=self.name,
             held=self._held,
@@ -426,14 +588,23 @@ class Kills:
             required=self._required,
         )
 
-    def _rate(self) -> str:
-        """The ends nobody in the job was entitled to cause, beside what nature brings."""
-        days = self._world * (self._last - (self._first or self._last)) / 86_400e9
-        expected = BASE_RATE_PER_GPU_DAY * days
-        chance = _at_least(self._interruptions, expected)
+    def _expected(self) -> float:
+        """Interruptions that nature brings in this run."""
+        return BASE_RATE_PER_GPU_DAY * self._world * (self._last - (self._first or self._last)) / 86_400e9
+
+    def _rate(self, count: int, what: str) -> str:
+        """Interruptions beside what nature brings, and what that is worth."""
+        expected = self._expected()
+        days = expected / BASE_RATE_PER_GPU_DAY
+        chance = _at_least(count, expected)
+        worth = "within what nature brings"
+        if chance < 0.05 and count == 1:
+            worth = "rare, but one event shows nothing"
+        elif chance < 0.05:
+            worth = f"{count / expected:.2g} times the natural rate: suspicious, not proof"
         return (
-            f"{self._interruptions} interruption(s) in {days:.2g} device-days; by nature {expected:.1g} are expected "
-            f"(419 in 54 days on 16,384 GPUs), so this many or more by chance: {chance:.1g}"
+            f"{count} {what} in {days:.2g} device-days; by nature {expected:.1g} are expected "
+            f"(419 in 54 days on 16,384 GPUs), so this many or more by chance: {chance:.1g}; {worth}"
         )
 
     # -- words -----------------------------------------------------------------------------------------------------
@@ -494,7 +665,19 @@ def _account(sender: dict[str, Any]) -> str:
 def _forwarder(body: dict[str, Any]) -> str:
     sender = body.get("sender")
     words = _words(sender.get("cmdline")) if isinstance(sender, dict) else ""
-    return f"process {body.get('from_pid')} of account {body.get('from_uid')}" + (f" ({words})" if words else "")
+    if body.get("from_pid") == 0:
+        return "a process that is not visible from here (the container engine or the scheduler outside this container)"
+    exe = sender.get("exe") if isinstance(sender, dict) else None
+    scheduler = SCHEDULERS.get(_base(exe or words.split(" ")[0].rstrip(":")))
+    who = f"process {body.get('from_pid')} of account {body.get('from_uid')}" + (f" ({words})" if words else "")
+    return f"{scheduler}, {who}" if scheduler is not None else who
+
+
+def _login(sender: dict[str, Any]) -> str:
+    """The audit account and session of a sender, where the kernel keeps them."""
+    parts = [f"{label} {sender[key]}" for key, label in (("loginuid", "logged in as"), ("session", "session"))
+             if isinstance(sender.get(key), int) and sender[key] < 4294967295]  # fmt: skip
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _entries(facts: dict[str, Any]) -> list[list[Any]]:

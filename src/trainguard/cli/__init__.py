@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "gate": ("trainguard.cli.gate", "May this model be released or served?"),
     "log": ("trainguard.cli.log", "The transparency log: head, show, prove, verify."),
     "demo": ("trainguard.cli.demo", "The whole story on a small model."),
+    "node": ("trainguard.cli.node", "As root: record who signals whom on this machine, for every run on it."),
     "doctor": ("trainguard.cli.doctor", "Is this machine set up well?"),
 }
 """verb → (module with a click command named `command`, the line `--help` prints)."""

@@ -132,7 +132,14 @@ class Client:
 
     def close(self) -> None:
         """Say goodbye; the process is leaving in an orderly way."""
-        self.send("bye", {"dropped": self.dropped, "faults": self.faults})
+        body = {"dropped": self.dropped, "faults": self.faults}
+        try:
+            error = _uncaught()
+            if error is not None:
+                body["error"] = error
+        except Exception as fault:
+            self.fault("client.close", fault)
+        self.send("bye", body)
         if self.socket is not None:
             try:
                 if self.queue:
@@ -195,6 +202,18 @@ def hello_body(forked_from: Optional[int]) -> Dict[str, Any]:
         "env": {name: os.environ[name] for name in names if name in os.environ},
         "monotonic_ns": time.monotonic_ns(),
     }
+
+
+def _uncaught() -> Optional[Dict[str, Any]]:
+    """The exception that ends this interpreter, as the interpreter itself keeps it; None for an orderly end."""
+    kind = getattr(sys, "last_type", None)
+    if kind is None or getattr(sys, "ps1", None) is not None:
+        return None
+    value, trace = getattr(sys, "last_value", None), getattr(sys, "last_traceback", None)
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "%s:%d" % (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else None
+    return {"type": kind.__name__, "text": str(value)[:300], "place": place}
 
 
 def _cwd() -> Optional[str]:

@@ -7,8 +7,10 @@ the parent has collected it. Out-of-memory kills are counted per control group a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import struct
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ _PIDFD_GET_INFO = 0xC040FF0B
 _PIDFD_INFO_EXIT = 1 << 3
 CGROUPS = Path("/sys/fs/cgroup")
 GROUP_LIMIT = 64
+KERNEL_LOG_LINES, NAMED_LIMIT = 4096, 64
+_OUT_OF_MEMORY = re.compile(rb"[Oo]ut of memory[^:]*: Kill(?:ed)? process (\d{1,9})")
 COLLECTED_SECONDS = 0.02
 """How long we wait for a parent to collect a process that is already gone from /proc."""
 
@@ -78,10 +82,12 @@ def _stat(pid: int) -> List[bytes]:
 class Memory:
     """Counts out-of-memory kills of the control groups the job uses, and of the host, since each was first seen."""
 
-    def __init__(self, root: Path = CGROUPS) -> None:
+    def __init__(self, root: Path = CGROUPS, kernel_log: str = "/dev/kmsg") -> None:
         self._root = root
         self._host = _counter(Path("/proc/vmstat"), b"oom_kill")
         self._groups: Dict[str, Tuple[Path, int]] = {}
+        self._kernel_log = _open_kernel_log(kernel_log)
+        self._named: List[int] = []
 
     def watch(self, pid: int) -> None:
         """Count from now for the control group of `pid`."""
@@ -91,15 +97,53 @@ class Memory:
                 if count is not None:
                     self._groups[name] = (path, count)
 
-    def killed(self) -> Dict[str, Optional[int]]:
-        """{"group": kills in the job's control groups | None, "host": kills on the host | None}; None is unreadable."""
+    def killed(self) -> Dict[str, Any]:
+        """{"group": kills in the job's control groups, "host": kills on the host, "named": pids in the kernel's log}.
+
+        None where it cannot be read; the kernel's log usually cannot without privileges.
+        """
         counts = [(_counter(path, b"oom_kill"), before) for path, before in self._groups.values()]
         found = [now - before for now, before in counts if now is not None]
         host = _counter(Path("/proc/vmstat"), b"oom_kill")
         return {
             "group": sum(found) if found else None,
             "host": host - self._host if host is not None and self._host is not None else None,
+            "named": self._read_kernel_log(),
         }
+
+    def _read_kernel_log(self) -> Optional[List[int]]:
+        """Processes that the kernel says it ended for want of memory, since we began; the last NAMED_LIMIT."""
+        if self._kernel_log is None:
+            return None
+        for _ in range(KERNEL_LOG_LINES):
+            try:
+                line = os.read(self._kernel_log, 8192)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.EPIPE:  # EPIPE: lines were overwritten before we read them
+                    break
+                continue
+            if not line:
+                break
+            found = _OUT_OF_MEMORY.search(line)
+            if found is not None:
+                self._named = [*self._named, int(found.group(1))][-NAMED_LIMIT:]
+        return list(self._named)
+
+
+def _open_kernel_log(path: str) -> Optional[int]:
+    """The kernel's log from now on, without waiting; None where it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        os.lseek(descriptor, 0, os.SEEK_END)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _groups(pid: int, root: Path) -> List[Tuple[str, Path]]:

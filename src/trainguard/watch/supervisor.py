@@ -17,6 +17,7 @@ import errno
 import json
 import os
 import secrets
+import select
 import selectors
 import shutil
 import signal
@@ -32,7 +33,7 @@ from typing import Any, Protocol
 
 from trainguard.errors import Misuse, Unavailable
 from trainguard.evidence import Evidence
-from trainguard.watch import endings, ledger, outputs, processes, reached, stalls
+from trainguard.watch import endings, ledger, node, outputs, processes, reached, stalls
 
 BOOT = Path(__file__).parent / "boot"
 """The folder with our sitecustomize.py, first on PYTHONPATH of the command."""
@@ -41,6 +42,9 @@ CONNECTION_LIMIT = 8192
 FRAME_LIMIT_BYTES = 256 * 1024
 TICK_SECONDS = 0.25
 DRAIN_SECONDS = 2.0
+NODE_SECONDS = 0.1
+"""How long the end of a process waits for what the node's ledger has to say of it."""
+
 HELLO_GRACE_SECONDS = 8.0
 """A Python interpreter of the job older than this must have said hello; start-up on a loaded machine takes 1-3 s."""
 UNHEARD_GRACE_SECONDS = 10.0
@@ -72,6 +76,8 @@ RESERVED = frozenset(
         "signal",
         "signalled",
         "enforced",
+        "node",
+        "outside",
         "stall",
         "pace",
         "exit",
@@ -192,6 +198,9 @@ class Supervisor:
         self._stop = threading.Event()
         self._stop_grace_seconds = stop_grace_seconds
         self._stopping: _Stopping | None = None
+        self._node: socket.socket | None = None
+        self._pids: set[int] = set()
+        """Connected processes."""
 
     # -- the whole run --------------------------------------------------------------------------------------------
 
@@ -205,6 +214,7 @@ class Supervisor:
         processes.become_subreaper()
         began, cpu = time.monotonic_ns(), _children_cpu_ns()
         try:
+            self._ask_node(env)
             self._child = self._begin(command, self._environment(env, str(Path(folder) / "s")), mask)
             threading.Thread(target=self._forward_signals, name="signals", daemon=True).start()
             if self._outputs.open():
@@ -214,6 +224,8 @@ class Supervisor:
             self._stop.set()
             listener.close()
             self._stalls.close()
+            if self._node is not None:
+                self._node.close()
             self._selector.close()
             self._outputs.close()
             self._ledger.close()
@@ -242,6 +254,28 @@ class Supervisor:
         body = {"state": state, "reason": self._ledger.reason, "no_new_privs": self._ledger.no_new_privs}
         self._add("ledger", body | {"keeper": self._ledger.keeper, "child": child, "supervisor": os.getpid()})
         return child
+
+    def _ask_node(self, env: Mapping[str, str]) -> None:
+        """Hear of senders outside the job, where this machine has a node's ledger (watch/node.py)."""
+        self._node = node.ask(env.get("TRAINGUARD_NODE", node.SOCKET))
+        if self._node is not None:
+            self._selector.register(self._node, selectors.EVENT_READ, lambda _link: self._take_outside())
+            self._add("node", {"state": "on"})
+
+    def _take_outside(self) -> None:
+        """Signals to processes of this job that the node's ledger saw."""
+        if self._node is None:
+            return
+        try:
+            for event in node.told(self._node):
+                target = event["target"]
+                if target == self._child or target in self._pids:
+                    self._add("outside", event, pid=event["sender"].get("pid"), uid=event["sender"].get("uid"))
+        except (EOFError, AttributeError):
+            self._selector.unregister(self._node)
+            self._node.close()
+            self._node = None
+            self._add("node", {"state": "gone"})
 
     def _keep_keeper(self) -> None:
         """The keeper is our child but no part of the job."""
@@ -276,7 +310,7 @@ class Supervisor:
         now = time.monotonic()
         if stopping.deadline is None:
             stopping.deadline = now + self._stop_grace_seconds
-            self._add("enforced", {"mode": "stop", **stopping.why}, step=self._step)
+            self._add("enforced", {"mode": "stop", **stopping.why}, step=self._reached.at(time.time_ns()))
         left = [pid for pid in self._tree.members(child) if pid != child or self._ended is None]
         number = signal.SIGTERM if now < stopping.deadline else signal.SIGKILL
         for pid in left if self._ended is not None or number == signal.SIGKILL else [child]:
@@ -340,6 +374,8 @@ class Supervisor:
                 self.recorder.seal()
                 next_seal = now + self._segment_seconds
         self._take_signals()
+        if self._ended is not None and self._ended[1] is not None:
+            self._wait_for_node()
         self._outputs.read()
         self._saved(settle_seconds=0.0)
         for peer in list(self._peers.values()):
@@ -416,6 +452,7 @@ class Supervisor:
         self._numbers += 1
         self._peers[link.fileno()] = peer
         self._tree.greeted(pid)
+        self._pids.add(pid)
         self._selector.register(link, selectors.EVENT_READ, lambda _link: self._read(peer))
 
     def _read(self, peer: _Peer) -> None:
@@ -507,7 +544,15 @@ class Supervisor:
             os.close(peer.pidfd)
         if ended is not None and ended["signal"] is not None:
             body["out_of_memory"] = self._memory.killed()
+            self._wait_for_node()
+        self._pids.discard(peer.pid)
         self._add("exit", body, process=peer.number, pid=peer.pid, uid=peer.uid, rank=peer.rank)
+
+    def _wait_for_node(self) -> None:
+        """The node's ledger tells of a signal a moment after it was sent: hear it before its target is forgotten."""
+        if self._node is not None:
+            select.select([self._node], [], [], NODE_SECONDS)
+        self._take_outside()
 
     def _add(self, kind: str, body: dict[str, Any], **fields: Any) -> None:
         self.recorder.add(kind, body, **fields)
