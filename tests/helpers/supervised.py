@@ -14,7 +14,7 @@ from tests.helpers.guarded import clean_environment
 from tests.helpers.watched import cache_folder
 
 from trainguard.appraise.interface import Check, Context
-from trainguard.evidence import Evidence
+from trainguard.evidence import Evidence, unfold
 from trainguard.finding import Finding, LinkState
 from trainguard.policy import Approval, Policy
 from trainguard.watch.supervisor import Ended, Settings, Supervisor, blocked_signals
@@ -45,7 +45,7 @@ class Supervised:
     def judge(self, check: type[Check], *approvals: Approval) -> tuple[list[Finding], LinkState]:
         """The findings of one check, and the balance of its link."""
         appraiser = check(Context(run="test", policy=Policy(approve=approvals), blob={}.__getitem__))
-        findings = [finding for record in self.records for finding in appraiser.see(record)]
+        findings = [finding for record in self.records for each in unfold(record) for finding in appraiser.see(each)]
         ends = list(appraiser.end())
         findings += [end for end in ends if isinstance(end, Finding)]
         (link,) = [end for end in ends if isinstance(end, LinkState)]

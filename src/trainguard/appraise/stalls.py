@@ -92,7 +92,20 @@ class _Slow:
     """One slow step while it lasts: (line, on a processor or not, elapsed, without a processor) at each look."""
 
     median_ns: int
+    wall_ns: int
     looks: list[tuple[_Where, bool, int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a process said to one question."""
+
+    stack: int
+    same: bool
+    """The thread had not run since it was looked at."""
+    done: int | None
+    """Steps finished."""
+    since_ns: int
 
 
 @dataclass(slots=True)
@@ -102,11 +115,10 @@ class _Process:
     number: int
     rank: int | None = None
     stacks: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    answers: dict[int, tuple[int, bool]] = field(default_factory=dict)
-    """Question → (stack, whether the thread had not run since)."""
+    answers: dict[int, _Answer] = field(default_factory=dict)
     asked: dict[int, Evidence] = field(default_factory=dict)
     """Questions whose answer has not come."""
-    waiting: deque[tuple[Evidence, _Where]] = field(default_factory=deque)
+    waiting: deque[tuple[Evidence, _Where, int]] = field(default_factory=deque)
     """Sleeps that are part of training only once another step follows."""
     step: int = 0
     steps: int = 0
@@ -120,7 +132,8 @@ class _Process:
     """(line, on a processor) → seconds lost in each slow step."""
     queued: float = 0.0
     """Seconds of slow steps in which the thread was ready and had no processor."""
-    walls: deque[int] = field(default_factory=lambda: deque(maxlen=64))
+    recent: dict[int, int] = field(default_factory=dict)
+    """Step → its wall time, for the last ones."""
     window_ns: int = 0
     samples: int = 0
     asleep: int = 0
@@ -187,17 +200,17 @@ class Stalls:
         process = self._process(evidence)
         if process is None or evidence.step is None:
             return
-        wall = evidence.at - process.at if process.at else 0
+        wall = _count(evidence.body.get("wall_ns")) if process.at else 0
         process.began = process.began or evidence.at
         process.steps += 1
-        slow = process.slow.pop(evidence.step, None)
-        if slow is not None:
-            self._book_slow(process, slow, wall)
         if wall:
-            process.walls.append(wall)
+            process.recent[evidence.step] = wall
+        if len(process.recent) > 2048:
+            process.recent = dict(list(process.recent.items())[1024:])
+        if evidence.step in process.slow:
+            process.slow[evidence.step].wall_ns = wall
         process.step, process.at = max(process.step, evidence.step), evidence.at
-        process.slow = {step: value for step, value in process.slow.items() if step > process.step}
-        while process.waiting and (process.waiting[0][0].step or 0) < process.step:
+        while process.waiting and process.waiting[0][2] < process.step:
             yield from self._sleeps(process, *process.waiting.popleft())
 
     def _see_stack(self, evidence: Evidence) -> Iterator[Finding]:
@@ -210,7 +223,13 @@ class Stalls:
             process.stacks.setdefault(number, told)
         if len(process.answers) >= OPEN_LIMIT:
             process.answers.clear()
-        process.answers[ask] = (number, evidence.body.get("same") is True)
+        done = evidence.body.get("done")
+        process.answers[ask] = _Answer(
+            number,
+            evidence.body.get("same") is True,
+            done if isinstance(done, int) and 0 <= done < 1 << 62 else None,
+            _count(evidence.body.get("since_ns")),
+        )
         record = process.asked.pop(ask, None)
         if record is not None:
             yield from self._answered(process, record)
@@ -245,8 +264,8 @@ class Stalls:
 
     def _answered(self, process: _Process, record: Evidence) -> Iterator[Finding]:
         """A question with its answer."""
-        number, same = process.answers.pop(record.body["ask"])
-        stack = process.stacks.get(number, ())
+        answer = process.answers.pop(record.body["ask"])
+        stack = process.stacks.get(answer.stack, ())
         why, call = record.body.get("why"), record.body.get("call")
         if why == "hang":
             yield from self._see_hang(_Stuck(record, process, stack))
@@ -256,27 +275,31 @@ class Stalls:
         if why == "base":
             process.base[stack[0]] = process.base.get(stack[0], 0) + 1
         where = self._blame(stack)
-        if why in ("asleep", "timed") and same and (why == "asleep" or _waits_for_lock(stack)):
-            if (record.step or 0) < process.step:
-                yield from self._sleeps(process, record, where)
+        done = answer.done if answer.done is not None else record.step or 0
+        if why in ("asleep", "timed") and answer.same and (why == "asleep" or _waits_for_lock(stack)):
+            if done < process.step:
+                yield from self._sleeps(process, record, where, done)
             elif len(process.waiting) < OPEN_LIMIT:
-                process.waiting.append((record, where))
-        elif why in ("slow", "timed") and record.step is not None:
-            median = _count(record.body.get("median_ns"))
-            slow = process.slow.setdefault(record.step + 1, _Slow(median))
-            elapsed, queue = _count(record.body.get("elapsed_ns")), _count(record.body.get("queue_ns"))
-            slow.looks.append((where, call == "running", elapsed, queue))
+                process.waiting.append((record, where, done))
+            return
+        median = _count(record.body.get("median_ns"))
+        elapsed = answer.since_ns or _count(record.body.get("elapsed_ns"))
+        if why == "slow" or (median and elapsed > max(1.5 * median, median + 30e6)):
+            if done + 1 not in process.slow and len(process.slow) >= OPEN_LIMIT:
+                self._book_slow(process, process.slow.pop(next(iter(process.slow))))
+            slow = process.slow.setdefault(done + 1, _Slow(median, process.recent.get(done + 1, 0)))
+            slow.looks.append((where, call == "running", elapsed, _count(record.body.get("queue_ns"))))
 
     # -- sleeps ------------------------------------------------------------------------------------------------------
 
-    def _sleeps(self, process: _Process, record: Evidence, where: _Where) -> Iterator[Finding]:
+    def _sleeps(self, process: _Process, record: Evidence, where: _Where, done: int) -> Iterator[Finding]:
         """The training thread slept between two of its steps."""
         if where not in process.losses and len(process.losses) >= 256:
             return
         loss = process.losses.setdefault(where, _Loss(where))
         loss.samples += max(1, _count(record.body.get("samples")))
         loss.calls.add(str(record.body.get("call"))[:40])
-        loss.steps.add((record.step or 0) + 1)
+        loss.steps.add(done + 1)
         loss.first = loss.first or record
         if loss.samples < 2 or loss.told:
             return
@@ -330,14 +353,18 @@ class Stalls:
 
     # -- slow steps --------------------------------------------------------------------------------------------------
 
-    def _book_slow(self, process: _Process, slow: _Slow, wall: int) -> None:
-        """A slow step has ended: what it lost, less what it waited for a processor, goes to its most frequent line."""
-        median = slow.median_ns or (int(statistics.median(process.walls)) if process.walls else 0)
-        if not slow.looks or wall <= median:
+    def _book_slow(self, process: _Process, slow: _Slow) -> None:
+        """What a slow step lost, less what it waited for a processor, goes to its most frequent line."""
+        median = slow.median_ns or (int(statistics.median(process.recent.values())) if process.recent else 0)
+        if not slow.looks:
             return
         _, _, elapsed, queue = slow.looks[-1]
-        lost = (wall - median) / 1e9
-        queued = min(lost, queue / 1e9 * min(1.0, wall / elapsed) if elapsed else 0.0)
+        lost = (
+            max(slow.wall_ns, elapsed) - median
+        ) / 1e9  # steps told of together say their mean: the look knows better
+        if lost <= 0:
+            return
+        queued = min(lost, queue / 1e9)
         process.queued += queued
         keys = [(where, running) for where, running, _, _ in slow.looks]
         key = max(dict.fromkeys(keys), key=keys.count)
@@ -346,6 +373,10 @@ class Stalls:
 
     def _slow_steps(self, process: _Process) -> Iterator[Finding]:
         """Lines that account for slow steps."""
+        for step, slow in process.slow.items():
+            if step <= process.step:
+                self._book_slow(process, slow)
+        process.slow = {}
         total = sum(sum(lost) for lost in process.slow_lost.values())
         for (where, running), lost in process.slow_lost.items():
             seconds = sum(lost)

@@ -6,7 +6,8 @@ thread and answers. It costs nothing while nobody asks.
 
     supervisor → process   {"ask": n, "slices": how often the thread had been given a processor when it was looked at}
     process → supervisor   kind "stack", body {"ask": n, "id": i, "frames": ["file:line:function", …] innermost first,
-                           absent when this id was sent before, "same": whether the thread has not run since}
+                           absent when this id was sent before, "same": whether the thread has not run since,
+                           "done": optimizer steps finished, "since_ns": since the last of them}
 
 The thread is started at the first optimizer step, is unknown to `threading` (a job may join every thread it finds
 there) and is gone for the length of a fork: the child gets none, and Python does not warn of threads.
@@ -44,10 +45,21 @@ class Frames:
         self.thread: Optional[int] = None
 
     def before(self, step: Any) -> None:
-        """Nothing to carry."""
+        """A step has begun."""
+        if _answerer is not None:
+            _answerer.inside = True
+
+    def still(self, track: Any, optimizer: Any, still: Any) -> bool:
+        """The answering thread is there; after a fork it is not."""
+        if _answerer is None:
+            return False
+        still.same.append((sys.modules[__name__], "_answerer", _answerer))
+        return True
 
     def after(self, step: Any) -> Optional[Dict[str, Any]]:
         """The kernel's number of the thread, when it is a new one."""
+        if _answerer is not None:
+            _answerer.inside = False
         ident = _thread.get_ident()
         if _answerer is None:
             _start(self.client, ident)
@@ -69,6 +81,8 @@ class _Answerer:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.ident = self.native = 0
+        self.inside = False
+        """Whether a step that the links are asked about is going on."""
         self.ids: Dict[Tuple[str, ...], int] = {}
         self.names: Dict[str, str] = {}
         self.listens, self.wakes = os.pipe()
@@ -127,12 +141,21 @@ class _Answerer:
         body: Dict[str, Any] = {"ask": ask["ask"], "same": same}
         if len(self.ids) >= STACKS_LIMIT:
             self.ids = {}
+        body.update(self._progress())
         known = self.ids.get(stack)
         if known is None:
             known = self.ids[stack] = time.monotonic_ns()
             body["frames"] = list(stack)
         body["id"] = known
         self.client.send("stack", body)
+
+    def _progress(self) -> Dict[str, int]:
+        """Steps finished, and the time since the last one began or ended."""
+        module = sys.modules.get("%s.engine" % __package__)
+        tally = getattr(getattr(module, "_engine", None), "tally", None)
+        if tally is None:
+            return {}
+        return {"done": tally.steps - self.inside, "since_ns": max(0, time.perf_counter_ns() - tally.last_ns)}
 
     def _stack(self, frame: Any) -> Tuple[str, ...]:
         """`file:line:function` of the frames, innermost first, without the guard's own."""

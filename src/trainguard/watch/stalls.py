@@ -40,6 +40,9 @@ PACE_SECONDS = 10.0
 SLOW_FACTOR, SLOW_NS = 1.5, 30_000_000
 """A step is slow once it takes half as long again as the median, and 30 ms more."""
 
+TOGETHER_NS = 260_000_000
+"""Steps that are not checked are told of together, four times a second (watch/engine.py)."""
+
 SLOW_ASKS = 5
 """Questions about one slow step."""
 
@@ -202,6 +205,8 @@ class _Watched:
     fresh: bool = True
     walls: deque[int] = field(default_factory=lambda: deque(maxlen=64))
     median_ns: int = 0
+    slack_ns: int = 0
+    """How long steps may wait to be told of together."""
     at_step: tuple[int, int] = (0, 0)
     """Time on and time waiting for a processor, at the first look after the last step."""
     last: tuple[int, int, int] = (0, 0, 0)
@@ -247,7 +252,7 @@ class Stalls:
     def stepped(
         self, number: int, pid: int, rank: int | None, step: int, body: dict[str, Any], send: Callable[[bytes], Any]
     ) -> None:
-        """A process made a step; its first one says which thread makes them."""
+        """A process made a step, or some that it tells of together; its first one says which thread makes them."""
         now = time.monotonic_ns()
         told = body.get("stalls")
         watched = self._watched.get(number)
@@ -258,8 +263,9 @@ class Stalls:
                 watched = self._begin(number, pid, rank, tid, send, now)
         if watched is None:
             return
-        if watched.stepped_ns:
-            watched.walls.append(now - watched.stepped_ns)
+        if watched.stepped_ns and step > watched.step:
+            watched.walls.append((now - watched.stepped_ns) // (step - watched.step))
+        watched.slack_ns = TOGETHER_NS if "rows" in body else 0
         watched.step, watched.stepped_ns, watched.fresh = step, now, True
 
     def gone(self, number: int) -> None:
@@ -393,7 +399,7 @@ class Stalls:
         if kind == "timed" and again:
             return "timed"
         median = watched.median_ns
-        elapsed = now - watched.stepped_ns
+        elapsed = now - watched.stepped_ns - watched.slack_ns
         if median and elapsed > max(SLOW_FACTOR * median, median + SLOW_NS) and watched.slow_asks < SLOW_ASKS:
             watched.slow_asks += 1
             return "slow"

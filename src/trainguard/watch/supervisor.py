@@ -502,7 +502,7 @@ class Supervisor:
             seq=seq,
             step=step,
         )
-        if kind == "step" and step is not None:
+        if kind in ("step", "steps") and step is not None:
             self._stalls.stepped(peer.number, peer.pid, peer.rank, step, body, peer.link.send)
 
     def _greet(self, peer: _Peer, hello: dict[str, Any]) -> None:
