@@ -425,7 +425,8 @@ class Machine:
     def _load(self, absolute: int) -> None:
         """Make `absolute` the window's first byte."""
         rest = self.source.size - absolute
-        self._data = self.source.read(absolute, rest if rest <= WHOLE_BYTES else WINDOW_BYTES)
+        window = getattr(self.source, "window_bytes", rest if rest <= WHOLE_BYTES else WINDOW_BYTES)
+        self._data = self.source.read(absolute, window)
         self._base, self._pos = absolute, 0
         self._set_limit()
 

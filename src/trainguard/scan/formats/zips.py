@@ -83,6 +83,7 @@ class _Pages:
     def __init__(self, source: Source) -> None:
         self.size = source.size
         self._source = source
+        self._page_bytes: int = getattr(source, "page_bytes", PAGE_BYTES)
         self._start = 0
         self._page = b""
 
@@ -90,7 +91,7 @@ class _Pages:
         """As Source.read."""
         begin = offset - self._start
         if begin < 0 or begin + length > len(self._page):
-            self._start, self._page, begin = offset, self._source.read(offset, max(length, PAGE_BYTES)), 0
+            self._start, self._page, begin = offset, self._source.read(offset, max(length, self._page_bytes)), 0
         return self._page[begin : begin + length]
 
 
@@ -149,6 +150,15 @@ def find_directory(source: Source, end: int) -> tuple[int, int, int, int]:
     return base, count, base + offset, size
 
 
+def header_places(source: Source, directory: int, size: int) -> list[tuple[int, int]]:
+    """(offset, bytes) of every local header, as far as the directory tells; for sources that fetch ahead."""
+    try:
+        entries = _entries(source.read(directory, size), -1, directory)
+    except BadZip:
+        return []
+    return [(entry.offset, LOCAL.size + len(entry.raw)) for entry in entries]
+
+
 def _entries(directory: bytes, count: int, where: int) -> list[_Entry]:
     entries: list[_Entry] = []
     position = 0
@@ -172,7 +182,7 @@ def _entries(directory: bytes, count: int, where: int) -> list[_Entry]:
             size, packed, offset = _zip64(extra, size, packed, offset)
         mode = external >> 16 if made_by >> 8 == 3 else 0
         entries.append(_Entry(name, _decoded(name, flags, offset), flags, method, crc, packed, size, offset, mode))
-    if len(entries) != count:
+    if count >= 0 and len(entries) != count:
         raise BadZip(f"directory has {len(entries)} entries, its end record says {count}", where)
     return entries
 
