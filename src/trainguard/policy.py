@@ -60,6 +60,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The supervisor writes a heartbeat this often; twice this without one is silence."""
     hang_seconds: float = 300.0
     """A training thread that makes no step for this long is asked where it is (docs/checks/stalls.md)."""
+    outside_first_seconds: float = 20.0
+    """From a process's first optimizer step to the first look at its code and program text from outside."""
+    outside_seconds: float = 600.0
+    """Time between such looks, which also follow saved checkpoints; 0: none (docs/checks/live.md)."""
     segment_seconds: float = 2.0
     """Records are sealed into the log at least this often."""
     update_tolerance_ulp: float = 16.0
@@ -111,6 +115,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 ),
                 ("always_steps", self.always_steps < organisation.always_steps),
                 ("hang_seconds", self.hang_seconds > organisation.hang_seconds),
+                (
+                    "outside_seconds",
+                    (self.outside_seconds or float("inf")) > (organisation.outside_seconds or float("inf")),
+                ),
                 ("heartbeat_seconds", self.heartbeat_seconds > organisation.heartbeat_seconds),
                 (
                     "approve",

@@ -10,11 +10,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "trainguard"
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if "boot" not in p.parts)
 JUDGES = {"appraise", "incident", "render", "server"}
 WATCHERS = {"measure", "watch", "integrations"}
-INSIDE = {
-    p.stem
-    for p in (SOURCE / "watch").glob("*.py")
-    if p.stem not in ("supervisor", "processes", "outputs", "stalls", "node")
-}
+OUTER = ("supervisor", "processes", "outputs", "outside", "text", "stalls", "node")
+INSIDE = {p.stem for p in (SOURCE / "watch").glob("*.py") if p.stem not in OUTER}
 """watch/ files that run inside the training process."""
 
 

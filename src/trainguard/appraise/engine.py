@@ -18,6 +18,7 @@ from trainguard.appraise.hyperparameters import Hyperparameters
 from trainguard.appraise.inputs import Inputs
 from trainguard.appraise.interface import Check, Context, finding_from
 from trainguard.appraise.kills import Kills
+from trainguard.appraise.live import Live
 from trainguard.appraise.loads import Loads
 from trainguard.appraise.modules import Modules
 from trainguard.appraise.optimizer import Optimizer
@@ -28,6 +29,7 @@ from trainguard.appraise.saves import Saves
 from trainguard.appraise.seals import Seals
 from trainguard.appraise.stalls import Stalls
 from trainguard.appraise.surface import Surface
+from trainguard.appraise.text import Text
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.appraise.weights import Weights
 from trainguard.errors import MalformedEvidence
@@ -55,6 +57,8 @@ CHECKS: tuple[type[Check], ...] = (
     Dispatch,
     Deferred,
     Surface,
+    Live,
+    Text,
 )
 
 FINDING_LIMIT = 10_000

@@ -218,6 +218,10 @@ class Origins:
                     return f"{tree}/{below}"
         return None
 
+    def guard_file(self, below: str) -> str | None:
+        """SHA-256 of a file of the guard's inner half, as this judge was shipped with it."""
+        return _guard_files().get(below)
+
     def _in_cache(self, path: str) -> bool:
         caches = self.measured.caches if self.measured is not None else ()
         return any(cache.path and path.startswith(cache.path + "/") for cache in caches)

@@ -203,6 +203,8 @@ class Session:
             elements=policy.elements,
             kills=policy.kills,
             gate=gate.settings,
+            outside_first_seconds=policy.outside_first_seconds,
+            outside_seconds=policy.outside_seconds,
             pycache=str(_private_folder(self._home.cache / "bytecode")),
         )
         self._supervisor = supervisor = Supervisor(

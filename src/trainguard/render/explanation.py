@@ -33,6 +33,8 @@ ASKS: dict[str, str] = {
     "optimizer": "Is every update what the optimizer's formula gives, recomputed in double precision?",
     "weights": "Do weights and optimizer state stay untouched between steps?",
     "surface": "Do the names that training calls lead to the code that was verified?",
+    "live": "Read from outside: is the code in memory what its files compile to, the guard's own included?",
+    "text": "Read from outside: are machine instructions in memory those of the files?",
     "modules": "Do numeric flags, training modes and module settings stay what they were?",
     "hooks": "Are the functions that torch calls on gradients, modules and optimizers known ones?",
     "dispatch": "Do operators still call torch's own kernels?",

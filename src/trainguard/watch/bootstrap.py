@@ -76,6 +76,7 @@ def _forked() -> None:
     engine = sys.modules.get(__package__ + ".engine")
     if engine is not None:
         _part("engine", lambda part: part.forked(_client))
+        _part("presence", lambda part: part.forked())
 
 
 def _attach_engine() -> None:
@@ -83,6 +84,7 @@ def _attach_engine() -> None:
         return
     _part("engine", lambda part: part.attach(_client))
     _part("links", lambda part: failed(part.FAILED))
+    _part("presence", lambda part: part.install(_client))
     if _client.settings.get("probe") is not None:
         _part("probe", lambda part: part.attach(sys.modules["torch"]))
 

@@ -36,7 +36,7 @@ def facts(pid: int) -> dict[str, Any]:
         "exe": _link(pid, "exe"),
         "cmdline": [part.decode(errors="replace") for part in _read(pid, "cmdline").split(b"\0")[:64] if part],
         "ppid": parent(pid),
-        "start_ticks": _start_ticks(pid),
+        "start_ticks": start_ticks_of(pid),
         "loginuid": _number(pid, "loginuid"),
         "session": _number(pid, "sessionid"),
     }
@@ -92,11 +92,11 @@ class Tree:
 
     def greeted(self, pid: int) -> None:
         """`pid` said hello; pids recur, so its start time goes with it."""
-        self._greeted.add((pid, _start_ticks(pid)))
+        self._greeted.add((pid, start_ticks_of(pid)))
 
     def forget(self, pid: int) -> None:
         """`pid` runs another program now: what it said before was said by the one before."""
-        self._greeted.discard((pid, _start_ticks(pid)))
+        self._greeted.discard((pid, start_ticks_of(pid)))
 
     def look(self, root: int, connected: set[int]) -> list[dict[str, Any]]:
         """One look at the tree below and including `root`: the silent ones that became certain since the last."""
@@ -104,7 +104,7 @@ class Tree:
         present: set[tuple[int, int | None]] = set()
         certain = []
         for pid in self._job(root):
-            identity = (pid, _start_ticks(pid))
+            identity = (pid, start_ticks_of(pid))
             present.add(identity)
             if pid in connected or identity in self._greeted or not _is_python(pid):
                 self._seen.pop(identity, None)
@@ -127,7 +127,7 @@ class Tree:
         """Pids of the job now: `root`, what descends from it, and orphans that were given to us."""
         listed = {int(name) for name in os.listdir("/proc") if name.isdigit()}
         self._known &= listed
-        self._members &= listed
+        self._members = (self._members & listed) - self.apart
         self._members.add(root)
         own = os.getpid()
         for pid in sorted(listed - self._known)[:PROCESS_LIMIT]:
@@ -178,7 +178,7 @@ class Unheard:
 
     def add(self, pid: int, start_ticks: int | None, image: Image, *, number: int, said_bye: bool) -> None:
         """The connection of `pid`, which ran `image` when it said hello, closed."""
-        if start_ticks is not None and _start_ticks(pid) == start_ticks:
+        if start_ticks is not None and start_ticks_of(pid) == start_ticks:
             lost = _Lost(number, said_bye, time.monotonic(), cpu_seconds(pid) or 0.0, image)
             self._lost[(pid, start_ticks)] = lost
 
@@ -186,7 +186,7 @@ class Unheard:
         """(what became certain since the last look, pids that run another program now)."""
         certain, changed = [], []
         for (pid, start_ticks), lost in list(self._lost.items()):
-            lives = _start_ticks(pid) == start_ticks and not _gone(pid)
+            lives = start_ticks_of(pid) == start_ticks and not _gone(pid)
             image = image_of(pid) if lives else lost.image
             seconds = time.monotonic() - lost.since
             used = (cpu_seconds(pid) or lost.cpu_seconds) - lost.cpu_seconds
@@ -231,7 +231,8 @@ def _is_python(pid: int) -> bool:
     )
 
 
-def _start_ticks(pid: int) -> int | None:
+def start_ticks_of(pid: int) -> int | None:
+    """When a process started, in clock ticks since the host did: with its pid it names it; None when it is gone."""
     fields = _read(pid, "stat").rpartition(b")")[2].split()
     return int(fields[19]) if len(fields) > 19 else None
 

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import queue
 import secrets
 import select
 import selectors
@@ -33,7 +34,7 @@ from typing import Any, Protocol
 
 from trainguard.errors import Misuse, Unavailable
 from trainguard.evidence import Evidence
-from trainguard.watch import endings, ledger, node, outputs, processes, reached, stalls
+from trainguard.watch import endings, ledger, node, outputs, outside, processes, reached, stalls
 
 BOOT = Path(__file__).parent / "boot"
 """The folder with our sitecustomize.py, first on PYTHONPATH of the command."""
@@ -72,6 +73,8 @@ RESERVED = frozenset(
         "process",
         "silent",
         "unheard",
+        "text",
+        "live",
         "heartbeat",
         "signal",
         "signalled",
@@ -119,6 +122,10 @@ class Settings:
     """Plan of a scale probe (watch/probe.py); None in every real run."""
     gate: dict[str, Any] | None = None
     """{"mode": "log" | "stop", "path": socket}: who vets model files before they are read (watch/loads.py)."""
+    outside_first_seconds: float = 20.0
+    """Time from a process's first step to the first look at its code from outside (docs/checks/live.md)."""
+    outside_seconds: float = 600.0
+    """Time between such looks; 0: none."""
     pycache: str = ""
     """Folder of the private bytecode cache (mode 0700)."""
     key: str = field(default_factory=lambda: secrets.token_hex(32))
@@ -193,6 +200,12 @@ class Supervisor:
         self._outputs = outputs.Outputs(Path.cwd())
         self._reached = reached.Reached()
         self._stalls = stalls.Stalls(self._add, hang_seconds=hang_seconds)
+        self._outside = outside.Outside(
+            lambda *told: self._told.put(told),
+            first_seconds=settings.outside_first_seconds,
+            every_seconds=settings.outside_seconds,
+        )
+        self._told: queue.SimpleQueue[tuple[str, dict[str, Any], int, int]] = queue.SimpleQueue()
         self._child: int | None = None
         self._ended: tuple[int | None, int | None] | None = None
         self._stop = threading.Event()
@@ -217,11 +230,13 @@ class Supervisor:
             self._ask_node(env)
             self._child = self._begin(command, self._environment(env, str(Path(folder) / "s")), mask)
             threading.Thread(target=self._forward_signals, name="signals", daemon=True).start()
+            self._outside.start()
             if self._outputs.open():
                 self._selector.register(self._outputs, selectors.EVENT_READ, outputs.Outputs.read)
             self._loop(self._child)
         finally:
             self._stop.set()
+            self._outside.stop()
             listener.close()
             self._stalls.close()
             if self._node is not None:
@@ -278,8 +293,9 @@ class Supervisor:
             self._add("node", {"state": "gone"})
 
     def _keep_keeper(self) -> None:
-        """The keeper is our child but no part of the job."""
-        self._tree.apart = {os.getpid(), *([self._ledger.keeper] if self._ledger.keeper is not None else [])}
+        """The keeper and the reader are our children but no part of the job."""
+        helpers = (self._ledger.keeper, self._outside.pid)
+        self._tree.apart = {os.getpid(), *(pid for pid in helpers if pid is not None)}
 
     def _take_signals(self) -> None:
         """What the kill ledger was told. A Python sender's own account of the line was sent before: read it first."""
@@ -385,9 +401,11 @@ class Supervisor:
         """Record model files that were saved, with the last step any rank had made when they were written."""
         for path in self._outputs.settled(settle_seconds):
             self._add("saved", {"path": str(path)}, step=self._reached.at(_written(path)))
+            self._outside.saved()
 
     def _look(self, child: int) -> None:
         """Find Python processes of the job that never said hello."""
+        self._looked()
         connected = {peer.pid for peer in self._peers.values()}
         unheard, changed = self._unheard.look(connected)
         for body in unheard:
@@ -396,6 +414,18 @@ class Supervisor:
             self._tree.forget(pid)
         for silent in self._tree.look(child, connected):
             self._add("silent", silent, pid=silent["pid"])
+
+    def _looked(self) -> None:
+        """Record what was seen from outside; the reader at work is no part of the job."""
+        self._keep_keeper()
+        while not self._told.empty():
+            kind, body, pid, number = self._told.get()
+            peer = next((peer for peer in self._peers.values() if peer.number == number), None)
+            if peer is not None:
+                self._read(peer)
+            if peer is None or peer.said_bye or peer.link.fileno() not in self._peers:
+                continue  # it was leaving: an interpreter that takes itself apart looks like one that was taken apart
+            self._add(kind, body, pid=pid, process=number, rank=peer.rank, step=self._reached.at(time.time_ns()))
 
     def _reap(self, child: int) -> bool:
         """Collect ended children (orphans come to us as subreaper); True once the command itself has ended."""
@@ -491,6 +521,8 @@ class Supervisor:
         peer.said_bye = peer.said_bye or kind == "bye"
         if kind in ("step", "steps") and step is not None:
             self._reached.stepped(peer.number, kind, step, body)
+        if kind == "step" and step is not None:
+            self._outside.stepped(peer.pid)
         self._add(
             kind,
             body,
@@ -518,6 +550,7 @@ class Supervisor:
         facts = processes.facts(peer.pid)
         peer.start_ticks, peer.image = facts["start_ticks"], processes.image_of(peer.pid)
         self._memory.watch(peer.pid)
+        self._outside.met(peer.pid, peer.number, peer.start_ticks, hello)
         body = {"hello": hello, **facts, "of_the_job": processes.descends_from(peer.pid, os.getpid())}
         if peer.rank is not None and hello.get("forked_from") is None:
             body["environment"] = processes.environment(peer.pid)
@@ -533,6 +566,7 @@ class Supervisor:
         if self._peers.pop(peer.link.fileno(), None) is None:
             return
         self._selector.unregister(peer.link)
+        self._outside.lost(peer.pid)
         peer.link.close()
         self._stalls.gone(peer.number)
         self._take_signals()  # what ended it was told before it ended
