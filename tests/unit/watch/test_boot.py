@@ -19,14 +19,16 @@ from trainguard.testing.guarded import run_guarded
 INNER = guarded.BOOT.parent
 
 
-def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **broken: str) -> tuple[list[Evidence], str]:
+def run_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, torch: bool = True, **broken: str
+) -> tuple[list[Evidence], str]:
     """Records and output of a small training job under a copy of the inner half in which files are broken."""
     inner = tmp_path / "guard" / "watch"
     shutil.copytree(INNER, inner, ignore=shutil.ignore_patterns("__pycache__"))
     for name, text in broken.items():
         (inner / f"{name}.py").write_text(text)
     monkeypatch.setattr(guarded, "BOOT", inner / "boot")
-    write(tmp_path, {"train.py": training(steps=3)})
+    write(tmp_path, {"train.py": training(steps=3) if torch else "print('digest')"})
     records, done = run_guarded([sys.executable, "train.py"], cwd=tmp_path, cache=cache_folder(), links="all")
     assert done.returncode == 0, done.stdout
     return records, done.stdout
@@ -69,7 +71,7 @@ def test_an_inner_half_that_cannot_be_loaded_at_all_still_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The very client is broken: the boot file alone says hello, why, and goodbye."""
-    records, output = run_with(tmp_path, monkeypatch, client="def (")
+    records, output = run_with(tmp_path, monkeypatch, torch=False, client="def (")
     (found,) = unloaded(records)
     assert "SyntaxError" in found.message
     assert "digest" in output
