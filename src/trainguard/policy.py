@@ -50,6 +50,16 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Time between SIGTERM and SIGKILL when the job is stopped."""
     allow_signals: tuple[str, ...] = ()
     """Programs of the job, by base name, that deny-signals lets signal others."""
+    commits: bool = True
+    """Commit to every step, so that the run can be replayed (spec/replay.md); also with links = "none"."""
+    commit_percent: float = 2.0
+    """Percent of a step's time for fingerprints; beyond it most steps commit only to streams, settings and weights."""
+    points_percent: float = 0.5
+    """Percent of the run's time for writing replay points."""
+    points_mb: float = 512.0
+    """MiB that the replay points of one process may take; 0 keeps none, and replay starts at the first step."""
+    points_every: int = 0
+    """Steps between replay points; 0 lets the two budgets decide."""
     always_steps: int = 20
     """First steps of a process that are always checked in full."""
     tensors: int = 4
@@ -97,6 +107,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             name
             for name, is_looser in (
                 ("links", order[self.links] < order[organisation.links]),
+                ("commits", organisation.commits and not self.commits),
                 ("kills", self.kills == "off" and organisation.kills != "off"),
                 ("enforce", not self.measures >= organisation.measures),
                 (

@@ -192,6 +192,11 @@ class Session:
             recorder.add("end", {"not_started": str(error)})
             raise
 
+    def _points(self) -> str:
+        """The folder for replay points, or nothing where none are wanted."""
+        wanted = self._policy.commits and self._policy.points_mb > 0
+        return str(self._home.run(self.run_id) / "points") if wanted else ""
+
     def _watch(self, recorder: _Observed, judge: _LiveJudge, sealer: _Sealer, gate: Gate) -> Ended:
         policy = self._policy
         settings = Settings(
@@ -205,6 +210,12 @@ class Session:
             gate=gate.settings,
             outside_first_seconds=policy.outside_first_seconds,
             outside_seconds=policy.outside_seconds,
+            commits=policy.commits,
+            commit_percent=policy.commit_percent,
+            points=self._points(),
+            points_percent=policy.points_percent,
+            points_mb=policy.points_mb,
+            points_every=policy.points_every,
             pycache=str(_private_folder(self._home.cache / "bytecode")),
         )
         self._supervisor = supervisor = Supervisor(

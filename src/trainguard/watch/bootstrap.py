@@ -39,6 +39,8 @@ def start() -> None:
     if _client.settings.get("links") == "none":
         if (_client.settings.get("gate") or {}).get("mode") == "stop":
             _part("loads", lambda part: part.install(_client))
+        if _client.settings.get("commits") is True:
+            _part("bootstrap", lambda _: after_import("torch", _attach_engine))
         return
     for name in CHECKING:
         _part(name, lambda part: part.install(_client))

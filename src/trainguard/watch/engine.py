@@ -100,7 +100,7 @@ class Track:
         "without_grad",
     )
 
-    def __init__(self, optimizer: Any, opt: int, gone: Callable[[Any], None]) -> None:
+    def __init__(self, optimizer: Any, opt: int, gone: Callable[[Any], None], checking: bool = True) -> None:
         self.ref = weakref.ref(optimizer, gone)
         self.opt = opt
         """Index of the optimizer in this process, in order of first step."""
@@ -110,7 +110,7 @@ class Track:
         self.entries: List[Entry] = []
         self.without_grad: frozenset[int] = frozenset()
         """Positions of parameters that had no gradient when last looked at; these are not drawn."""
-        self.next_full = True
+        self.next_full = checking
         self.next_sample: Optional[List[Tuple[Entry, sample.Place]]] = None
         """What the next step will sample, fixed beforehand so that gradient hooks can be armed for it."""
         self.pool: List[Entry] = []
@@ -296,6 +296,8 @@ class Engine:
         self.tensors = max(1, int(client.settings.get("tensors", 4)))
         self.elements = max(2, int(client.settings.get("elements", 32)))
         self.governor = Governor(client.settings, wall_clock())
+        self.checking = client.settings.get("links") != "none"
+        """False: steps are only committed to, none is checked."""
         self.tracks: Dict[int, Track] = {}
         """id of a live optimizer → what we remember of it."""
         self.opts = 0
@@ -530,7 +532,7 @@ class Engine:
     def plan(self, track: Track, now_ns: int) -> None:
         """Decide whether the next step of this optimizer is checked and what it samples."""
         index = track.count + 1
-        track.next_full = self.governor.wants(track.opt, index, now_ns)
+        track.next_full = self.checking and self.governor.wants(track.opt, index, now_ns)
         track.next_sample = self.draw_sample(track, index) if track.next_full else None
 
     def draw_sample(self, track: Track, index: int) -> List[Tuple[Entry, sample.Place]]:
@@ -573,7 +575,7 @@ class Engine:
             return known
         with self.lock:
             key, opt = id(optimizer), self.opts
-            track = Track(optimizer, opt, lambda ref: self._gone(key, opt, ref))
+            track = Track(optimizer, opt, lambda ref: self._gone(key, opt, ref), self.checking)
             self.opts += 1
             self.tracks[key] = track
         return track
@@ -689,7 +691,7 @@ class Engine:
 def _made(client: Client) -> List[Any]:
     """One object of every link; a link that cannot be made is counted and left out."""
     made = []
-    for link in _links.LINKS:
+    for link in _links.chosen(client.settings):
         try:
             made.append(link(client))
         except Exception as error:

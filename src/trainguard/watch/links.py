@@ -45,6 +45,7 @@ NAMES: Tuple[Tuple[str, str], ...] = (
     ("surface", "Surface"),
     ("trackers", "Trackers"),
     ("frames", "Frames"),
+    ("commits", "Commits"),
 )
 """(file, class) of every link."""
 
@@ -63,3 +64,11 @@ def _load() -> Tuple[Any, ...]:
 
 
 LINKS: Tuple[Any, ...] = _load()
+
+UNCHECKED = ("commits",)
+"""What is left with `--links none`: nothing is checked while the run goes on, and all of it can be replayed later."""
+
+
+def chosen(settings: Dict[str, Any]) -> Tuple[Any, ...]:
+    """The links of a process with these settings."""
+    return LINKS if settings.get("links") != "none" else tuple(link for link in LINKS if link.name in UNCHECKED)

@@ -90,6 +90,7 @@ RESERVED = frozenset(
         "saved",
         "seal",
         "opened",
+        "point_sealed",
         "end",
     )
 )
@@ -118,6 +119,17 @@ class Settings:
     elements: int = 32
     kills: str = "ledger"
     """ledger: name the sender of every signal in the job (docs/checks/kills.md); off: put no filter on it."""
+    commits: bool = False
+    """Whether every step is committed to, so that it can be replayed (watch/commits.py)."""
+    commit_percent: float = 2.0
+    """Share of a step's time beyond which a step commits less."""
+    points: str = ""
+    """Folder for replay points (watch/points.py); empty for none."""
+    points_percent: float = 0.5
+    points_mb: float = 512.0
+    points_every: int = 0
+    replay: dict[str, Any] | None = None
+    """Plan of a replay (watch/warp.py); None in every real run."""
     probe: dict[str, Any] | None = None
     """Plan of a scale probe (watch/probe.py); None in every real run."""
     gate: dict[str, Any] | None = None

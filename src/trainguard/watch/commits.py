@@ -1,0 +1,416 @@
+"""Link *commits*: what a step was made from and what it left, as fingerprints, for replay to compare with afterwards.
+
+Value of the link in a step frame (spec/replay.md, "Commits"; every step):
+
+    {"build": {…}, "tensors": [name], "shared": n}         in the first frame of an optimizer, and when they change
+     "rng": [torch, numpy, python, …cuda], "modes": hex,   before the update
+     "hyper": {group: {name: value}}, when it changed; "groups": digest of it, always
+     "before": vector, "raw": vector, "used": vector,      weights before the step; gradients after backward; gradients used
+     "state": vector, "weights": vector, "buffers": vector optimizer state, weights and buffers after the step
+     "lean": true}                                         where only rng, modes, groups and weights were affordable
+
+A *vector* is base64 of little-endian 32-bit numbers, one for each tensor of `tensors`. `weights` is a keyed linear
+hash: sum over i of k_i x_i mod 2**64 over the tensor's bytes taken as 64-bit integers, with odd k_i drawn from the run's
+secret key; the others are the same sum with every k_i = 1, six times cheaper. Each is folded to its upper 32 bits
+after a multiplication. Any change of one element changes either; the keyed one also sees a permutation. These numbers
+say *where* two runs part. What binds a run to its state are the points (points.py), which are hashed outside.
+
+Nothing here writes to a tensor, draws a random number or keeps a gradient alive.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import hashlib
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+
+from . import points, rng, roots, sample
+from .client import Client
+
+if TYPE_CHECKING:
+    from .engine import Entry, Step, Track
+
+SLOTS = 256
+"""At most this many numbers a vector; beyond, neighbouring tensors share one."""
+
+KEY_LENGTH = 1 << 16
+"""Distinct k_i: a longer tensor is cut into blocks of this many 64-bit words, each with a factor of its own."""
+
+FOLD = -7046029254386353131
+"""2**64 / golden ratio as a signed number: odd, so that multiplying loses nothing before the upper half is taken."""
+
+NAMES_LIMIT_BYTES = 60_000
+MODES_EVERY = 64
+TRIAL_STEPS = 20
+"""Every link is committed in these first steps; then the budget decides."""
+
+clock = time.thread_time_ns
+
+
+class Commits:
+    """Takes fingerprints around every step and says them in its frame."""
+
+    name = "commits"
+    every_step = True
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.on = client.settings.get("commits") is True
+        self.percent = float(client.settings.get("commit_percent", 2.0))
+        self.thorough = client.settings.get("links") == "none"
+        self.seed = hashlib.blake2b(b"commits", key=bytes.fromhex(client.settings["key"])[:64]).digest()
+        self.keys: Dict[str, Any] = {}
+        """Device → the k_i on it."""
+        self.factors: List[int] = []
+        self.switches: List[Tuple[Any, Optional[str]]] = []
+        """Modules whose mode is committed, and the name of their rate."""
+        self.buffers: List[Any] = []
+        self.looked = 0
+        self.full_ns = self.lean_ns = self.wall_ns = 0.0
+        self.raw: Dict[int, "_Raw"] = {}
+        self.told = False
+        self.points = points.Writer(client)
+
+    def before(self, step: Step) -> None:
+        """Streams, modes, weights and gradients that the update will be made from."""
+        if not self.on:
+            return
+        start = clock()
+        with step.torch.no_grad():
+            self._look(step)
+            step.scratch[self.name] = self._take_before(step)
+        step.own_ns -= clock() - start
+        step.scratch["commits_ns"] = clock() - start
+
+    def after(self, step: Step) -> Any:
+        """What the update left; a point when one is due."""
+        found = step.scratch.get(self.name)
+        if found is None:
+            return None
+        start = clock()
+        with step.torch.no_grad():
+            value = self._take_after(step, *found)
+            spent = clock() - start + step.scratch["commits_ns"]
+            self._book(step, spent, "lean" in value)
+            self.points.offer(step, spent)
+        step.own_ns -= clock() - start
+        return value
+
+    def forked(self) -> None:
+        """Hooks on the parent's parameters say nothing here."""
+        self.on = False
+
+    def forget(self, opt: int) -> None:
+        """The optimizer is gone: take its hook off."""
+        raw = self.raw.pop(opt, None)
+        if raw is not None:
+            raw.remove()
+
+    # -- before ---------------------------------------------------------------------------------------------------
+
+    def _take_before(self, step: Step) -> Tuple[Dict[str, Any], Dict[str, List[Any]]]:
+        track, torch = step.track, step.torch
+        value: Dict[str, Any] = {"rng": streams(torch), "modes": self._modes()}
+        self._header(step, track, value)
+        self._groups(step, track, value)
+        sums: Dict[str, List[Any]] = {}
+        if self._lean(step.number):
+            value["lean"] = True
+            return value, sums
+        sums["before"] = [total(words(torch, entry.param)) for entry in track.entries]
+        raw = self.raw.get(step.opt)
+        if raw is not None and raw.values is not None and len(raw.values) == len(track.entries):
+            sums["raw"] = raw.values
+            raw.values = None
+        sums["used"] = _gradients(torch, track.entries)
+        return value, sums
+
+    def _header(self, step: Step, track: Track, value: Dict[str, Any]) -> None:
+        if track.memory.get(self.name) is track.signature:
+            return
+        track.memory[self.name] = track.signature
+        if not self.told:
+            self.told = True
+            value["build"] = build(step.torch)
+        names = [entry.name for entry in track.entries]
+        share = -(-len(names) // SLOTS) if names else 1
+        shown = names[::share]
+        value["tensors"] = shown if sum(map(len, shown)) < NAMES_LIMIT_BYTES else ["#%d" % i for i in range(len(shown))]
+        value["shared"] = share
+        track.memory["share"] = share
+        self.forget(step.opt)
+        self.raw[step.opt] = _Raw(step.torch, track.entries, self._fault, self._lean, step)
+
+    def _fault(self, place: str, error: BaseException) -> None:
+        self.client.fault(place, error)
+
+    def _groups(self, step: Step, track: Track, value: Dict[str, Any]) -> None:
+        """Every entry of every parameter group but its tensors."""
+        told = {
+            str(number): {
+                name: _plain(item) for name, item in group.items() if name != "params" and name != "param_names"
+            }
+            for number, group in enumerate(step.optimizer.param_groups)
+        }
+        text = json.dumps(told, sort_keys=True, default=str)
+        if text != track.memory.get("hyper_text"):
+            track.memory["hyper_text"] = text
+            track.memory["hyper_digest"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            if len(text) < NAMES_LIMIT_BYTES:
+                value["hyper"] = told
+        value["groups"] = track.memory["hyper_digest"]
+
+    def _modes(self) -> str:
+        """Training modes and rates of all modules."""
+        told = [
+            (module.training, None if rate is None else getattr(module, rate, None)) for module, rate in self.switches
+        ]
+        return hashlib.blake2b(repr(told).encode(), digest_size=6).hexdigest()
+
+    def _look(self, step: Step) -> None:
+        if self.looked and step.number % MODES_EVERY:
+            return
+        self.looked = step.number
+        self.switches, self.buffers = [], []
+        for root in roots.roots():
+            for module in root.modules():
+                names = ("p", "dropout", "drop_prob", "momentum", "eps")
+                rate = next((n for n in names if isinstance(module.__dict__.get(n), (int, float))), None)
+                self.switches.append((module, rate))
+            self.buffers.extend(buffer for buffer in root.buffers() if buffer.numel())
+
+    # -- after ----------------------------------------------------------------------------------------------------
+
+    def _take_after(self, step: Step, value: Dict[str, Any], sums: Dict[str, List[Any]]) -> Dict[str, Any]:
+        torch, entries = step.torch, step.track.entries
+        if "lean" not in value:
+            sums["state"] = [_state(torch, step.optimizer, entry) for entry in entries]
+            if self.buffers:
+                each = [total(words(torch, buffer)) for buffer in self.buffers]
+                sums["buffers"] = [_stacked(torch, each).sum()]
+        sums["weights"] = [self._keyed(torch, words(torch, entry.param)) for entry in entries]
+        self._encode(torch, sums, step.track.memory["share"], value)
+        return value
+
+    def _encode(self, torch: Any, sums: Dict[str, List[Any]], share: int, value: Dict[str, Any]) -> None:
+        """All vectors with one copy from the device."""
+        lengths = [(name, len(numbers)) for name, numbers in sums.items() if numbers]
+        if not lengths:
+            return
+        flat = _stacked(torch, [number for name, _ in lengths for number in sums[name]])
+        parts = []
+        for part, (name, _) in zip(flat.split([length for _, length in lengths]), lengths):
+            parts.append(_grouped(torch, part, share) if share > 1 and name != "buffers" else part)
+        folded = torch.cat(parts).mul_(FOLD).bitwise_right_shift_(32).to(torch.int32).cpu()
+        data = ctypes.string_at(folded.data_ptr(), folded.numel() * 4)
+        used = 0
+        for part, (name, _) in zip(parts, lengths):
+            value[name] = base64.b64encode(data[used : used + 4 * len(part)]).decode("ascii")
+            used += 4 * len(part)
+
+    def _keyed(self, torch: Any, x: Any) -> Any:
+        """Keyed linear hash of 64-bit words, mod 2**64, as a tensor of one number."""
+        key = self._key(torch, x.device)
+        length = x.numel()
+        if length <= KEY_LENGTH:
+            return _dot(torch, x, key[:length])
+        out = None
+        for block, start in enumerate(range(0, length, KEY_LENGTH)):
+            part = x[start : start + KEY_LENGTH]
+            number = _dot(torch, part, key[: part.numel()]) * self._factor(block)
+            out = number if out is None else out + number
+        return out
+
+    def _key(self, torch: Any, device: Any) -> Any:
+        known = self.keys.get(str(device))
+        if known is None:
+            data = bytearray(hashlib.shake_128(self.seed).digest(8 * KEY_LENGTH))
+            for place in range(0, len(data), 8):
+                data[place] |= 1
+            known = torch.frombuffer(data, dtype=torch.int64).clone().to(device)
+            self.keys[str(device)] = known
+        return known
+
+    def _factor(self, block: int) -> int:
+        while len(self.factors) <= block:
+            label = b"%d" % len(self.factors)
+            number = int.from_bytes(hashlib.blake2b(label, key=self.seed, digest_size=8).digest(), "little") | 1
+            self.factors.append(number - (1 << 64) if number >> 63 else number)
+        return self.factors[block]
+
+    # -- the budget -----------------------------------------------------------------------------------------------
+
+    def _book(self, step: Step, spent: int, lean: bool) -> None:
+        if lean:
+            self.lean_ns += (spent - self.lean_ns) * (0.1 if self.lean_ns else 1.0)
+        elif step.number > 1:
+            self.full_ns += (spent - self.full_ns) * (0.1 if self.full_ns else 1.0)
+        if step.wall_ns:
+            self.wall_ns += (step.wall_ns - self.wall_ns) * (0.1 if self.wall_ns else 1.0)
+
+    def _lean(self, number: int) -> bool:
+        """Whether step `number` commits only what always is: every link in 1 of 2**n steps, where all cost too much."""
+        if self.thorough or number <= TRIAL_STEPS:
+            return False
+        spare = self.percent / 100.0 * self.wall_ns
+        level = 0
+        while level < 6 and self.full_ns > spare * (1 << level):
+            level += 1
+        return number % (1 << level) != 0
+
+
+class _Raw:
+    """Gradients right at the end of every backward pass that reaches the optimizer's first parameter."""
+
+    def __init__(self, torch: Any, entries: List[Entry], fault: Any, lean: Any, step: Step) -> None:
+        self.torch = torch
+        self.entries = entries
+        self.fault = fault
+        self.lean = lean
+        self.engine = step.engine
+        self.values: Optional[List[Any]] = None
+        self.handle: Any = None
+        first = next((e.param for e in reversed(entries) if e.param.requires_grad and e.param.is_leaf), None)
+        if first is not None and hasattr(first, "register_post_accumulate_grad_hook"):
+            self.handle = first.register_post_accumulate_grad_hook(self.arrived)
+
+    def arrived(self, param: Any) -> None:
+        """A backward pass is under way: look when it is over."""
+        try:
+            if not self.lean(self.engine.steps + 1):
+                self.torch.autograd.Variable._execution_engine.queue_callback(self.over)
+        except Exception as error:
+            self.fault("commits.arrived", error)
+
+    def over(self) -> None:
+        """The gradients are complete: before clipping, before a scaler undoes its scale."""
+        try:
+            with self.torch.no_grad():
+                self.values = _gradients(self.torch, self.entries)
+        except Exception as error:
+            self.fault("commits.over", error)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+
+# -- sums --------------------------------------------------------------------------------------------------------------
+
+
+def words(torch: Any, tensor: Any) -> Any:
+    """The tensor's bytes, in memory order, as a flat tensor of the widest integers that fit. Shares its memory.
+
+    Sparse and other layouts without plain memory give an empty tensor.
+    """
+    tensor = sample.plain(tensor.detach())
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return torch.empty(0, dtype=torch.int64)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_contiguous():
+        tensor = _dense(torch, tensor)
+    flat = tensor.reshape(-1)
+    size = flat.element_size()
+    nbytes = flat.numel() * size
+    if nbytes % 8 == 0 and (flat.storage_offset() * size) % 8 == 0:
+        return flat.view(torch.int64)
+    narrow = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    return flat.view(narrow).to(torch.int64)
+
+
+def _dense(torch: Any, tensor: Any) -> Any:
+    """A tensor whose elements fill their memory, in memory order; a copy for all others."""
+    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    turned = tensor.permute(order)
+    return turned if turned.is_contiguous() else tensor.contiguous()
+
+
+def total(x: Any) -> Any:
+    """Sum of 64-bit words mod 2**64."""
+    return x.sum()
+
+
+def _dot(torch: Any, x: Any, key: Any) -> Any:
+    return torch.dot(x, key) if x.device.type == "cpu" else (x * key).sum()
+
+
+def _gradients(torch: Any, entries: List[Entry]) -> List[Any]:
+    """Sum over every gradient; 0 where there is none."""
+    zero = torch.zeros((), dtype=torch.int64)
+    grads = [entry.param.grad for entry in entries]
+    return [zero if grad is None else total(words(torch, grad)) for grad in grads]
+
+
+def _state(torch: Any, optimizer: Any, entry: Entry) -> Any:
+    """One number over all of this parameter's optimizer state, in the order of its keys."""
+    out: Any = torch.zeros((), dtype=torch.int64)
+    held = optimizer.state.get(entry.param)
+    for place, value in enumerate((held or {}).values()):
+        if isinstance(value, torch.Tensor):
+            number = total(words(torch, value))
+        elif isinstance(value, (int, float)):
+            number = hash(float(value))
+        else:
+            continue
+        out = out.to(number.device) if isinstance(number, torch.Tensor) and number.device != out.device else out
+        out = out + number * (2 * place + 1)
+    return out
+
+
+def _stacked(torch: Any, numbers: List[Any]) -> Any:
+    device = numbers[0].device
+    if any(number.device != device for number in numbers):
+        numbers = [number.cpu() for number in numbers]
+    return torch.stack(numbers)
+
+
+def _grouped(torch: Any, numbers: Any, share: int) -> Any:
+    spare = -len(numbers) % share
+    padded = torch.nn.functional.pad(numbers, (0, spare)) if spare else numbers
+    return padded.view(-1, share).sum(1)
+
+
+# -- other words -------------------------------------------------------------------------------------------------------
+
+
+def streams(torch: Any) -> List[Optional[str]]:
+    """Digests of the global generators: torch, numpy and python (null where not loaded), then every CUDA device's."""
+    found = [rng._digest(torch.default_generator), rng._numpy(), rng._python()]
+    if torch.cuda.is_initialized():
+        found.extend("%d:%d" % (each.initial_seed(), each.get_offset()) for each in torch.cuda.default_generators)
+    return found
+
+
+def build(torch: Any) -> Dict[str, Any]:
+    """What decides whether two processes can be expected to compute the same bits."""
+    capability = getattr(getattr(torch.backends, "cpu", None), "get_cpu_capability", None)
+    told: Dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "python": sys.version.split()[0],
+        "threads": torch.get_num_threads(),
+        "capability": capability() if capability else None,
+        "mkldnn": bool(torch.backends.mkldnn.enabled),
+        "deterministic": bool(torch.are_deterministic_algorithms_enabled()),
+        "devices": [],
+    }
+    if torch.cuda.is_initialized():
+        told["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return told
+
+
+def _plain(item: Any) -> Any:
+    """A JSON value for an entry of a parameter group; tensors of one element by their value."""
+    if isinstance(item, (bool, int, float, str, type(None))):
+        return item if not isinstance(item, float) or item == item else "nan"
+    if isinstance(item, (list, tuple)) and len(item) < 16:
+        return [_plain(each) for each in item]
+    if hasattr(item, "numel") and item.numel() == 1:
+        return float(item)
+    return type(item).__name__
