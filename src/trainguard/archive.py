@@ -253,6 +253,8 @@ class LogLeaves:
         self.head = reader.head()
         self.runs: dict[str, dict[str, Any]] = {}
         self.segments: dict[str, list[SegmentLeaf]] = {}
+        self.audits: dict[str, list[dict[str, Any]]] = {}
+        """Run → bodies of its `audit/v1` statements, each with its leaf and the digest of its report."""
         self.unreadable: list[int] = []
         """Leaves that are not statements of ours by our key; other kinds of entry may share the log."""
         for index, entry in enumerate(reader.entries(0, self.head.size)):
@@ -266,6 +268,9 @@ class LogLeaves:
         body = value["predicate"]
         if kind == "run/v1" and isinstance(body.get("run"), str):
             self.runs.setdefault(body["run"], {**body, "leaf": index})
+        elif kind == "audit/v1" and isinstance(body.get("run"), str):
+            report = value["subject"][0]["digest"]["sha256"]
+            self.audits.setdefault(body["run"], []).append({**body, "leaf": index, "report": report})
         elif kind == "segment/v1":
             try:
                 fields = {**body, "leaf": index, "sha256": value["subject"][0]["digest"]["sha256"]}

@@ -12,6 +12,7 @@ import msgspec
 
 from trainguard.appraise.engine import Appraiser
 from trainguard.appraise.interface import Context
+from trainguard.appraise.replay import Replayed, replayed
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.archive import LogLeaves, RunReader, TruncatedRecord
 from trainguard.errors import TrainguardError, VerificationError
@@ -43,7 +44,20 @@ def judge_run(home: Home, run: str, *, policy: Policy | None = None, leaves: Log
         appraiser.findings.append(_evidence_finding(run, error))
     if reader.running:
         return _still_running(appraiser, run)
-    return appraiser.verdict()
+    again = replayed(run, leaves.audits.get(run, ()), home.blob)
+    appraiser.findings.extend(again.findings)
+    return with_replay(appraiser.verdict(), again)
+
+
+def with_replay(verdict: Verdict, again: Replayed) -> Verdict:
+    """The verdict with what audits replayed: coverage, the link's balance, and the level where it was done apart."""
+    if again.link is None:
+        return verdict
+    coverage = msgspec.structs.replace(
+        verdict.coverage, replayed_steps=again.steps, detection_probability=again.detection
+    )
+    level = "TIL-3" if again.apart and verdict.lock is not None else verdict.level
+    return msgspec.structs.replace(verdict, coverage=coverage, links=(*verdict.links, again.link), level=level)
 
 
 def judge_checkpoint(home: Home, path: Path, *, policy: Policy | None = None) -> Verdict:

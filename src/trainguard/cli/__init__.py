@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("trainguard.cli.verify", "Check a sealed checkpoint, naming the tensors that changed."),
     "probe": ("trainguard.cli.probe", "The same code as rank 0 of a big job, on one CPU."),
     "explain": ("trainguard.cli.explain", "Per link of a run: held, broken, blind or explained."),
+    "audit": ("trainguard.cli.audit", "Replay unpredictable segments of a run on the clean side and compare."),
     "verdict": ("trainguard.cli.verdict", "The four-valued verdict of a run, with findings and reasons."),
     "runs": ("trainguard.cli.runs", "List recorded runs."),
     "show": ("trainguard.cli.show", "One run as a timeline; --html for the report."),

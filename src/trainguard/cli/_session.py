@@ -39,6 +39,9 @@ from trainguard.log import Log
 from trainguard.measure import measure
 from trainguard.measure.caches import compiler_caches
 from trainguard.policy import Policy
+from trainguard.replay.audit import key_commitment, named_inputs, settings_of
+from trainguard.replay.points import NAME as POINT_NAME
+from trainguard.replay.points import seal_point
 from trainguard.scan import vet
 from trainguard.seal.ledger import read_ledger
 from trainguard.seal.prints import read_prints
@@ -88,6 +91,7 @@ class Session:
         self._notify = notify
         self._supervisor: Supervisor | None = None
         self._sealer: _Sealer | None = None
+        self._key = secrets.token_hex(32)
         self.run_id = run_id(name)
 
     def run(self) -> Outcome:
@@ -158,7 +162,11 @@ class Session:
             "trainguard": __version__,
             "policy": policy,
             "lock": lock,
-            "settings": {"links": self._policy.links},
+            "settings": {"links": self._policy.links, "commits": self._policy.commits},
+            "began_ns": str(time.time_ns()),
+            "key_sha256": key_commitment(self._key),
+            "environment": settings_of(os.environ),
+            "inputs": named_inputs(self._command, Path.cwd()),
         }
 
     def _measure(self, recorder: _Observed, lock: str | None, attempt: int = 0) -> None:
@@ -216,6 +224,7 @@ class Session:
             points_percent=policy.points_percent,
             points_mb=policy.points_mb,
             points_every=policy.points_every,
+            key=self._key,
             pycache=str(_private_folder(self._home.cache / "bytecode")),
         )
         self._supervisor = supervisor = Supervisor(
@@ -305,6 +314,8 @@ class _Sealer:
             path = Path(str(evidence.body["path"]))
             self._ours.add(str(path))
             self._queue.put((self._seal, path, evidence.step))
+        elif evidence.kind == "point" and POINT_NAME.fullmatch(str(evidence.body.get("name"))):
+            self._queue.put((self._point, self._home.run(self._run) / "points" / evidence.body["name"], evidence.step))
         elif evidence.kind == "open":
             for path in _read_paths(evidence):
                 cached = any(path.is_relative_to(cache) for cache in self._caches)
@@ -333,6 +344,13 @@ class _Sealer:
         body = {"path": str(path), "leaf": report.leaf, "findings": findings, "prints": blob}
         self._add("seal", body, step=step)
         self.last = {"path": str(path), "leaf": report.leaf, "step": step}
+
+    def _point(self, path: Path, step: int | None) -> None:
+        """Hash a replay point that the job wrote; one that is gone again made room for newer ones."""
+        try:
+            self._add("point_sealed", seal_point(path), step=step)
+        except TrainguardError as error:
+            self._add("point_unsealed", {"name": path.name, "reason": str(error)}, step=step)
 
     def _verify(self, path: Path, step: int | None) -> None:
         """Look at a model file the job opened: is it code (E1), and is it what our log has a seal of?"""

@@ -45,6 +45,7 @@ ASKS: dict[str, str] = {
     "scale": "Does the same code do the same as rank 0 of a big job?",
     "replicas": "Do ranks that hold the same weights hold the same values?",
     "stalls": "Is the time between steps explained by the work, not by sleeps?",
+    "replay": "Does a clean replay of the same command give the same bits?",
     "kills": "Is it known who sent every signal in the job?",
 }
 """link → the question it answers; a link that is not here is shown by its name alone."""

@@ -40,6 +40,8 @@ def start() -> None:
         if (_client.settings.get("gate") or {}).get("mode") == "stop":
             _part("loads", lambda part: part.install(_client))
         if _client.settings.get("commits") is True:
+            if _client.settings.get("replay") is not None:
+                _part("warp", lambda part: part.install(_client))
             _part("bootstrap", lambda _: after_import("torch", _attach_engine))
         return
     for name in CHECKING:
@@ -89,6 +91,8 @@ def _attach_engine() -> None:
     _part("presence", lambda part: part.install(_client))
     if _client.settings.get("probe") is not None:
         _part("probe", lambda part: part.attach(sys.modules["torch"]))
+    if _client.settings.get("replay") is not None:
+        _part("warp", lambda part: part.attach(sys.modules["torch"]))
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:

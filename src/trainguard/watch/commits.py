@@ -4,14 +4,16 @@ Value of the link in a step frame (spec/replay.md, "Commits"; every step):
 
     {"build": {…}, "tensors": [name], "shared": n}         in the first frame of an optimizer, and when they change
      "rng": [torch, numpy, python, …cuda], "modes": hex,   before the update
-     "hyper": {group: {name: value}}, when it changed; "groups": digest of it, always
-     "before": vector, "raw": vector, "used": vector,      weights before the step; gradients after backward; gradients used
+     "groups": digest, "hyper": {group: {name: value}}     settings; their values in the first frame of an optimizer,
+     "changed": [[group, name, value]],                    then what changed, and
+     "inside": [[group, name, value]],                     what is other right after the update (in "groups" then too)
+     "before": vector, "raw": vector, "used": vector,      weights before the step, gradients after backward and as used
      "state": vector, "weights": vector, "buffers": vector optimizer state, weights and buffers after the step
      "lean": true}                                         where only rng, modes, groups and weights were affordable
 
 A *vector* is base64 of little-endian 32-bit numbers, one for each tensor of `tensors`. `weights` is a keyed linear
-hash: sum over i of k_i x_i mod 2**64 over the tensor's bytes taken as 64-bit integers, with odd k_i drawn from the run's
-secret key; the others are the same sum with every k_i = 1, six times cheaper. Each is folded to its upper 32 bits
+hash: sum over i of k_i x_i mod 2**64 over the tensor's bytes taken as 64-bit integers, with odd k_i drawn from the
+run's secret key; the others are the same sum with every k_i = 1, six times cheaper. Each is folded to its upper 32 bits
 after a multiplication. Any change of one element changes either; the keyed one also sees a permutation. These numbers
 say *where* two runs part. What binds a run to its state are the points (points.py), which are hashed outside.
 
@@ -100,6 +102,10 @@ class Commits:
         step.own_ns -= clock() - start
         return value
 
+    def still(self, track: Track, optimizer: Any, still: Any) -> bool:
+        """A step that is committed to is never taken at a glance."""
+        return not self.on
+
     def forked(self) -> None:
         """Hooks on the parent's parameters say nothing here."""
         self.on = False
@@ -118,7 +124,7 @@ class Commits:
         self._header(step, track, value)
         self._groups(step, track, value)
         sums: Dict[str, List[Any]] = {}
-        if self._lean(step.number):
+        if step.late or self._lean(step.number):
             value["lean"] = True
             return value, sums
         sums["before"] = [total(words(torch, entry.param)) for entry in track.entries]
@@ -150,19 +156,24 @@ class Commits:
 
     def _groups(self, step: Step, track: Track, value: Dict[str, Any]) -> None:
         """Every entry of every parameter group but its tensors."""
-        told = {
-            str(number): {
-                name: _plain(item) for name, item in group.items() if name != "params" and name != "param_names"
-            }
-            for number, group in enumerate(step.optimizer.param_groups)
-        }
-        text = json.dumps(told, sort_keys=True, default=str)
-        if text != track.memory.get("hyper_text"):
-            track.memory["hyper_text"] = text
-            track.memory["hyper_digest"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-            if len(text) < NAMES_LIMIT_BYTES:
+        told = _groups_of(step.optimizer)
+        known = track.memory.get("told")
+        if told != known:
+            track.memory["told"] = told
+            track.memory["groups"] = _digest_of(told)
+            if known is None or known.keys() != told.keys():
                 value["hyper"] = told
-        value["groups"] = track.memory["hyper_digest"]
+            else:
+                value["changed"] = _changed(known, told)
+        value["groups"] = track.memory["groups"]
+
+    def _groups_inside(self, step: Step, track: Track, value: Dict[str, Any]) -> None:
+        """Settings that are other ones right after the update: the step was made with them, or left them behind."""
+        told, known = _groups_of(step.optimizer), track.memory.get("told")
+        if known is None or told == known:
+            return
+        value["inside"] = _changed(known, told) if known.keys() == told.keys() else [["*", "groups", len(told)]]
+        value["groups"] = _digest_of([known, told])
 
     def _modes(self) -> str:
         """Training modes and rates of all modules."""
@@ -172,11 +183,16 @@ class Commits:
         return hashlib.blake2b(repr(told).encode(), digest_size=6).hexdigest()
 
     def _look(self, step: Step) -> None:
-        if self.looked and step.number % MODES_EVERY:
+        """Modules and buffers of the models that are trained; others may be waiting for the garbage collector."""
+        tracks = list(step.engine.tracks.values())
+        if self.looked == len(tracks) and step.number % MODES_EVERY:
             return
-        self.looked = step.number
+        self.looked = len(tracks)
+        trained = {id(entry.param) for track in tracks for entry in track.entries}
         self.switches, self.buffers = [], []
         for root in roots.roots():
+            if not any(id(param) in trained for param in root.parameters()):
+                continue
             for module in root.modules():
                 names = ("p", "dropout", "drop_prob", "momentum", "eps")
                 rate = next((n for n in names if isinstance(module.__dict__.get(n), (int, float))), None)
@@ -187,6 +203,7 @@ class Commits:
 
     def _take_after(self, step: Step, value: Dict[str, Any], sums: Dict[str, List[Any]]) -> Dict[str, Any]:
         torch, entries = step.torch, step.track.entries
+        self._groups_inside(step, step.track, value)
         if "lean" not in value:
             sums["state"] = [_state(torch, step.optimizer, entry) for entry in entries]
             if self.buffers:
@@ -281,7 +298,7 @@ class _Raw:
     def arrived(self, param: Any) -> None:
         """A backward pass is under way: look when it is over."""
         try:
-            if not self.lean(self.engine.steps + 1):
+            if not self.lean(self.engine.tally.steps + 1):
                 self.torch.autograd.Variable._execution_engine.queue_callback(self.over)
         except Exception as error:
             self.fault("commits.arrived", error)
@@ -403,6 +420,26 @@ def build(torch: Any) -> Dict[str, Any]:
     if torch.cuda.is_initialized():
         told["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return told
+
+
+def _groups_of(optimizer: Any) -> Dict[str, Dict[str, Any]]:
+    return {
+        str(number): {name: _plain(item) for name, item in group.items() if name not in ("params", "param_names")}
+        for number, group in enumerate(optimizer.param_groups)
+    }
+
+
+def _digest_of(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
+def _changed(was: Dict[str, Any], now: Dict[str, Any]) -> List[List[Any]]:
+    return [
+        [group, name, value]
+        for group, entries in now.items()
+        for name, value in entries.items()
+        if name not in was[group] or was[group][name] != value
+    ]
 
 
 def _plain(item: Any) -> Any:

@@ -242,6 +242,7 @@ class Step:
         "full",
         "grads",
         "index",
+        "late",
         "number",
         "opt",
         "optimizer",
@@ -279,6 +280,8 @@ class Step:
         """`.grad` of every entry of the track, once final; empty unless `full`."""
         self.ready = False
         """Whether the gradients were final when we looked (false while a closure is still to run)."""
+        self.late = False
+        """Whether the links are asked only now that the update is over: there is no before any more."""
         self.own_ns = 0
         self.wall_ns = 0
         self.depth = 0
@@ -448,7 +451,7 @@ class Engine:
             step = Step(self, optimizer, track, tally.steps)
             now = wall_clock()
             step.wall_ns, tally.last_ns = now - tally.last_ns, now
-        step.full = False
+        step.full, step.late = False, True
         self._refresh(track, optimizer)
         for link in self.always:
             self._call(link, "before", step)

@@ -1,12 +1,12 @@
 """Replay points: everything a training process would need to go on from here, as plain bytes in the run's own folder.
 
     RUN/points/p<process>-step-<n>/data         raw bytes of tensors, one after another, each at a multiple of 64
-    RUN/points/p<process>-step-<n>/index.json   {"version": 1, "step", "tensors": [[name, dtype, [shape], offset, bytes]],
-                                                 "numbers": {name: number}, "python": […], "numpy": […] | null}
+    RUN/points/p<process>-step-<n>/index.json   {"version": 1, "step", "tensors": [[name, dtype, [shape], offset,
+                                                 bytes]], "numbers": {name: number}, "python": […], "numpy": […]}
 
 Names: `param/<root>/<name>`, `buffer/<root>/<name>`, `loose/<opt>/<position>` (a parameter of no module),
-`state/<opt>/<position>/<key>` (also under `numbers`), `rng/torch`, `rng/cuda/<device>`. Never a pickle. The process says
-`point`; the supervisor's side hashes the files and logs the digests (replay/points.py reads and checks them).
+`state/<opt>/<position>/<key>` (also under `numbers`), `rng/torch`, `rng/cuda/<device>`. Never a pickle. The process
+says `point`; the supervisor's side hashes the files and logs the digests (replay/points.py reads and checks them).
 
 When: as often as the budget of time and storage allows (settings `points_percent`, `points_mb`), never closer than
 LEAST steps; once the storage is full every other point goes and the distance doubles, so a run of any length keeps a
@@ -141,12 +141,21 @@ def _memory(tensor: Any, nbytes: int) -> Any:
     return (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
 
 
-def named(torch: Any) -> List[Tuple[str, Any]]:
-    """Parameters and buffers of every root module, in an order that a second process of the same script repeats."""
+def named(torch: Any, engine: Any) -> List[Tuple[str, Any]]:
+    """Parameters and buffers of every root module, in an order that a second process of the same script repeats.
+
+    Roots with a trained parameter are numbered from 0; others (a teacher, an average) are x0, x1, …, since whether one
+    that nobody uses any more is still there is up to the garbage collector.
+    """
+    trained = {id(entry.param) for _, _, track in optimizers(engine) for entry in track.entries}
     found: List[Tuple[str, Any]] = []
-    for number, root in enumerate(roots.roots()):
-        found.extend(("param/%d/%s" % (number, name), tensor) for name, tensor in root.named_parameters())
-        found.extend(("buffer/%d/%s" % (number, name), tensor) for name, tensor in root.named_buffers())
+    numbers = {"": 0, "x": 0}
+    for root in roots.roots():
+        kind = "" if any(id(param) in trained for param in root.parameters()) else "x"
+        key = "%s%d" % (kind, numbers[kind])
+        numbers[kind] += 1
+        found.extend(("param/%s/%s" % (key, name), tensor) for name, tensor in root.named_parameters())
+        found.extend(("buffer/%s/%s" % (key, name), tensor) for name, tensor in root.named_buffers())
     return [(name, tensor) for name, tensor in found if tensor.layout is torch.strided]
 
 
@@ -173,7 +182,7 @@ def loose(torch: Any, engine: Any, known: List[Tuple[str, Any]]) -> List[Tuple[s
 
 def _tensors(step: Step) -> List[Tuple[str, Any]]:
     torch = step.torch
-    found = named(torch)
+    found = named(torch, step.engine)
     found += loose(torch, step.engine, found)
     for opt, optimizer, track in optimizers(step.engine):
         for entry in track.entries:

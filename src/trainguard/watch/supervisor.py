@@ -91,6 +91,7 @@ RESERVED = frozenset(
         "seal",
         "opened",
         "point_sealed",
+        "point_unsealed",
         "end",
     )
 )

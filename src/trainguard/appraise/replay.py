@@ -1,0 +1,111 @@
+"""Check *replay*: what the audits in the log say of a run (spec/replay.md, docs/checks/replay.md).
+
+An audit is a signed statement; its report lies among the blobs under the digest that the statement signs. A report that
+is gone or altered counts for nothing and is said. Replayed steps and the chance of detection are counted over all
+audits whose self-test passed; a difference is a finding of whichever audit has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from trainguard.errors import TrainguardError
+from trainguard.finding import Finding, LinkState
+
+TAMPERED_FRACTIONS = (0.1, 0.01)
+
+
+class _Segment(msgspec.Struct, frozen=True):
+    number: int
+    first: int
+    last: int
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    nonce: str
+    segments: tuple[_Segment, ...]
+    chosen: tuple[int, ...]
+
+
+class _Result(msgspec.Struct, frozen=True):
+    segment: int
+    first: int
+    last: int
+    outcome: str
+    compared: int = 0
+    reason: str | None = None
+
+
+class _Report(msgspec.Struct, frozen=True):
+    run: str
+    plan: _Plan
+    selftest: dict[str, Any]
+    environment: dict[str, Any]
+    results: tuple[_Result, ...]
+    findings: tuple[Finding, ...]
+
+
+class Replayed(msgspec.Struct, frozen=True, kw_only=True):
+    """What all audits of a run come to."""
+
+    findings: tuple[Finding, ...] = ()
+    steps: int = 0
+    """Steps that were replayed and equal."""
+    detection: dict[str, float] = {}
+    apart: bool = False
+    """Whether all that counts was replayed in an environment that was measured apart and is the approved one."""
+    link: LinkState | None = None
+    """None where nobody audited."""
+
+
+def replayed(run: str, audits: Sequence[Mapping[str, Any]], blob: Callable[[str], bytes]) -> Replayed:
+    """audits: bodies of the run's `audit/v1` statements, each with the digest of its report under `report`."""
+    if not audits:
+        return Replayed()
+    findings: list[Finding] = []
+    blind: list[str] = []
+    counted: dict[tuple[int, int], int] = {}
+    total, apart = 0, True
+    for audit in audits:
+        try:
+            report = msgspec.json.decode(blob(str(audit.get("report"))), type=_Report)
+        except (TrainguardError, msgspec.DecodeError) as error:
+            blind.append(f"the report of an audit cannot be read: {error}")
+            continue
+        if report.run != run:
+            blind.append(f"the report of an audit is about run {report.run}")
+            continue
+        if report.selftest.get("passed") is not True:
+            blind.append(f"an audit counts for nothing: {report.selftest.get('reason') or 'its self-test failed'}")
+            continue
+        total = max(total, len(report.plan.segments))
+        apart = apart and report.environment.get("approved") is True
+        findings.extend(finding for finding in report.findings if finding.check == "replay")
+        blind.extend(f"steps {r.first} to {r.last}: {r.reason}" for r in report.results if r.outcome == "not replayed")
+        counted.update({(r.first, r.last): r.compared for r in report.results if r.outcome == "equal"})
+    steps = sum(counted.values())
+    unique = tuple({msgspec.json.encode(finding): finding for finding in findings}.values())
+    link = LinkState(
+        link="replay", held=steps, broken=len(unique), blind=tuple(dict.fromkeys(blind))[:20], required=False
+    )
+    return Replayed(
+        findings=unique,
+        steps=steps,
+        detection={str(share): detection(total, len(counted), share) for share in TAMPERED_FRACTIONS},
+        apart=apart and bool(counted),
+        link=link,
+    )
+
+
+def detection(total: int, drawn: int, tampered: float) -> float:
+    """Chance that of `drawn` segments out of `total` at least one is among the share `tampered` that is bad."""
+    bad = max(1, round(total * tampered))
+    if drawn <= 0 or total <= 0:
+        return 0.0
+    if drawn + bad > total:
+        return 1.0
+    return round(1.0 - math.comb(total - bad, drawn) / math.comb(total, drawn), 6)

@@ -1,0 +1,109 @@
+"""`trainguard audit RUN`: replay unpredictable segments of a run in clean processes and compare."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+
+from trainguard.cli._session import warn
+from trainguard.cli._view import show
+from trainguard.cli.verdict import named_run
+from trainguard.errors import Misuse
+from trainguard.home import Home
+
+
+class _Share(click.ParamType[float]):
+    """A share: `1%`, or a number from 0 to 1."""
+
+    name = "share"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value)
+        try:
+            number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            number = -1.0
+        if not 0.0 < number <= 1.0:
+            self.fail(f"expected a share such as 1% or 0.05, found {text!r}", param, ctx)
+        return number
+
+
+@click.command("audit")
+@click.option("--budget", type=_Share(), default="1%", show_default=True, help="Share of the run's steps to replay.")
+@click.option("--confidence", type=_Share(), help="Replay as many segments as give this chance, instead of --budget.")
+@click.option("--tampered", type=_Share(), default="0.05", show_default=True, help="Share of segments for that chance.")
+@click.option("--segments", help="Exactly these segments, by number: 0,3,7 or all.")
+@click.option("--env", "python", type=click.Path(), help="Python of another environment to replay with.")
+@click.option("--executor", type=click.Choice(["local"]), default="local", show_default=True, help="Where to replay.")
+@click.option(
+    "--limit", type=click.FloatRange(min=1), default=3600.0, show_default=True, help="Seconds for one replay."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict document.")
+@click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
+@click.argument("run")
+def command(
+    budget: float,
+    confidence: float | None,
+    tampered: float,
+    segments: str | None,
+    python: str | None,
+    executor: str,
+    limit: float,
+    as_json: bool,
+    quiet: bool,
+    run: str,
+) -> int:
+    """Replay segments of RUN that nobody could know before, on the clean side, and compare every link.
+
+    Exit status: 0 every drawn segment is equal bit for bit, 1 one differs, 3 something could not be replayed.
+    """
+    from trainguard.appraise.judge import judge_run
+    from trainguard.replay.audit import Options, audit
+
+    home = Home.find()
+    name = named_run(home, run)
+    options = Options(
+        budget=budget,
+        confidence=confidence,
+        tampered=tampered,
+        only=_segments(home, name, segments),
+        python=_python(python),
+        limit_seconds=limit,
+    )
+    report = audit(home, name, options, progress=(lambda _text: None) if quiet or as_json else warn)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.encode(judge_run(home, name)) + b"\n")
+    elif not quiet:
+        from trainguard.render.audit import audit_view
+
+        show(lambda ascii_only: audit_view(report, ascii_only=ascii_only))
+    return report.exit_status
+
+
+def _segments(home: Home, run: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if text == "all":
+        return ()
+    try:
+        return tuple(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError as error:
+        raise Misuse(f"--segments: expected numbers such as 0,3,7 or all, found {text!r}") from error
+
+
+def _python(given: str | None) -> str | None:
+    """The interpreter as it is called: a virtual environment's link is not followed."""
+    if given is None:
+        return None
+    found = shutil.which(given)
+    if found is None:
+        raise Misuse(f"--env {given}: expected a Python interpreter, found no such program")
+    path = Path(found)
+    if not os.access(path, os.X_OK):
+        raise Misuse(f"--env {given}: not executable")
+    return str(path.absolute())

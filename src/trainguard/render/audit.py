@@ -1,0 +1,62 @@
+"""An audit on the terminal: what was drawn, what came of it, and how sure that makes."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from trainguard.appraise.replay import TAMPERED_FRACTIONS, detection
+from trainguard.render.line import finding_line, plain
+from trainguard.replay.audit import Report, Result
+
+
+def audit_view(report: Report, *, ascii_only: bool = False) -> RenderableType:
+    """The report as lines."""
+    lines = [Text(f"run {report.run}: {_headline(report)}", style="bold")]
+    lines += [Text("  " + _segment_line(result)) for result in report.results]
+    lines += [Text("  " + finding_line(finding), style="red") for finding in report.findings]
+    lines.append(Text("  " + _odds(report)))
+    lines.append(Text("  " + _selftest(report)))
+    where = "on this host, in the run's own environment" if not report.environment.get("apart") else (
+        f"on this host, with {plain(str(report.environment.get('python')))}"
+    )  # fmt: skip
+    lines.append(Text(f"  replayed {where}; logged as leaf {report.leaf}", style="dim"))
+    return Group(*lines)
+
+
+def _headline(report: Report) -> str:
+    equal = sum(result.outcome == "equal" for result in report.results)
+    total = len(report.plan.segments)
+    if report.findings:
+        return "a replay gives something else"
+    if equal == len(report.plan.chosen):
+        return (
+            f"{equal} of {total} segments replayed, equal bit for bit ({report.replayed_steps} of {report.steps} steps)"
+        )
+    return f"{equal} of {len(report.plan.chosen)} drawn segments could be replayed"
+
+
+def _segment_line(result: Result) -> str:
+    way = "from the sealed state" if result.way == "warp" else "from the first step"
+    text = f"segment {result.segment}: steps {result.first} to {result.last}: {result.outcome}"
+    if result.outcome == "equal":
+        text += f" ({way}, {result.seconds:.0f} s)"
+    return text + (f"; {plain(result.reason)}" if result.reason else "")
+
+
+def _odds(report: Report) -> str:
+    total = len(report.plan.segments)
+    equal = sum(result.outcome == "equal" for result in report.results)
+    odds = ", ".join(
+        f"{share:.0%} of segments tampered: {detection(total, equal, share):.0%}" for share in TAMPERED_FRACTIONS
+    )
+    return f"chance to have found tampering: {odds}"
+
+
+def _selftest(report: Report) -> str:
+    passed = report.selftest.get("passed")
+    if passed is True:
+        return "self-test: the planted fault was found"
+    if passed is False:
+        return "self-test: the planted fault was NOT found; this audit counts for nothing"
+    return f"self-test: could not be made: {plain(str(report.selftest.get('reason')))}"

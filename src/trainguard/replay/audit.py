@@ -1,0 +1,561 @@
+"""An audit: draw segments, replay them in clean processes, compare, and say what may be concluded (spec/replay.md).
+
+ 1. What the run committed to is read from the log's proved records.
+ 2. A nonce is drawn and bound to the log's tree head, which holds the whole run; it decides the segments.
+ 3. The verifier proves itself: with a fault planted on the clean side it must fail this very run.
+ 4. Every segment is a task with an id by content; what is done is kept, so an audit that was killed goes on.
+ 5. A difference seen after a warp is only believed when a replay from the first step shows it too, and only when two
+    such replays agree with each other. Else the warp, or the command, is what cannot be relied on, and that is said.
+ 6. The outcome is signed into the log. Verdicts are drawn from there (appraise/replay.py).
+
+Nothing here says violated because something could not be done: what is missing, altered or of another build ends as
+*not replayed* with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from trainguard.archive import LogLeaves, RunReader
+from trainguard.digest import canonical_json, file_sha256, sha256_hex, write_durably
+from trainguard.envelope import load_or_create_key, sign_statement, statement
+from trainguard.errors import MalformedEvidence, Misuse, TrainguardError, Unavailable, VerificationError
+from trainguard.finding import Citation, Finding, Subject
+from trainguard.home import Home
+from trainguard.log import Log
+from trainguard.replay import compare, plan, points
+from trainguard.replay.committed import Committed, Point, committed
+from trainguard.replay.compare import Difference
+from trainguard.replay.rerun import Job, Rerun, rerun
+from trainguard.replay.sandbox import Sandbox
+
+PREDICATE = "audit/v1"
+SELFTEST_STEPS = 3
+STATE_LIMIT_BYTES = 16 << 20
+SHORTEST_WARP = 5
+"""A point within the first steps saves nothing: replay begins at the first step."""
+
+Progress = Callable[[str], None]
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one segment."""
+
+    segment: int
+    first: int
+    last: int
+    outcome: str
+    """equal, differs, or not replayed."""
+    way: str
+    """`warp` from the sealed point, or `start` from the first step."""
+    compared: int = 0
+    """Steps of the segment that were compared and equal."""
+    seconds: float = 0.0
+    difference: Difference | None = None
+    confirmed: bool = False
+    """Whether two replays from the first step agreed with each other and not with the run."""
+    reason: str | None = None
+    """Why it was not replayed, or what the warp could not do."""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One audit, as it is stored and as its statement cites it."""
+
+    run: str
+    plan: plan.Plan
+    drawn: str
+    """The auditor's own random number, hex."""
+    head: dict[str, Any]
+    """Size and root of the tree head the nonce is bound to."""
+    environment: dict[str, Any]
+    selftest: dict[str, Any]
+    results: tuple[Result, ...]
+    findings: tuple[Finding, ...]
+    steps: int
+    replayed_steps: int
+    began_ns: int
+    ended_ns: int
+    blob: str | None = None
+    leaf: int | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """0 every drawn segment is equal, 1 one differs for certain, 3 something could not be replayed."""
+        if any(finding.outcome == "violated" for finding in self.findings):
+            return 1
+        equal = all(result.outcome == "equal" for result in self.results)
+        return 0 if equal and self.results and self.selftest.get("passed") is True else 3
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How to audit."""
+
+    budget: float = 0.01
+    confidence: float | None = None
+    tampered: float = 0.05
+    only: tuple[int, ...] | None = None
+    python: str | None = None
+    """Another interpreter to replay with; None takes the run's own."""
+    limit_seconds: float = 3600.0
+    """Time for one replay."""
+
+
+class Auditor:
+    """One audit of one run. Use once: `Auditor(home, run, options).run()`."""
+
+    def __init__(self, home: Home, run: str, options: Options, *, progress: Progress = lambda _text: None) -> None:
+        self._home = home
+        self._run = run
+        self._options = options
+        self._progress = progress
+        self._began = time.time_ns()
+
+    def run(self) -> Report:
+        """Audit and log the outcome. Raises TrainguardError where it cannot even begin."""
+        head, self._committed = self._read()
+        self._command = self._words()
+        folder, state = self._open(head)
+        self._folder = folder
+        drawn = plan.draw(
+            self._committed,
+            state["nonce"],
+            budget=self._options.budget,
+            confidence=self._options.confidence,
+            tampered=self._options.tampered,
+            only=self._chosen(),
+        )
+        changed = self._changed()
+        if changed is not None:
+            results = tuple(_not_replayed(drawn.segments[n], changed) for n in drawn.chosen)
+            selftest: dict[str, Any] = {"passed": None, "reason": changed}
+        else:
+            selftest = self._kept("selftest", self._selftest)
+            results = self._replay_all(drawn, selftest)
+        report = self._report(drawn, state, selftest, results)
+        report = self._log(report)
+        write_durably(folder / "report.json", msgspec.json.encode(report))
+        return report
+
+    # -- 1 and 2: what there is, and what is drawn -------------------------------------------------------------------
+
+    def _read(self) -> tuple[dict[str, Any], Committed]:
+        leaves = LogLeaves(self._home)
+        reader = RunReader(self._home, self._run, leaves=leaves)
+        if reader.begin is None:
+            raise Misuse(f"run {self._run}: the log holds no statement of it")
+        if reader.running:
+            raise Misuse(f"run {self._run} is still going on; what is replayed is drawn after its end")
+        found = committed(self._run, reader.records(), reader.begin)
+        return {"size": leaves.head.size, "root": leaves.head.root.hex()}, found
+
+    def _words(self) -> list[str]:
+        """The command to replay, with the interpreter the auditor wants."""
+        words = self._committed.start.get("command")
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise MalformedEvidence(f"run {self._run}: its statement names no command")
+        if re.fullmatch(r"python[\d.]*t?", Path(words[0]).name) is None:
+            raise Unavailable(
+                f"run {self._run}: its command begins with {words[0]!r}; only `python …` can be replayed yet"
+            )
+        return [self._options.python or words[0], *words[1:]]
+
+    def _chosen(self) -> tuple[int, ...] | None:
+        """Segments named by the auditor. Raises Misuse for one there is not."""
+        only = self._options.only
+        count = len(plan.segments(self._committed))
+        if only == ():
+            return tuple(range(count))
+        if only is not None and not all(0 <= number < count for number in only):
+            raise Misuse(f"--segments: expected numbers from 0 to {count - 1}, found {', '.join(map(str, only))}")
+        return only
+
+    def _open(self, head: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """Folder and draw of this audit: those of one that was cut short, with the same options, or new ones."""
+        parent = self._home.root / "audits" / self._run
+        options = sha256_hex(msgspec.json.encode(self._options))
+        for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
+            state = _state(folder / "draw.json")
+            if state is not None and state.get("options") == options and not (folder / "report.json").exists():
+                return folder, state
+        drawn = secrets.token_hex(32)
+        nonce = plan.make_nonce(self._run, head["root"], head["size"], drawn)
+        state = {"options": options, "drawn": drawn, "nonce": nonce, "head": dict(head)}
+        folder = parent / nonce[:16]
+        try:
+            (folder / "tasks").mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise Unavailable(f"{folder}: cannot be made: {error.strerror}") from error
+        write_durably(folder / "draw.json", canonical_json(state))
+        return folder, state
+
+    def _changed(self) -> str | None:
+        """Which file named in the command is not what it was when the run began, or None."""
+        inputs = self._committed.start.get("inputs")
+        for path, digest in (inputs if isinstance(inputs, dict) else {}).items():
+            try:
+                now = file_sha256(path)
+            except Unavailable as error:
+                return f"{path}, which the command names, cannot be read any more: {error}"
+            if now != digest:
+                return f"{path} changed since the run began: SHA-256 was {str(digest)[:16]}, is {now[:16]}"
+        return None
+
+    # -- 3 and 4: tasks ---------------------------------------------------------------------------------------------
+
+    def _kept(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a task, from an earlier attempt where there is one."""
+        path = self._folder / "tasks" / f"{name}.json"
+        known = _state(path)
+        if known is not None:
+            return known
+        found = work()
+        write_durably(path, msgspec.json.encode(found))
+        return found
+
+    def _task(self, segment: plan.Segment) -> str:
+        """Id of a task: everything that decides its outcome."""
+        point = self._point(segment)
+        told = [
+            self._run,
+            self._command,
+            segment.first,
+            segment.last,
+            None if point is None else [point.index_sha256, point.data_blake3],
+            self._options.limit_seconds,
+        ]
+        return sha256_hex(msgspec.json.encode(told))[:32]
+
+    def _selftest(self) -> dict[str, Any]:
+        """Replay the first steps with a fault planted on our side: it must be found, at that step."""
+        until = min(SELFTEST_STEPS, self._committed.last)
+        self._progress("self-test: a planted fault must be found")
+        found = self._rerun(until=until, plant=until)
+        reason = _unfinished(found, until) or compare.incomparable(self._committed.account.build, found.account.build)
+        if reason is not None:
+            return {"passed": None, "reason": reason}
+        streams = compare.idle(self._committed.account, found.account)
+        difference, _ = compare.first_difference(
+            self._committed.account, found.account, first=until, last=until, idle_streams=streams
+        )
+        return {
+            "passed": difference is not None,
+            "planted": {"step": until, "what": "sign of the gradient"},
+            "found": None if difference is None else {"step": difference.step, "link": difference.link},
+        }
+
+    def _replay_all(self, drawn: plan.Plan, selftest: Mapping[str, Any]) -> tuple[Result, ...]:
+        if selftest.get("passed") is not True:
+            reason = str(selftest.get("reason") or "the verifier did not find the fault that was planted in it")
+            return tuple(_not_replayed(drawn.segments[number], reason) for number in drawn.chosen)
+        results: list[Result] = []
+        for turn, number in enumerate(drawn.chosen, 1):
+            segment = drawn.segments[number]
+            self._progress(f"segment {turn} of {len(drawn.chosen)}: steps {segment.first} to {segment.last}")
+            kept = self._kept(self._task(segment), lambda segment=segment: msgspec.to_builtins(self._segment(segment)))  # type: ignore[misc]
+            results.append(msgspec.convert(kept, Result))
+            if results[-1].outcome == "differs":
+                break  # the rest follows from it
+        return tuple(results)
+
+    # -- 5: one segment ---------------------------------------------------------------------------------------------
+
+    def _segment(self, segment: plan.Segment) -> Result:
+        began = time.monotonic()
+        try:
+            result = self._warped(segment)
+        except Unavailable as error:
+            result = _not_replayed(segment, str(error))
+        return msgspec.structs.replace(result, seconds=round(time.monotonic() - began, 1))
+
+    def _warped(self, segment: plan.Segment) -> Result:
+        """By warp where that can be; else, and to confirm a difference, from the first step."""
+        point = self._point(segment)
+        if point is None or segment.first - 1 < SHORTEST_WARP:
+            return self._from_start(segment, None)
+        folder = self._home.run(self._run) / "points" / point.name
+        try:
+            points.open_point(folder, point)
+        except TrainguardError as error:
+            return self._from_start(segment, str(error))
+        found = self._rerun(until=segment.last, begin=point.step, point=folder)
+        reason = found.unsound or (None if found.landed else _unfinished(found, segment.last) or "it never landed")
+        if reason is None and found.reached < segment.last:
+            reason = _unfinished(found, segment.last)
+        if reason is not None:
+            return self._from_start(segment, f"warp: {reason}")
+        difference, compared = self._compare(found, 1, segment.last)
+        if difference is not None:
+            return self._from_start(segment, f"warp: step {difference.step}: {difference.what} differs")
+        if (odd := self._end_differs(segment, found)) is not None:
+            return self._from_start(segment, f"warp: {odd} differs in the state after step {segment.last}")
+        return _equal(segment, "warp", compared - segment.first + 1)
+
+    def _from_start(self, segment: plan.Segment, why: str | None) -> Result:
+        """Replay from the first step: needs no sealed state and skips nothing, so it decides."""
+        found = self._rerun(until=segment.last)
+        difference, compared = self._compare(found, 1, segment.last)
+        if difference is None:
+            reason = _unfinished(found, segment.last)
+            if reason is not None:
+                return _not_replayed(segment, reason)
+            odd = self._end_differs(segment, found)
+            if odd is not None:
+                return _not_replayed(segment, f"the sealed state after step {segment.last} is not what the steps "
+                                     f"committed to: {odd}")  # fmt: skip
+            result = _equal(segment, "start", compared - segment.first + 1)
+            return msgspec.structs.replace(result, reason=why)
+        return self._confirmed(segment, difference, found)
+
+    def _confirmed(self, segment: plan.Segment, difference: Difference, first: Rerun) -> Result:
+        """A difference counts when a second clean replay agrees with the first one and not with the run."""
+        self._progress(f"step {difference.step}: {difference.what} differs; replaying again to be sure")
+        again = self._rerun(until=difference.step)
+        reason = _unfinished(again, difference.step)
+        if reason is None:
+            streams = compare.idle(first.account, again.account) | compare.idle(self._committed.account, again.account)
+            unsteady, _ = compare.first_difference(
+                first.account, again.account, first=1, last=difference.step, idle_streams=streams
+            )
+            if unsteady is not None:
+                unseeded = [("torch", "numpy", "python")[n] for n in sorted(compare.idle(first.account, again.account))]
+                cause = f"; never seeded: {', '.join(unseeded)}" if unseeded else ""
+                reason = (
+                    f"two clean replays of the same command part from each other at step {unsteady.step} "
+                    f"({unsteady.what}{cause}): it depends on something that was not recorded"
+                )
+        if reason is not None:
+            return _not_replayed(segment, reason)
+        return Result(
+            segment=segment.number,
+            first=segment.first,
+            last=segment.last,
+            outcome="differs",
+            way="start",
+            compared=max(0, difference.step - segment.first),
+            difference=difference,
+            confirmed=True,
+        )
+
+    def _compare(self, found: Rerun, first: int, last: int) -> tuple[Difference | None, int]:
+        why = compare.incomparable(self._committed.account.build, found.account.build)
+        if found.account.steps and why is not None:
+            raise Unavailable(f"not comparable yet: {why}")
+        streams = compare.idle(self._committed.account, found.account)
+        return compare.first_difference(
+            self._committed.account, found.account, first=first, last=last, idle_streams=streams
+        )
+
+    def _end_differs(self, segment: plan.Segment, found: Rerun) -> str | None:
+        """First tensor in which the sealed state at the end of a segment is not the replay's, or None."""
+        point = next((p for p in self._committed.points if p.step == segment.last), None)
+        if point is None or found.state is None:
+            return None
+        folder = self._home.run(self._run) / "points" / point.name
+        try:
+            index = points.open_point(folder, point)
+        except TrainguardError:
+            return None
+        clean = points.digests(found.state, points.read_index(found.state))
+        return points.first_unequal(points.digests(folder, index), clean)
+
+    def _point(self, segment: plan.Segment) -> Point | None:
+        return next((point for point in self._committed.points if point.step == segment.first - 1), None)
+
+    def _rerun(self, *, until: int, begin: int = 0, point: Path | None = None, plant: int | None = None) -> Rerun:
+        """One replay in a sandbox of its own."""
+        start = self._committed.start
+        root = self._folder / "sandbox"
+        shutil.rmtree(root, ignore_errors=True)
+        sandbox = Sandbox(root=root, origin=Path(str(start.get("cwd"))), began_ns=_began(start))
+        environment = start.get("environment")
+        sandbox.prepare(skip=[self._home.root])
+        found = rerun(
+            Job(
+                command=sandbox.command(self._command),
+                cwd=sandbox.work,
+                root=root,
+                environment={str(k): str(v) for k, v in environment.items()} if isinstance(environment, dict) else {},
+                key=self._committed.key or "00" * 32,
+            ),
+            until=until,
+            begin=begin,
+            point=point,
+            plant=plant,
+            limit_seconds=self._options.limit_seconds,
+        )
+        found.left_out = sandbox.left_out
+        return found
+
+    # -- 6: what it means --------------------------------------------------------------------------------------------
+
+    def _report(
+        self, drawn: plan.Plan, state: Mapping[str, Any], selftest: dict[str, Any], results: tuple[Result, ...]
+    ) -> Report:
+        shutil.rmtree(self._folder / "sandbox", ignore_errors=True)
+        return Report(
+            run=self._run,
+            plan=drawn,
+            drawn=state["drawn"],
+            head=dict(state["head"]),
+            environment={
+                "python": self._options.python or self._command[0],
+                "apart": self._options.python is not None,
+                "build": self._committed.account.build or {},
+            },
+            selftest=selftest,
+            results=results,
+            findings=tuple(self._finding(result) for result in results if result.outcome == "differs"),
+            steps=self._committed.last,
+            replayed_steps=sum(result.compared for result in results),
+            began_ns=self._began,
+            ended_ns=time.time_ns(),
+        )
+
+    def _finding(self, result: Result) -> Finding:
+        difference = result.difference
+        if difference is None:
+            raise MalformedEvidence(f"segment {result.segment}: differs without a difference")
+        step = self._committed.steps[difference.step]
+        where = (
+            f" of {difference.tensor}"
+            if difference.tensor
+            else f" ({difference.setting})"
+            if difference.setting
+            else ""
+        )
+        many = f" ({difference.tensors} of {difference.of} tensors)" if difference.tensors > 1 else ""
+        message = (
+            f"step {difference.step}: {difference.what}{where}{many} is not what two clean replays of the same command "
+            "give; everything compared before it is equal"
+        )
+        return Finding(
+            check="replay",
+            outcome="violated",
+            techniques=compare.TECHNIQUES[difference.link],
+            subject=Subject(run=self._run, rank=0, step=difference.step, tensor=difference.tensor),
+            message=message,
+            expected=difference.expected,
+            found=difference.found,
+            evidence=(step.citation,) if isinstance(step.citation, Citation) else (),
+        )
+
+    def _log(self, report: Report) -> Report:
+        """Store the report, and log a signed statement that binds it."""
+        blob = self._home.store_blob(msgspec.json.encode(report))
+        body = {
+            "run": report.run,
+            "drawn": report.drawn,
+            "nonce": report.plan.nonce,
+            "head": report.head,
+            "segments": len(report.plan.segments),
+            "chosen": len(report.plan.chosen),
+            "steps": report.steps,
+            "replayed_steps": report.replayed_steps,
+            "selftest": report.selftest.get("passed"),
+            "differs": sum(result.outcome == "differs" for result in report.results),
+            "not_replayed": sum(result.outcome == "not replayed" for result in report.results),
+        }
+        subject = [{"name": f"audits/{report.run}/{report.plan.nonce[:16]}", "digest": {"sha256": blob}}]
+        key = load_or_create_key(self._home.keys / "attestation.pem")
+        with Log.open(self._home.log, self._home.keys / "log.key") as log:
+            leaf = log.append([sign_statement(statement(PREDICATE, body, subject), key)])[0]
+            log.publish()
+        return msgspec.structs.replace(report, blob=blob, leaf=leaf)
+
+
+def _equal(segment: plan.Segment, way: str, compared: int) -> Result:
+    return Result(
+        segment=segment.number,
+        first=segment.first,
+        last=segment.last,
+        outcome="equal",
+        way=way,
+        compared=max(0, min(compared, segment.steps)),
+    )
+
+
+def _not_replayed(segment: plan.Segment, reason: str) -> Result:
+    return Result(
+        segment=segment.number, first=segment.first, last=segment.last, outcome="not replayed", way="start",
+        reason=reason[:2000],
+    )  # fmt: skip
+
+
+def _unfinished(found: Rerun, until: int) -> str | None:
+    """Why a replay did not come to step `until`, or None when it did."""
+    if found.malformed is not None:
+        return f"the replayed process sent something that is no evidence: {found.malformed}"
+    if found.trained > 1:
+        return f"{found.trained} processes made steps in the replay; jobs of several ranks cannot be replayed yet"
+    if found.reached >= until:
+        return None
+    if found.outside:
+        return f"it wants to write outside its own folder, to {found.outside[0]}; a replay must not"
+    said = " ".join(found.output.strip().splitlines()[-1:])[:300]
+    if found.timed_out:
+        return f"it came to step {found.reached} of {until} in the time it was given"
+    missing = f"; left out, because they changed since the run began: {', '.join(found.left_out[:3])}" if (
+        found.left_out
+    ) else ""  # fmt: skip
+    return f"it ended with status {found.status} at step {found.reached} of {until}: {said or 'no output'}{missing}"
+
+
+def _began(start: Mapping[str, Any]) -> int:
+    text = start.get("began_ns")
+    if not isinstance(text, str) or not text.isdigit():
+        raise Unavailable("the run's statement does not say when it began; it was recorded by an older version")
+    return int(text)
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    """A JSON object of ours, or None where there is none that can be read."""
+    try:
+        if path.stat().st_size > STATE_LIMIT_BYTES:
+            return None
+        value = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def audit(
+    home: Home, run: str, options: Options, *, progress: Progress = lambda _text: None
+) -> Report:  # fmt: skip
+    """Audit `run`. Raises Misuse for a run that cannot be meant, Unavailable for one that cannot be replayed."""
+    return Auditor(home, run, options, progress=progress).run()
+
+
+def named_inputs(command: Sequence[str], cwd: Path) -> dict[str, str]:
+    """Regular files that words of the command name, by absolute path, with their SHA-256: written into `run/v1`."""
+    found: dict[str, str] = {}
+    for word in command[1:]:
+        value = word.partition("=")[2] if word.startswith("-") and "=" in word else word
+        path = Path(cwd) / value
+        try:
+            if len(value) < 1024 and path.is_file() and len(found) < 64:
+                found[str(path)] = file_sha256(path.resolve(), limit_bytes=1 << 30)
+        except (OSError, ValueError, VerificationError, Unavailable):
+            continue
+    return found
+
+
+def key_commitment(key: str) -> str:
+    """What a run says of its secret key before its first step."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def settings_of(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of the run that its replay takes over."""
+    from trainguard.replay.rerun import INHERITED
+
+    return {name: environment[name] for name in INHERITED if name in environment}

@@ -1,0 +1,241 @@
+"""What a run committed to: read from its proved records, strictly (spec/replay.md, "Commits").
+
+run = committed(reader)          everything replay needs of a run, or Unavailable with the reason why it cannot be
+run.steps[120].vector("weights") one number for each slot of run.slots(0)
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from trainguard.errors import MalformedEvidence, Unavailable
+from trainguard.evidence import Evidence, unfold
+from trainguard.finding import Citation
+
+STEP_LIMIT = 50_000_000
+SLOT_LIMIT = 4096
+VECTORS = ("before", "raw", "used", "state", "weights", "buffers")
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of one process."""
+
+    number: int
+    """Optimizer step in its process, from 1."""
+    opt: int
+    rng: tuple[str | None, ...]
+    modes: str | None
+    groups: str | None
+    hyper: Mapping[str, Mapping[str, Any]]
+    """Settings of every parameter group as they were in this step; shared between steps that did not change them."""
+    vectors: Mapping[str, bytes]
+    lean: bool
+    citation: Citation | None = None
+    wall_ns: int = 0
+
+    def vector(self, name: str) -> tuple[int, ...] | None:
+        """The numbers of one vector, or None where the step did not commit to it."""
+        data = self.vectors.get(name)
+        if data is None:
+            return None
+        return tuple(int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4))
+
+
+class Account:
+    """The steps of one process, taken record by record. Used for the run and for every replay of it."""
+
+    def __init__(self) -> None:
+        self.build: dict[str, Any] | None = None
+        self.tensors: dict[int, tuple[str, ...]] = {}
+        """Optimizer → name of each slot."""
+        self.steps: dict[int, Step] = {}
+        self.uncommitted = 0
+        """Steps without commits."""
+        self._hyper: dict[int, dict[str, dict[str, Any]]] = {}
+
+    def take(self, number: int | None, body: Mapping[str, Any], citation: Citation | None = None) -> None:
+        """One step frame. Raises MalformedEvidence for what is not as the spec says."""
+        value = body.get("commits")
+        if not isinstance(value, Mapping):
+            self.uncommitted += 1
+            return
+        opt = body.get("opt")
+        if not isinstance(number, int) or not 0 < number < STEP_LIMIT or not isinstance(opt, int):
+            raise MalformedEvidence(f"step frame: expected a step number and an optimizer, found {number!r}, {opt!r}")
+        try:
+            self._take(number, opt, value, body, citation)
+        except (TypeError, ValueError, AttributeError, KeyError, binascii.Error) as error:
+            raise MalformedEvidence(f"step {number}: commits are not as specified: {error}") from error
+
+    def _take(
+        self, number: int, opt: int, value: Mapping[str, Any], body: Mapping[str, Any], citation: Citation | None
+    ) -> None:
+        if isinstance(value.get("build"), dict):
+            self.build = value["build"]
+        names = value.get("tensors")
+        if isinstance(names, list) and len(names) <= SLOT_LIMIT:
+            self.tensors[opt] = tuple(str(name)[:400] for name in names)
+        self._settings(opt, value)
+        wall = body.get("wall_ns")
+        self.steps[number] = Step(
+            number=number,
+            opt=opt,
+            rng=tuple(None if each is None else str(each)[:80] for each in value["rng"])[:72],
+            modes=_text(value.get("modes")),
+            groups=_text(value.get("groups")),
+            hyper=self._inside(opt, value),
+            vectors={name: _vector(value[name]) for name in VECTORS if name in value},
+            lean=value.get("lean") is True,
+            citation=citation,
+            wall_ns=wall if isinstance(wall, int) else 0,
+        )
+
+    def _settings(self, opt: int, value: Mapping[str, Any]) -> None:
+        hyper, changed = value.get("hyper"), value.get("changed")
+        if isinstance(hyper, dict):
+            self._hyper[opt] = {str(group): dict(entries) for group, entries in hyper.items()}
+        elif isinstance(changed, list):
+            fresh = {group: dict(entries) for group, entries in self._hyper.get(opt, {}).items()}
+            for group, name, item in changed:
+                fresh.setdefault(str(group), {})[str(name)] = item
+            self._hyper[opt] = fresh
+
+    def _inside(self, opt: int, value: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """Settings of this step, with those that were others right after the update as they were then."""
+        known, inside = self._hyper.get(opt, {}), value.get("inside")
+        if not isinstance(inside, list):
+            return known
+        fresh = {group: dict(entries) for group, entries in known.items()}
+        for group, name, item in inside:
+            fresh.setdefault(str(group), {})[str(name)] = item
+        return fresh
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One sealed replay point, as the log has it."""
+
+    step: int
+    name: str
+    """Its folder below RUN/points."""
+    index_sha256: str
+    data_blake3: str
+    bytes: int
+    leaf: int | None = None
+
+
+class Committed(msgspec.Struct, frozen=True, kw_only=True):
+    """A run as replay sees it."""
+
+    run: str
+    start: Mapping[str, Any]
+    key: str | None
+    """Secret of the run, said at its end; None when the run has no end, and keyed vectors cannot be compared."""
+    account: Any
+    points: tuple[Point, ...]
+    process: int
+    alarms: tuple[int, ...]
+    """Steps at which the record itself has something unusual: a gap, a second seeding, a signal."""
+    last: int
+
+    @property
+    def steps(self) -> Mapping[int, Step]:
+        """Step number → what was committed."""
+        found: Mapping[int, Step] = self.account.steps
+        return found
+
+
+def committed(run: str, records: Iterable[Evidence], begin: Mapping[str, Any]) -> Committed:
+    """Everything replay needs. records: proved ones; begin: the body of the run's `run/v1` statement.
+
+    Raises Unavailable, naming what is missing, for a run that cannot be replayed by this version.
+    """
+    accounts: dict[int, Account] = {}
+    points: list[Point] = []
+    alarms: set[int] = set()
+    key: str | None = None
+    lost: list[str] = []
+    for record in (each for folded in records for each in unfold(folded)):
+        if record.kind == "step" and record.source == "process" and record.process is not None:
+            citation = Citation(leaf=record.leaf, hash=record.hash) if record.leaf is not None and record.hash else None
+            accounts.setdefault(record.process, Account()).take(record.step, record.body, citation)
+            if _seeded(record):
+                alarms.add(record.step or 1)
+        elif record.kind == "point_sealed" and record.source == "supervisor":
+            points.append(_point(record))
+        elif record.kind == "point" and isinstance(record.body.get("none"), str):
+            lost.append(record.body["none"])
+        elif record.kind == "end" and isinstance(record.body.get("key"), str):
+            key = record.body["key"]
+    if key is not None and not _opens(key, begin):
+        raise MalformedEvidence(f"run {run}: the key said at its end is not the one committed to at its start")
+    process, account = _only(run, accounts)
+    last = max(account.steps)
+    _gaps(run, account, last)
+    return Committed(
+        run=run,
+        start=begin,
+        key=key,
+        account=account,
+        points=tuple(sorted((p for p in points if p.step <= last), key=lambda p: p.step)),
+        process=process,
+        alarms=tuple(sorted(alarms)),
+        last=last,
+    )
+
+
+def _only(run: str, accounts: Mapping[int, Account]) -> tuple[int, Account]:
+    """The one process that trained."""
+    committing = {number: account for number, account in accounts.items() if account.steps}
+    if not committing:
+        raise Unavailable(
+            f"run {run}: expected commits in its step records, found none (recorded without, or no step)",
+            next_step="record it again with commits (policy: commits = true)",
+        )
+    if len(committing) > 1:
+        raise Unavailable(
+            f"run {run}: {len(committing)} processes trained; jobs of several ranks cannot be replayed by this version"
+        )
+    return next(iter(committing.items()))
+
+
+def _gaps(run: str, account: Account, last: int) -> None:
+    missing = next((n for n in range(1, last + 1) if n not in account.steps), None)
+    if missing is not None:
+        raise Unavailable(
+            f"run {run}: step {missing} of {last} is not in the record; what is missing cannot be compared"
+        )
+
+
+def _point(record: Evidence) -> Point:
+    try:
+        return msgspec.convert({**record.body, "step": record.step, "leaf": record.leaf}, Point)
+    except msgspec.ValidationError as error:
+        raise MalformedEvidence(f"record {record.n}: not a sealed point: {error}") from error
+
+
+def _opens(key: str, begin: Mapping[str, Any]) -> bool:
+    """Whether `key` is what the run committed to before its first step; older runs committed to none."""
+    expected = begin.get("key_sha256")
+    return not isinstance(expected, str) or hashlib.sha256(key.encode()).hexdigest() == expected
+
+
+def _seeded(record: Evidence) -> bool:
+    rng = record.body.get("rng")
+    return isinstance(rng, dict) and bool(rng.get("seeded")) and (record.step or 0) > 1
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)[:80]
+
+
+def _vector(value: object) -> bytes:
+    data = base64.b64decode(str(value), validate=True)
+    if len(data) % 4 or len(data) > 4 * SLOT_LIMIT:
+        raise ValueError(f"a vector of {len(data)} bytes")
+    return data

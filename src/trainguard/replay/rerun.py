@@ -1,0 +1,271 @@
+"""Runs a command again in a clean process, in replay mode, and keeps what it commits to.
+
+    result = rerun(job, first=121, until=160, point=folder, limit_seconds=600)
+    result.account.steps[125]
+
+A stand-in for the supervisor, as small as can be: the process says hello, gets its plan, and says one frame a step. The
+process is ended when it has said what was asked for, or when its time is up. Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainguard.errors import MalformedEvidence, Misuse
+from trainguard.evidence import Evidence, unfold
+from trainguard.replay.committed import Account
+
+BOOT = Path(__file__).parent.parent / "watch" / "boot"
+FRAME_LIMIT_BYTES = 256 * 1024
+OUTPUT_TAIL_BYTES = 4_000
+
+INHERITED = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "MKL_DYNAMIC",
+    "OMP_DYNAMIC",
+    "MKL_CBWR",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "PYTHONHASHSEED",
+    "PYTHONOPTIMIZE",
+    "TOKENIZERS_PARALLELISM",
+    "HF_DATASETS_OFFLINE",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+)
+"""Variables that a replay takes over from the run: they decide arithmetic or order, and load no code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is run again, and where."""
+
+    command: Sequence[str]
+    cwd: Path
+    root: Path
+    """Everything below may be written; nothing else."""
+    environment: Mapping[str, str]
+    key: str
+    rank: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Rerun:
+    """What a replay gave."""
+
+    account: Account
+    """Steps of the process that trained."""
+    landed: bool = False
+    """Whether a warp put the sealed state in place."""
+    unsound: str | None = None
+    outside: list[str] = field(default_factory=list)
+    """Paths outside the sandbox that the script wanted to write."""
+    status: int | None = None
+    timed_out: bool = False
+    output: str = ""
+    """The end of what it printed."""
+    seconds: float = 0.0
+    trained: int = 0
+    """How many processes made steps."""
+    malformed: str | None = None
+    real: int = 0
+    """Module calls that a warp could not skip."""
+    faults: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """Files of the working folder that the sandbox does not have, because they changed since the run began."""
+    state: Path | None = None
+    """The replay's own state after its last step."""
+
+    @property
+    def reached(self) -> int:
+        """The last step it came to."""
+        return max(self.account.steps, default=0)
+
+
+class _Host:
+    """Accepts the processes of one replay."""
+
+    def __init__(self, path: str, welcome: Mapping[str, Any], result: Rerun) -> None:
+        self.result = result
+        self.done = False
+        self._welcome = welcome
+        self._accounts: dict[int, Account] = {}
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(path)
+        self._listener.listen(128)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._processes = 0
+
+    def poll(self, seconds: float) -> bool:
+        """Take what waits; returns whether anything did."""
+        events = self._selector.select(seconds)
+        for key, _ in events:
+            if key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._read(key.fileobj, key.data)
+        return bool(events)
+
+    def close(self) -> None:
+        """Close every socket, and take the account of the process that trained."""
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+        trained = [account for account in self._accounts.values() if account.steps]
+        self.result.trained = len(trained)
+        if trained:
+            self.result.account = trained[0]
+
+    def _accept(self) -> None:
+        link, _ = self._listener.accept()
+        self._selector.register(link, selectors.EVENT_READ, self._processes)
+        self._processes += 1
+
+    def _read(self, link: Any, process: int) -> None:
+        try:
+            data = link.recv(FRAME_LIMIT_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(link)
+            link.close()
+            return
+        try:
+            frame = json.loads(data)
+            self._take(link, process, frame["k"], frame["b"], frame.get("s"))
+        except (ValueError, KeyError, TypeError, MalformedEvidence) as error:
+            self.result.malformed = self.result.malformed or str(error)
+
+    def _take(self, link: Any, process: int, kind: str, body: dict[str, Any], step: Any) -> None:
+        if kind == "hello":
+            link.send(json.dumps({**self._welcome, "process": process}).encode())
+        elif kind in ("step", "steps"):
+            for each in unfold(Evidence(n=0, at=0, source="process", kind=kind, body=body, step=step)):
+                self._accounts.setdefault(process, Account()).take(each.step, each.body)
+        elif kind == "replay":
+            self._said(body)
+        elif kind == "note" and "fault" in body:
+            self.result.faults.append(f"{body['fault']}: {body.get('text', '')}"[:300])
+
+    def _said(self, body: Mapping[str, Any]) -> None:
+        if "landed" in body:
+            self.result.landed = True
+        if "real" in body:
+            self.result.real = int(body["real"])
+        if "unsound" in body:
+            self.result.unsound = str(body["unsound"])[:1000]
+        if "outside" in body and len(self.result.outside) < 20:
+            self.result.outside.append(str(body["outside"])[:1000])
+        self.done = self.done or "stopped" in body
+
+
+def rerun(
+    job: Job, *, until: int, begin: int = 0, point: Path | None = None, plant: int | None = None,
+    limit_seconds: float = 600.0,
+) -> Rerun:  # fmt: skip
+    """Run the command until step `until`; with begin > 0 warped to the state `point` after that step.
+
+    plant: turn the gradient's sign in this step, on our own side: a verifier that does not see it is broken.
+    Raises Misuse when the command cannot be started.
+    """
+    result = Rerun(account=Account())
+    plan = {
+        "from": begin,
+        "until": until,
+        "point": str(point) if point is not None else "",
+        "plant": plant,
+        "roots": [str(job.root), "/dev", "/proc/self"],
+    }
+    welcome = {
+        "links": "none",
+        "commits": True,
+        "key": job.key,
+        "commit_percent": 100.0,
+        "points": str(job.root / "points"),
+        "points_every": until,
+        "points_mb": 1 << 20,
+        "pycache": str(job.root / "bytecode"),
+        "replay": plan,
+    }
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="trainguard-") as folder, tempfile.TemporaryFile() as output:
+        path = str(Path(folder) / "s")
+        host = _Host(path, welcome, result)
+        try:
+            child = subprocess.Popen(
+                list(job.command), cwd=job.cwd, env=_environment(job, path), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            host.close()
+            raise Misuse(f"{job.command[0]}: cannot be started for replay: {error.strerror}") from error
+        try:
+            _listen(host, child, began + limit_seconds, result)
+        finally:
+            _end(child)
+            host.close()
+        result.status = child.returncode
+        output.seek(0, os.SEEK_END)
+        output.seek(max(0, output.tell() - OUTPUT_TAIL_BYTES))
+        result.output = output.read().decode(errors="replace")
+    result.seconds = time.monotonic() - began
+    result.state = next(iter(sorted((job.root / "points").glob(f"p*-step-{until:08d}"))), None)
+    return result
+
+
+def _listen(host: _Host, child: subprocess.Popen[bytes], deadline: float, result: Rerun) -> None:
+    """Take frames until the process has said all, or has ended, or its time is up."""
+    while not host.done:
+        if time.monotonic() > deadline:
+            result.timed_out = True
+            return
+        busy = host.poll(0.2)
+        if not busy and child.poll() is not None:
+            return
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=5)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the process and what it started: they are its own session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _environment(job: Job, path: str) -> dict[str, str]:
+    """The auditor's own environment, with the run's arithmetic settings, our boot folder first, and a private tmp."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRAINGUARD_")}
+    for name in INHERITED:
+        env.pop(name, None)
+    env.update({name: value for name, value in job.environment.items() if name in INHERITED})
+    inherited = env.get("PYTHONPATH")
+    env["PYTHONPATH"] = f"{BOOT}{os.pathsep}{inherited}" if inherited else str(BOOT)
+    env["TRAINGUARD_SOCKET"] = path
+    env["PYTHONPYCACHEPREFIX"] = str(job.root / "bytecode")
+    env["TMPDIR"] = str(job.root / "tmp")
+    return env
