@@ -1,10 +1,16 @@
 """F8: one process of a job ends another. Whatever the way, the sender is named: pid, account, program, line."""
 
 import os
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.helpers.guarded import Guarded, run
+from tests.helpers.supervised import supervise
+
+from trainguard.appraise.kills import Kills
 
 LAUNCHER = """
 import os, subprocess, sys
@@ -144,3 +150,97 @@ def top():
     done = job(tmp_path, attack)
     assert {"G7", "F8"} <= done.techniques()
     assert "[0, -9]" in done.stdout
+
+
+RESTARTED = """
+import os, subprocess, sys
+def attempt(number):
+    env = dict(os.environ, WORLD_SIZE="2", ATTEMPT=str(number))
+    ranks = [subprocess.Popen([sys.executable, "rank.py"], env=dict(env, RANK=str(rank))) for rank in (0, 1)]
+    ranks[1].wait()
+    if ranks[1].returncode:
+        ranks[0].terminate()
+    return [rank.wait() for rank in ranks]
+with open("statuses", "w") as file:
+    for number in range(4):
+        file.write(f"{attempt(number)}\\n")
+"""
+
+AFFLICTED = """
+import ctypes, os, pathlib, sys, time
+rank, attempt = os.environ["RANK"], os.environ["ATTEMPT"]
+own = pathlib.Path(f"pid.{attempt}")
+if rank == "1":
+    pathlib.Path("new").write_text(str(os.getpid()))
+    os.rename("new", own)
+    if attempt == "1" and len(sys.argv) == 1 and os.path.exists("group"):
+        pathlib.Path(open("group").read(), "cgroup.procs").write_text(str(os.getpid()))
+        os.execv(sys.executable, [sys.executable, "rank.py", "hog"])
+    if "hog" in sys.argv:
+        held = []
+        while True:
+            held.append(bytearray(1 << 20))
+    if attempt == "2":
+        ctypes.string_at(0)
+    if attempt == "3":
+        sys.exit(0)
+    time.sleep(20)
+while not own.exists():
+    time.sleep(0.02)
+if attempt == "0":
+    os.kill(int(own.read_text()), 9)
+time.sleep(0 if attempt == "3" else 20)
+"""
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path | None]:
+    """A control group of 48 MiB; None where none can be made."""
+    for base, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(base, f"trainguard-test-{os.getpid()}")
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / limit).write_text(str(48 << 20))
+        except OSError:
+            group.rmdir()
+            continue
+        yield group
+        for _ in range(50):
+            try:
+                group.rmdir()
+                return
+            except OSError:
+                time.sleep(0.1)
+        return
+    yield None
+
+
+def test_a_kill_is_told_from_memory_and_a_crash_over_restarts(tmp_path: Path, small_group: Path | None) -> None:
+    """S8: a rank killed by another, a real out-of-memory kill, a segfault; only the first accuses anybody."""
+    (tmp_path / "launcher.py").write_text(RESTARTED)
+    (tmp_path / "rank.py").write_text(AFFLICTED if small_group else AFFLICTED.replace('attempt == "1"', "False"))
+    if small_group is not None:
+        (tmp_path / "group").write_text(str(small_group))
+    else:
+        (tmp_path / "rank.py").write_text((tmp_path / "rank.py").read_text().replace("time.sleep(20)", "time.sleep(1)"))
+    done = supervise(tmp_path, [sys.executable, "launcher.py"])
+    statuses = (tmp_path / "statuses").read_text().splitlines()
+    findings, link = done.judge(Kills)
+    (finding,) = findings
+    assert (finding.outcome, finding.subject.rank) == ("violated", 1)
+    assert f"sent SIGKILL to process {(tmp_path / 'pid.0').read_text()}, rank 1" in finding.message
+    assert f"account {os.getuid()}" in finding.message
+    notes = " | ".join(link.blind)
+    assert f"process {(tmp_path / 'pid.2').read_text()}, rank 1 was ended by SIGSEGV: a crash" in notes
+    assert statuses[2:] == ["[-15, -11]", "[0, 0]"]
+    assert "sent by its launcher" not in notes
+    assert "after process" in notes, "ranks that the launcher ended after another had failed"
+    assert "by nature" in notes
+    if small_group is None:
+        pytest.skip("no control group can be made here: memory was left out, the rest held")
+    assert statuses[1].endswith(", -9]")
+    (memory,) = [note for note in link.blind if "memory" in note]
+    assert memory.startswith(f"process {(tmp_path / 'pid.1').read_text()}, rank 1 was ended by SIGKILL")

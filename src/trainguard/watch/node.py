@@ -41,9 +41,12 @@ CLIENT_LIMIT = 256
 LINE_LIMIT = 1 << 16
 
 _LINE = re.compile(
-    rb"^\s*(?P<comm>.{1,32}?)-(?P<sender>\d{1,9})\s.*?\ssignal_generate: sig=(?P<signal>\d{1,3}) errno=-?\d+ "
-    rb"code=(?P<code>-?\d{1,10}) comm=(?P<target_comm>.{0,32}?) pid=(?P<target>\d{1,9}) grp=\d+ res=(?P<result>\d+)"
+    rb"^\s*(?P<comm>.{1,16})-(?P<sender>\d{1,9})\s+(?:\([\s\d-]+\)\s+)?\[\d+\]\s+\S+\s+\d+\.\d+: signal_generate: "
+    rb"sig=(?P<signal>\d{1,3}) errno=-?\d+ code=(?P<code>-?\d{1,10}) "
+    rb"comm=(?P<target_comm>.{0,16}) pid=(?P<target>\d{1,9}) grp=\d+ res=(?P<result>\d+)\s*$"
 )
+"""Names are their owners' choice, 15 bytes at most: too short to hold what must follow them, and matched greedily."""
+
 _DELIVERED = (0,)
 
 
