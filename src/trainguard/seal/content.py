@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from trainguard.finding import Outcome
 from trainguard.seal.bundle import Seal
 from trainguard.seal.case import Case
+from trainguard.seal.distributed import pieces
 from trainguard.seal.ledger import SealLeaf
 from trainguard.seal.manifest import (
     OMS_IGNORED,
@@ -22,7 +23,7 @@ from trainguard.seal.manifest import (
     read_manifest,
 )
 from trainguard.seal.report import CONTENT
-from trainguard.seal.tensors import is_training_state
+from trainguard.seal.tensors import PIECE, is_training_state
 
 TENSORS_SHOWN = 100
 """Findings per file that name a tensor; beyond it one finding counts the rest."""
@@ -190,7 +191,8 @@ def _name_tensors(case: Case, name: str, sealed: Entry, now: Entry, swapped: tup
     """One finding per tensor that differs; one for the file where none can be told. swapped: a whole file's story."""
     file = case.place.name if name == SINGLE else name
     differences = list(_differences(sealed.tensors or {}, now.tensors or {})) if sealed.tensors else []
-    for tensor, what, before, after in differences[:TENSORS_SHOWN]:
+    names = _pieces(case, name, differences)
+    for tensor, what, before, after in [(names.get(t, t), *rest) for t, *rest in differences[:TENSORS_SHOWN]]:
         techniques = swapped or (("E5",) if is_training_state(tensor, file) else ("E3",))
         message = f"{tensor} in {file} {what} since it was sealed"
         case.say("violated", techniques, message, file=name, tensor=tensor, expected=before, found=after)
@@ -205,6 +207,14 @@ def _name_tensors(case: Case, name: str, sealed: Entry, now: Entry, swapped: tup
             expected=f"{sealed.size if sealed.size is not None else '?'} bytes, {sealed.digest}",
             found=f"{now.size} bytes, {now.digest}",
         )
+
+
+def _pieces(case: Case, name: str, differences: list[tuple[str, str, str, str]]) -> dict[str, str]:
+    """Pieces of a distributed checkpoint by the names of their tensors."""
+    if not any(tensor.startswith(PIECE) for tensor, *_ in differences):
+        return {}
+    folder, _, file = name.rpartition("/")
+    return pieces(case.place / folder, file)
 
 
 def _why_unnamed(sealed: Entry, now: Entry) -> str:

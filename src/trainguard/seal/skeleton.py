@@ -20,6 +20,7 @@ OPERATION_LIMIT = 2_000_000
 """About 3 s; a model of 100,000 tensors with Adam state needs about 8 M and is then named by storage record."""
 NAME_LIMIT = 50_000
 DEPTH_LIMIT = 64
+LABEL_DEPTH = 4
 _TEXT_LIMIT = 200
 
 
@@ -128,7 +129,19 @@ def _label(key: Any) -> str:
     """How a dict key shows in a name: text as it is, numbers in brackets."""
     if isinstance(key, str):
         return key[:_TEXT_LIMIT]
-    return f"[{key!r}]"[:_TEXT_LIMIT] if isinstance(key, int | float | bytes | bool | None) else "[?]"
+    if isinstance(key, int | float | bytes | bool | None):
+        return f"[{key!r}]"[:_TEXT_LIMIT]
+    return f"[{' '.join(_plain(key, LABEL_DEPTH))}]"[:_TEXT_LIMIT] if isinstance(key, Opaque) else "[?]"
+
+
+def _plain(value: Any, depth: int) -> Iterator[str]:
+    """The texts and numbers in a key that only code could make, such as DCP's MetadataIndex, in order."""
+    if isinstance(value, str | int):
+        yield str(value)
+    elif isinstance(value, Opaque | dict | list | tuple) and depth:
+        parts = value.parts if isinstance(value, Opaque) else value.values() if isinstance(value, dict) else value
+        for part in parts:
+            yield from _plain(part, depth - 1)
 
 
 def _rebuilt(name: str, parts: list[Any]) -> Any:

@@ -5,9 +5,11 @@
     digester.update(offset, chunk)…             # in the same pass that hashes the file
     digester.digests()                          # {"lm_head.weight": "22 characters", …}
 
-safetensors: from its header. torch zip (`torch.save` since 1.6): from the central directory and the shape of its pickle
-(skeleton.py); where that cannot be followed, by storage record. Nothing is unpickled. The digests say only *where* a
-file changed. That it changed is told by the file's own digest: a table that misleads can hide a name, never a change.
+safetensors: from its header. npz: by member. A distributed checkpoint's `.distcp`: by the place of each piece; which
+tensor that is a part of is told by `.metadata` (distributed.py). torch zip (`torch.save` since 1.6): from the central
+directory and the shape of its pickle (skeleton.py); where that cannot be followed, by storage record. Nothing is
+unpickled. The digests say only *where* a file changed. That it changed is told by the file's own digest: a table that
+misleads can hide a name, never a change.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ OVERLAP_LIMIT = 4
 """Views may cover the file this many times over; beyond it digesting them would be a way to stall us."""
 BOOKKEEPING = frozenset({".format_version", ".storage_alignment", ".data/serialization_id", "byteorder", "version"})
 """Records of a torch zip that hold no content; saving the same again may change them."""
+PIECE = "piece at byte "
+"""How pieces of a distributed checkpoint are called in the table: `.metadata` may not have been read."""
 VALUES = " (values)"
 """Suffix of names that stand for the plain values of a container: learning rates, counters, schedules."""
 VALUE_GROUPS_LIMIT = 64
@@ -81,7 +85,7 @@ def read_layout(descriptor: int, size: int) -> Layout | None:
     """The layout of the open file of `size` bytes, or None where it has none we can read. Never raises for content."""
     try:
         head = os.pread(descriptor, 8, 0)
-        layout = _torch_zip(descriptor, size) if head[:4] == b"PK\x03\x04" else _safetensors(descriptor, size, head)
+        layout = _zip(descriptor, size) if head[:4] == b"PK\x03\x04" else _safetensors(descriptor, size, head)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError, struct.error, OverflowError):
         return None
     if len(layout.ranges) > RANGE_LIMIT or not (layout.ranges or layout.values):
@@ -114,6 +118,31 @@ def _safetensors(descriptor: int, size: int, head: bytes) -> Layout:
 # -- torch zip --------------------------------------------------------------------------------------------------------
 
 
+def _zip(descriptor: int, size: int) -> Layout:
+    """A row of archives is a `.distcp`, one of arrays an npz, every other is read as torch's."""
+    tiles = _tiles(descriptor, size)
+    if len(tiles) > 1:
+        return Layout(tuple(Range(start, end, f"{PIECE}{start}", b"") for start, end in tiles))
+    return _torch_zip(descriptor, size)
+
+
+def _tiles(descriptor: int, size: int) -> list[tuple[int, int]]:
+    """[start, end) of the archives that fill the file one behind the other, in order; none where they do not."""
+    tiles: list[tuple[int, int]] = []
+    end = size
+    while end > 0 and len(tiles) < RANGE_LIMIT:
+        try:
+            at, _, length, offset = _end_of_directory(descriptor, end)
+        except (ValueError, struct.error, IndexError):
+            return []
+        start = at - length - offset
+        if not 0 <= start < end or os.pread(descriptor, 4, start) != b"PK\x03\x04":
+            return []
+        tiles.append((start, end))
+        end = start
+    return tiles[::-1] if end == 0 else []
+
+
 def _torch_zip(descriptor: int, size: int) -> Layout:
     records = torch_records(descriptor, size)
     named = _by_pickle(descriptor, records) or _by_record(records)
@@ -123,7 +152,7 @@ def _torch_zip(descriptor: int, size: int) -> Layout:
 
 def _by_record(records: dict[str, tuple[int, int]]) -> Layout:
     """Every record under its own name, without the archive's top folder."""
-    named = ((name.partition("/")[2] or name, span) for name, span in records.items())
+    named = ((name.partition("/")[2] or name.removesuffix(".npy"), span) for name, span in records.items())
     return Layout(tuple(sorted(Range(*span, name, b"") for name, span in named if name not in BOOKKEEPING)))
 
 
@@ -168,7 +197,7 @@ def _grouped(values: dict[str, str]) -> dict[str, str]:
 
 def torch_records(descriptor: int, size: int) -> dict[str, tuple[int, int]]:
     """Name → [start, end) of each record's stored bytes, from the central directory (APPNOTE 6.3.10, 4.3)."""
-    count, directory_size, directory_at = _end_of_directory(descriptor, size)
+    _, count, directory_size, directory_at = _end_of_directory(descriptor, size)
     if directory_size > DIRECTORY_LIMIT_BYTES or count > RANGE_LIMIT:
         raise ValueError("directory too large")
     directory = os.pread(descriptor, directory_size, directory_at)
@@ -189,19 +218,25 @@ def torch_records(descriptor: int, size: int) -> dict[str, tuple[int, int]]:
     return records
 
 
-def _end_of_directory(descriptor: int, size: int) -> tuple[int, int, int]:
-    """Entries, bytes and offset of the central directory."""
-    tail_at = max(0, size - 65_557)
+def _end_of_directory(descriptor: int, size: int) -> tuple[int, int, int, int]:
+    """Where the end records begin; entries, bytes and offset of the directory: of the archive that ends at `size`."""
+    tail_at = max(0, size - _END64.size - _END64_LOCATOR.size - _END.size)
     tail = os.pread(descriptor, size - tail_at, tail_at)
+    if tail[-_END.size :][:4] != b"PK\x05\x06":
+        tail_at = max(0, size - 65_557)  # a comment behind it
+        tail = os.pread(descriptor, size - tail_at, tail_at)
     at = tail.rindex(b"PK\x05\x06")
     _, _, _, _, count, length, offset, _ = _END.unpack_from(tail, at)
     if count == 0xFFFF or length == 0xFFFFFFFF or offset == 0xFFFFFFFF or tail[at - 20 : at - 16] == b"PK\x06\x07":
         signature, _, end64_at, _ = _END64_LOCATOR.unpack(tail[at - 20 : at])
-        end64 = _END64.unpack(os.pread(descriptor, _END64.size, end64_at))
+        # Of a row of archives each counts from its own start: there the record stands right before its locator.
+        end64 = _END64.unpack(os.pread(descriptor, _END64.size, tail_at + at - 20 - _END64.size))
+        if end64[0] != b"PK\x06\x06":
+            end64 = _END64.unpack(os.pread(descriptor, _END64.size, end64_at))
         if signature != b"PK\x06\x07" or end64[0] != b"PK\x06\x06":
             raise ValueError("zip64")
-        return end64[7], end64[8], end64[9]
-    return count, length, offset
+        return tail_at + at - 20 - _END64.size, end64[7], end64[8], end64[9]
+    return tail_at + at, count, length, offset
 
 
 def _wide(fields: tuple[Any, ...], extra: bytes) -> tuple[int, int]:
