@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from trainguard.appraise import shadow
 from trainguard.appraise.interface import Context, finding_from
-from trainguard.appraise.steps import Sample, Tensor, finite, parse_sample
+from trainguard.appraise.steps import Sample, Shadow, Tensor, finite, parse_sample
 from trainguard.appraise.updates import (
     PRECISION,
     REFERENCES,
@@ -48,11 +49,18 @@ Key = tuple[int | None, int]
 class Departure:
     """One tensor whose update is not what it should be."""
 
-    tensor: Tensor
+    tensor: Tensor | None
+    """None for a shadow, which names it in `name`."""
     techniques: tuple[str, ...]
     text: str
     expected: str
     found: str
+    name: str = ""
+
+    @property
+    def called(self) -> str:
+        """The tensor's name."""
+        return self.tensor.name if self.tensor is not None else self.name
 
 
 class Optimizer:
@@ -69,10 +77,15 @@ class Optimizer:
         self._given: Counter[tuple[int | None, str]] = Counter()
         self._counters: dict[tuple[Key, int], tuple[int, float]] = {}
         """Optimizer's tensor → its step and the step counter in its state, when last sampled."""
+        self._sources = shadow.Sources()
+        self._waiting: Counter[str] = Counter()
+        """Class without a reference → steps of it that were sampled, until one was repeated."""
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         """Recompute one checked step."""
         value = evidence.body.get(self.name)
+        if evidence.kind == "code":
+            self._sources.see(evidence.body)
         if evidence.kind != "step" or value is None:
             return
         try:
@@ -88,6 +101,8 @@ class Optimizer:
 
     def end(self) -> Iterator[Finding | LinkState]:
         """The balance."""
+        for kind in self._waiting:
+            self._blind[f"{kind}: no reference for its update, and none of its steps was repeated"] += 1
         blind = tuple(sorted(self._blind))
         if not self._held and not self._broken and not blind:
             blind = ("no optimizer step was sampled",)
@@ -99,13 +114,18 @@ class Optimizer:
         for reason, count in list(sample.left_out.items())[:8]:
             self._blind[f"{sample.kind}: {count} tensors cannot be sampled: {reason}"] += 1
         reference = reference_of(sample)
+        if sample.shadow is not None:
+            yield from self._shadow(sample, sample.shadow)
         if reference is None:
-            self._blind[f"{sample.kind}: no reference for its update"] += 1
+            if sample.shadow is None and sample.kind not in self._sources.repeated:
+                self._waiting[sample.kind] += 1
             return
         checked, good = 0, []
         for tensor in sample.tensors:
             if tensor.dtype not in PRECISION or tensor.grad_reason not in (None, "none"):
-                self._blind[f"{sample.kind}: {tensor.grad_reason or tensor.dtype} gradients are not recomputed"] += 1
+                if sample.shadow is None:
+                    reason = tensor.grad_reason or tensor.dtype
+                    self._blind[f"{sample.kind}: {reason} gradients are not recomputed"] += 1
                 continue
             case = case_of(tensor, sample)
             departure = check_tensor(tensor, case, reference, sample, self._ulp)
@@ -122,6 +142,22 @@ class Optimizer:
             yield ratio
         elif checked and len(good) == checked and lag is None:
             self._held += 1
+
+    def _shadow(self, sample: Sample, found: Shadow) -> Iterator[Departure]:
+        """Compare the step with what a twin of the optimizer made of it."""
+        self._sources.repeated.add(sample.kind)
+        self._waiting.pop(sample.kind, None)
+        reason = found.off or self._sources.unknown(found)
+        if reason is not None:
+            self._blind[f"{sample.kind}: its step could not be repeated: {reason}"] += 1
+            return
+        told = shadow.compare(sample, found)
+        if told is None:
+            self._held += 1
+        elif isinstance(told, str):
+            self._blind[f"{sample.kind}: {told}"] += 1
+        else:
+            yield Departure(None, told.techniques, told.text, told.expected, told.found, told.name)
 
     def _lag(self, evidence: Evidence, sample: Sample) -> Departure | None:
         """Do the step counters in the state lag behind the steps seen? Only when all sampled tensors agree."""
@@ -158,8 +194,9 @@ class Optimizer:
         worst = departures[0]
         tensors = len(sample.tensors)
         short = sample.kind.rsplit(".", 1)[-1]
-        message = f"step {evidence.step}: {worst.tensor.name}: {worst.text} ({short}"
-        message += f"; {len(departures)} of {tensors} sampled tensors)" if tensors > 1 else ")"
+        message = f"step {evidence.step}: {worst.called}: {worst.text} ({short}"
+        shared = tensors > 1 and worst.tensor is not None
+        message += f"; {len(departures)} of {tensors} sampled tensors)" if shared else ")"
         techniques = worst.techniques
         if len(departures) == 1 and tensors > 1 and techniques[0] == "C9" and "skipped" in worst.text:
             techniques = ("C5", "C9")
@@ -184,7 +221,7 @@ class Optimizer:
             evidence,
             run=self._context.run,
             techniques=techniques,
-            tensor=departure.tensor.name if departure else None,
+            tensor=departure.called if departure else None,
             expected=departure.expected if departure else None,
             found=departure.found if departure else None,
         )

@@ -20,6 +20,7 @@ from trainguard.errors import MalformedEvidence
 
 TENSORS_LIMIT = 256
 VALUES_LIMIT = 1 << 17
+SHADOW_LIMIT = 64
 SCALAR_KEYS = frozenset({"step", "mu_product", "eta", "mu"})
 """State entries with one value for a whole tensor."""
 
@@ -27,6 +28,39 @@ SCALAR_KEYS = frozenset({"step", "mu_product", "eta", "mu"})
 class _Blob(msgspec.Struct, forbid_unknown_fields=True):
     f: str
     b: str
+
+
+class _Differ(msgspec.Struct):
+    """One weight or state entry that a shadow has otherwise."""
+
+    name: str
+    what: str
+    differ: int
+    of: int
+    at: list[int] = []
+    before: list[float | str] = []
+    live: list[float | str] = []
+    twin: list[float | str] = []
+    ratio: float | str | None = None
+    off: float | str | None = None
+
+
+class _Shadow(msgspec.Struct):
+    """What a twin of the optimizer made of the same step, or why there was none."""
+
+    off: str | None = None
+    source: list[tuple[str, str]] = []
+    scope: str = ""
+    tensors: int = 0
+    elements: int = 0
+    calls: int = 0
+    live: str = ""
+    twin: str = ""
+    again: str | None = None
+    course: int | None = None
+    covers: list[int] = []
+    values: _Blob | None = None
+    differ: list[_Differ] = []
 
 
 class _Sample(msgspec.Struct):
@@ -44,6 +78,54 @@ class _Sample(msgspec.Struct):
     state_after: list[list[str]] = []
     before: _Blob | None = None
     after: _Blob | None = None
+    shadow: _Shadow | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differing:
+    """A weight or state entry that the twin has otherwise than the live optimizer."""
+
+    name: str
+    what: str
+    """"weight", or the key of the state."""
+    differ: int
+    of: int
+    at: list[int]
+    """Flat indices of the elements given, those that differ most first."""
+    before: list[float]
+    live: list[float]
+    twin: list[float]
+    ratio: float | None
+    """Of a weight: the live change along the twin's, in units of the twin's."""
+    off: float | None
+    """Of a weight: length of the difference of the two changes, in units of the twin's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shadow:
+    """What a twin made from the optimizer's source did with copies of the same step (watch/shadow.py)."""
+
+    off: str | None
+    """Why there was none; everything else is empty then."""
+    source: list[tuple[str, str]]
+    """Path and SHA-256 of every source file it was made from."""
+    scope: str
+    """"all", or the name of the one tensor that was repeated."""
+    tensors: int
+    live: str
+    twin: str
+    again: str | None
+    """Digest of a second twin, made where the first differed."""
+    course: int | None
+    """The first closure call at which the twin's weights were not the live ones."""
+    values: dict[int, list[float]]
+    """Tensor of the sample → the twin's weights at the sampled places."""
+    differ: list[Differing]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the twin gave, by its own account, what the live optimizer did."""
+        return self.live == self.twin and not self.differ and self.course is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +165,7 @@ class Sample:
     extra: dict[str, float]
     left_out: dict[str, int]
     tensors: list[Tensor]
+    shadow: Shadow | None = None
 
 
 def parse_sample(value: Any) -> Sample:
@@ -106,7 +189,52 @@ def parse_sample(value: Any) -> Sample:
         extra=extra,
         left_out=raw.left_out,
         tensors=tensors,
+        shadow=_shadow(raw.shadow, tensors) if raw.shadow is not None else None,
     )
+
+
+def _shadow(raw: _Shadow, tensors: list[Tensor]) -> Shadow:
+    if len(raw.source) > SHADOW_LIMIT or len(raw.differ) > SHADOW_LIMIT or len(raw.covers) > TENSORS_LIMIT:
+        raise MalformedEvidence(f"shadow: a list is longer than {SHADOW_LIMIT}")
+    if any(not 0 <= index < len(tensors) for index in raw.covers):
+        raise MalformedEvidence("shadow: covers a tensor that was not sampled")
+    reader = _Reader(raw.values)
+    values = {index: reader.take(tensors[index].at[2]) for index in raw.covers}
+    reader.finish()
+    return Shadow(
+        off=raw.off[:300] if raw.off is not None else None,
+        source=[(path[:4096], digest[:64]) for path, digest in raw.source],
+        scope=raw.scope[:512],
+        tensors=raw.tensors,
+        live=raw.live[:64],
+        twin=raw.twin[:64],
+        again=raw.again[:64] if raw.again is not None else None,
+        course=raw.course,
+        values=values,
+        differ=[_differing(each) for each in raw.differ],
+    )
+
+
+def _differing(raw: _Differ) -> Differing:
+    if max(len(raw.at), len(raw.before), len(raw.live), len(raw.twin)) > SHADOW_LIMIT:
+        raise MalformedEvidence(f"shadow: more than {SHADOW_LIMIT} elements of one tensor")
+    return Differing(
+        name=raw.name[:512],
+        what=raw.what[:80],
+        differ=raw.differ,
+        of=raw.of,
+        at=raw.at,
+        before=[_float(value) for value in raw.before],
+        live=[_float(value) for value in raw.live],
+        twin=[_float(value) for value in raw.twin],
+        ratio=_float(raw.ratio) if raw.ratio is not None else None,
+        off=_float(raw.off) if raw.off is not None else None,
+    )
+
+
+def _float(value: float | str) -> float:
+    found = number(value)
+    return math.nan if found is None else found
 
 
 def _tensor(raw: _Sample, index: int, before: _Reader, after: _Reader) -> Tensor:

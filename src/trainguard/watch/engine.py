@@ -237,6 +237,8 @@ class Step:
     """What a link is given: before the update, when the gradients are final, and after the update."""
 
     __slots__ = (
+        "called",
+        "calls",
         "depth",
         "engine",
         "full",
@@ -254,6 +256,7 @@ class Step:
         "settings",
         "torch",
         "track",
+        "value",
         "wall_ns",
     )
 
@@ -282,6 +285,12 @@ class Step:
         """Whether the gradients were final when we looked (false while a closure is still to run)."""
         self.late = False
         """Whether the links are asked only now that the update is over: there is no before any more."""
+        self.called: Optional[str] = ""
+        """How step() was called: "" for plainly, "closure", or None for with anything else."""
+        self.calls = 0
+        """How often the closure has run, in checked steps."""
+        self.value: Any = None
+        """What it returned last; kept while `ready` is called, no longer."""
         self.own_ns = 0
         self.wall_ns = 0
         self.depth = 0
@@ -329,6 +338,8 @@ class Engine:
 
     def before(self, optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         """The pre-hook: nothing of the update has happened yet. May return arguments with the closure wrapped."""
+        if getattr(self.local, "twin", False):
+            return None  # a twin's doing (shadow.py): copies, not the job's
         start = clock()
         stack = self._stack()
         if stack and stack[-1].optimizer is optimizer:
@@ -351,6 +362,7 @@ class Engine:
             step.sample = track.next_sample if track.next_sample is not None else self.draw_sample(track, step.index)
         stack.append(step)
         changed = None
+        step.called = _form(args, kwargs)
         if step.full:
             with self.torch.no_grad():
                 for link in self.links:
@@ -641,10 +653,13 @@ class Engine:
             value = closure(*args, **kwargs)
             start = clock()
             try:
+                step.calls += 1
+                step.value = value
                 with self.torch.no_grad():
                     self.ready(step)
             except Exception as error:
                 self.client.fault("engine.ready", error)
+            step.value = None
             step.own_ns += clock() - start
             return value
 
@@ -723,6 +738,16 @@ def _flush(ref: Any) -> None:
     engine = ref()
     if engine is not None:
         engine.flush()
+
+
+def _form(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[str]:
+    """How step() was called; see Step.called. `args` begins with the optimizer."""
+    given = [*args[1:2], *([kwargs["closure"]] if "closure" in kwargs else [])]
+    if len(args) > 2 or len(given) > 1 or set(kwargs) - {"closure"}:
+        return None
+    if not given or given[0] is None:
+        return ""
+    return "closure" if callable(given[0]) else None
 
 
 def _inside_step_of(optimizer: Any) -> bool:

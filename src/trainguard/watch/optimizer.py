@@ -6,7 +6,7 @@ Value of the link in a step frame (only in checked steps; spec/evidence.md "opti
      "hyper": {group: {name: value}}, "extra": [name], "left_out": {reason: tensors},
      "tensors": [[name, group, position, numel, dtype, device]], "at": [[offset, stride, count]],
      "grad": [true | reason], "local": [bool], "state": [[state key]], "state_after": [[state key]],
-     "before": blob, "after": blob}
+     "before": blob, "after": blob, "shadow": see shadow.py}
 
 `before` holds the extra scalars (`grad_scale`, `found_inf`), then for every tensor: the weight, the gradient (where
 `grad` is true), the gradient right after backward (where `local` is true; link *gradients*) and each state entry;
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from . import sample
 from .client import Client
+from .shadow import Shadow
 
 if TYPE_CHECKING:
     from .engine import Entry, Step
@@ -36,12 +37,16 @@ class Optimizer:
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self.shadow = Shadow(client)
 
     def before(self, step: Step) -> None:
-        """Nothing yet: gradients may still be computed by a closure."""
+        """Copies for a shadow; the sample waits, for gradients may still be computed by a closure."""
+        self.shadow.before(step)
 
     def ready(self, step: Step) -> None:
         """Read what the update will be computed from."""
+        if step.calls:
+            self.shadow.called(step, step.value)
         if not step.sample:
             return
         torch = step.torch
@@ -63,6 +68,17 @@ class Optimizer:
 
     def after(self, step: Step) -> Any:
         """Read what came out; wait for the device once."""
+        shadow = self.shadow.after(step)
+        value = self._value(step)
+        if shadow is not None and value is not None:
+            value["shadow"] = shadow
+        return value
+
+    def forget(self, opt: int) -> None:
+        """The optimizer is gone."""
+        self.shadow.forget(opt)
+
+    def _value(self, step: Step) -> Any:
         found = step.scratch.get(self.name)
         if found is None:
             return {"class": _identity(step), "left_out": _left_out(step), "tensors": []} if not step.sample else None
