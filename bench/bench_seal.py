@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import blake3
 
@@ -45,6 +46,7 @@ def main() -> None:
         bench_files(path)
         bench_start(Path(folder) / "small.bin")
         bench_tee(Path(folder))
+        bench_live(Path(folder))
 
 
 def make_checkpoint(path: Path, gigabytes: float) -> None:
@@ -183,6 +185,45 @@ def bench_tee(folder: Path) -> None:
     for name, cost in costs.items():
         added = "" if name == "plain" else f", adds {cost - costs['plain']:.3f}"
         print(f"{'torch.save of 1 GB, ' + name:44} {cost:8.3f} CPU-s/GB{added}")
+
+
+def bench_live(folder: Path) -> None:
+    """What digesting the storages in memory (watch/saves.py) adds to torch.save: small, middling and large."""
+    import torch
+
+    from trainguard.watch import saves
+
+    class Client:
+        settings: ClassVar[dict[str, str]] = {"key": "0f" * 32}
+
+        def send(self, kind: str, body: dict[str, Any], step: int | None = None) -> None:
+            """Nobody listens."""
+
+        def fault(self, place: str, error: BaseException) -> None:
+            sys.exit(f"{place}: {error!r}")
+
+    registry = torch.serialization._package_registry
+    path = folder / "saved.pt"
+    for tensors, elements in ((150, 1 << 12), (100, 1 << 19), (30, 8 << 20)):
+        value = {str(i): torch.full((elements,), float(i)) for i in range(tensors)}
+        costs = {False: float("inf"), True: float("inf")}
+        whole = 0
+        for _ in range(TRIALS + 2):
+            for watched in costs:
+                state = saves.Saves(Client(), torch)  # type: ignore[arg-type]
+                entry = (saves.PRIORITY, state.tag, lambda storage, location: None)
+                registry[:0] = [entry] if watched else []
+                before = time.process_time()
+                torch.save(value, path)
+                costs[watched] = min(costs[watched], time.process_time() - before)
+                if watched:
+                    registry.remove(entry)
+                    whole = sum(line[3] is not None for line in state._frame["storages"])
+        size, added = tensors * elements * 4 / 1e6, costs[True] - costs[False]
+        print(
+            f"{f'torch.save of {size:.1f} MB in {tensors} tensors, watched':44} {costs[True] * 1e3:8.1f} CPU-ms, adds"
+            f" {added * 1e3:.1f} ms ({added / costs[False]:.0%}); {whole} of {tensors} digested whole"
+        )
 
 
 if __name__ == "__main__":

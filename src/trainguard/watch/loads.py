@@ -28,7 +28,7 @@ import stat
 import struct
 import sys
 import threading
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, FrozenSet, Optional, Tuple
 
 from . import audit, children, code, inputs
 from .client import Client
@@ -42,7 +42,7 @@ WAIT_SECONDS = 30.0
 BYTES_PER_SECOND = 50e6
 """By `stop`, an answer is waited for WAIT_SECONDS and a second more for each of these."""
 
-IGNORED = ("/proc/", "/sys/", "/dev/")
+IGNORED = ("/proc/", "/sys/")
 SOURCE = (".py", ".pyc", ".so", ".pyi")
 PLAIN = re.compile(rb"(?:^|[(\]}Il\n.])c([A-Za-z_]\w*)[\w.]*\r?\n[A-Za-z_][\w.]*\r?\n")
 """A GLOBAL opcode of a pickle without a magic."""
@@ -54,25 +54,36 @@ system popen popen2 popen3 popen4 execl execle execlp execlpe execv execve execv
 spawnlpe spawnv spawnve spawnvp spawnvpe posix_spawn posix_spawnp startfile fork forkpty
 """
 _SYSTEM = frozenset(_STARTERS.split())
-_ALL = frozenset(("*",))
-RUNS: Dict[str, Any] = {
-    "os": _SYSTEM,
-    "posix": _SYSTEM,
-    "nt": _SYSTEM,
-    "builtins": frozenset(("eval", "exec", "compile", "__import__", "breakpoint")),
-    "__builtin__": frozenset(("eval", "exec", "compile", "__import__", "execfile", "apply")),
-    "importlib": frozenset(("import_module", "__import__", "reload")),
-    "pkgutil": frozenset(("resolve_name", "find_loader", "get_loader")),
-    "marshal": frozenset(("load", "loads")),
-    "timeit": frozenset(("timeit", "repeat", "main")),
-    "platform": frozenset(("popen",)),
-    "ctypes": frozenset(("CDLL", "PyDLL", "OleDLL", "WinDLL")),
-    **dict.fromkeys(
-        ("subprocess", "_posixsubprocess", "commands", "popen2", "pty", "runpy", "code", "codeop", "pdb", "bdb"), _ALL
-    ),
-    **dict.fromkeys(("cProfile", "profile", "trace", "pip", "webbrowser", "idlelib", "ensurepip", "venv"), _ALL),
+_RUNNERS = """
+subprocess: Popen run call check_call check_output getoutput getstatusoutput
+_posixsubprocess: fork_exec
+commands: getoutput getstatusoutput
+popen2: popen2 popen3 popen4
+builtins: eval exec compile __import__ breakpoint
+__builtin__: eval exec compile __import__ execfile apply
+importlib: import_module __import__ reload
+pkgutil: resolve_name find_loader get_loader
+marshal: load loads
+runpy: run_module run_path _run_code _run_module_code
+pty: spawn
+code: InteractiveInterpreter InteractiveConsole interact
+timeit: timeit repeat main
+platform: popen
+ctypes: CDLL PyDLL OleDLL WinDLL
+cProfile: run runctx
+profile: run runctx
+trace: Trace
+pdb: run runeval runcall
+bdb: Bdb
+webbrowser: open open_new open_new_tab get
+"""
+RUNS: Dict[str, FrozenSet[str]] = {
+    **{module: frozenset(names.split()) for module, _, names in (line.partition(":") for line in _RUNNERS.split("\n"))},
+    **dict.fromkeys(("os", "posix", "nt"), _SYSTEM),
 }
-"""module → names that start programs or run text as code ("*": all): nothing weights or state have need of."""
+"""module → names in it that start programs or run text as code: nothing weights or state have need of."""
+PACKAGES = ("pip", "ensurepip", "idlelib")
+"""Every name of these runs code when it is called."""
 
 CHANNELS = (
     os.sep + os.path.join("multiprocessing", ""),
@@ -200,9 +211,11 @@ class Loads:
         module, name = args[0], args[1]
         if not isinstance(module, str) or not isinstance(name, str):
             return
-        top = module.partition(".")[0]
-        names = RUNS.get(top)
-        if names is None or (names is not _ALL and name.rpartition(".")[2] not in names):
+        names = RUNS.get(module)
+        if names is None:
+            if module.partition(".")[0] not in PACKAGES:
+                return
+        elif name.rpartition(".")[2] not in names:
             return
         if not _is_sent_by_a_process():
             self._tell("%s.%s" % (module[:200], name[:200]))
