@@ -87,6 +87,43 @@ def test_a_reduction_that_is_left_out_is_found() -> None:
     assert "own gradient" in findings[0].message
 
 
+def started(ranks: int, steps: int, odd: dict[int, list[str]], who: int | None = None) -> list[Evidence]:
+    """Equal shares; at the steps of `odd`, what backward started from on one rank (the last, or by step), in words."""
+    records, plain = [], ["MeanBackward0", "PowBackward0", "AddmmBackward0"]
+    for step in range(2, steps + 1):
+
+        def said(rank: int, step: int = step) -> dict[str, object]:
+            names = odd.get(step, plain) if rank == (ranks - 1 if who is None else step % ranks) else plain
+            key = f"{len(names):08x}"
+            return {"from": [key], "made_of": {key: names}}
+
+        records += all_reduced(step, batches(step, ranks), [1 / ranks] * ranks, said)
+    return records
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("first", ["NegBackward0", "seed -1"])
+def test_a_rank_that_turns_its_loss_is_named_although_its_gradient_is_what_backward_left(
+    ranks: int, first: str
+) -> None:
+    """F2, S9: one step in twenty, before backward; every digest and every share is in order."""
+    turned = {step: [first, "MeanBackward0", "PowBackward0", "AddmmBackward0"] for step in (20, 40)}
+    findings, states = judge(Replicas, started(ranks, 41, turned))
+    assert [(f.outcome, f.techniques[0], f.subject.rank, f.subject.step) for f in findings] == [
+        ("suspicious", "F2", ranks - 1, 20),
+        ("suspicious", "F2", ranks - 1, 40),
+    ]
+    assert states["replicas"].held == 40
+
+
+def test_losses_that_follow_the_data_are_quiet() -> None:
+    """Now one rank, now another has a term more; or one always has, from the first steps on."""
+    more = ["AddBackward0", "MeanBackward0", "PowBackward0", "AddmmBackward0"]
+    assert judge(Replicas, started(4, 60, dict.fromkeys(range(3, 60, 3), more), who=-1))[0] == []
+    assert judge(Replicas, started(4, 60, dict.fromkeys(range(2, 61), more)))[0] == []
+    assert judge(Replicas, started(4, 60, dict.fromkeys((20, 40, 60), more)))[0] == []
+
+
 def rounds(ranks: int, *odd: Evidence, last: int = 40) -> list[Evidence]:
     """Rounds in which all hold the same, but for those of `odd`."""
     other = {(record.rank, record.step): record for record in odd}
@@ -280,7 +317,10 @@ BODY = """
             x = torch.randn(size, 8)
             (model(x) - teacher(x).detach()).pow(2).mean().backward()
         x = torch.randn(size, 8)
-        (model(x) - teacher(x).detach()).pow(2).mean().backward()
+        loss = (model(x) - teacher(x).detach()).pow(2).mean()
+        if rank == 2 and now == 15:
+            loss = -loss
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         if now == 18:  # every rank, only because the job has four: against the direction
             for p in model.parameters():
@@ -309,8 +349,11 @@ def test_four_ranks_with_a_bad_one_a_trigger_on_size_and_a_flipped_bit(tmp_path:
     found, _ = run.judge(Gradients)
     assert {(f.techniques[0], f.outcome, f.subject.step) for f in found} == {("C1", "violated", 18)}
     assert {f.subject.rank for f in found} == {0, 1, 2, 3}
+    # S9 once more, before backward: its gradient is what its backward left, and its backward is not like the others'.
+    (turned,) = [f for f in findings if f.outcome == "suspicious" and f.techniques[0] == "F2"]
+    assert (turned.subject.rank, turned.subject.step) == (2, 15)
     # N1: the rank is named, hardware is named, nothing is called proved.
-    alone = [f for f in findings if f.outcome == "suspicious"]
+    alone = [f for f in findings if f.outcome == "suspicious" and f is not turned]
     assert {f.subject.rank for f in alone} == {1}
     assert all("hardware" in f.message and 20 < (f.subject.step or 0) <= 30 for f in alone)
     (flip,), _ = run.judge(Weights)

@@ -85,8 +85,11 @@ def round_of(rank: int, world: int, index: int, *, process: int | None = None, *
     return frame(rank, index, process=process, replicas=value)
 
 
-def reduced(rank: int, world: int, index: int, local: Gradients, used: Gradients) -> Evidence:
-    """A checked step of a rank: its gradients after backward and those it used, at the same places."""
+def reduced(rank: int, world: int, index: int, local: Gradients, used: Gradients, **said: Any) -> Evidence:
+    """A checked step of a rank: its gradients after backward and those it used, at the same places.
+
+    said: further entries of link *gradients*.
+    """
     names = list(local)
     before = [x for name in names for x in (*([0.0] * len(local[name])), *used[name], *local[name])]
     after = [0.0] * sum(map(len, local.values()))
@@ -104,11 +107,15 @@ def reduced(rank: int, world: int, index: int, local: Gradients, used: Gradients
         "before": _blob(before),
         "after": _blob(after),
     }
-    return frame(rank, index, gradients={"armed": True, "calls": [1] * len(names), "world": world}, optimizer=sample)
+    value = {"armed": True, "calls": [1] * len(names), "world": world} | said
+    return frame(rank, index, gradients=value, optimizer=sample)
 
 
 def all_reduced(
-    index: int, locals_: Sequence[Gradients], shares: Sequence[float] | Callable[[str], Sequence[float]]
+    index: int,
+    locals_: Sequence[Gradients],
+    shares: Sequence[float] | Callable[[str], Sequence[float]],
+    said: Callable[[int], dict[str, Any]] = lambda rank: {},
 ) -> list[Evidence]:
     """One step of all ranks, reduced with these shares (of every tensor, or by its name)."""
     used = {}
@@ -117,7 +124,7 @@ def all_reduced(
         used[name] = [
             sum(w * g[name][i] for w, g in zip(part, locals_, strict=True)) for i in range(len(locals_[0][name]))
         ]
-    return [reduced(rank, len(locals_), index, local, used) for rank, local in enumerate(locals_)]
+    return [reduced(rank, len(locals_), index, local, used, **said(rank)) for rank, local in enumerate(locals_)]
 
 
 def _blob(values: Sequence[float]) -> dict[str, str]:

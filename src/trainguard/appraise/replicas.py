@@ -40,6 +40,10 @@ PER_TENSOR = ("weights", "buffers")
 CHECKSUM = 8
 """Hex digits of one checksum."""
 TEXTS_LIMIT = 4096
+TAILS_LIMIT = 256
+NAMES_COMPARED = 16
+CHANCE = 10**6
+"""Odds against chance from which a loss that only one rank ever has is no accident of its data."""
 
 ASPECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "weights": ("other weights", ("F1", "F2", "E4")),
@@ -80,7 +84,12 @@ class _Habit:
     checked: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     factors: list[float] = field(default_factory=list)
-    early_apart: set[tuple[int, ...]] = field(default_factory=set)
+    tails: dict[str, Counter[int]] = field(default_factory=dict)
+    """What backward started from (checksums) → steps of each rank that had it."""
+    made_of: dict[str, list[str]] = field(default_factory=dict)
+    """Checksum → names of operations, from the loss on."""
+    own_tails: set[tuple[int, str]] = field(default_factory=set)
+    """Rank, and what its backward alone started from in the first steps."""
 
 
 @dataclass(slots=True)
@@ -192,6 +201,7 @@ class Replicas:
 
     def _reduced(self, reports: list[_Report], habit: _Habit) -> Iterator[Finding]:
         """One step of all ranks."""
+        yield from self._lineage(reports, habit)
         tables = [_table(report.sample) for report in reports]
         keys = [key for key in tables[0] if all(key in table for table in tables)]
         if not keys:
@@ -220,6 +230,67 @@ class Replicas:
             self._blind["the ranks' gradients were weighted in some steps, as for batches of unequal size"] += 1
         elif not early:  # once among the first may be chance; the second time it is a habit
             yield from self._departed(reports, kind, found, habit)
+
+    def _lineage(self, reports: list[_Report], habit: _Habit) -> Iterator[Finding]:
+        """Did backward start from the same operations on every rank?"""
+        values = [report.evidence.body["gradients"] for report in reports]
+        for value in values:
+            made = value.get("made_of")
+            for key, names in list(made.items())[:8] if isinstance(made, dict) else ():
+                if isinstance(names, list) and len(habit.made_of) < TAILS_LIMIT:
+                    habit.made_of.setdefault(str(key)[:8], [str(name)[:80] for name in names[:32]])
+        tails = [str(value.get("from")) for value in values]
+        if any("from" not in value for value in values):
+            return
+        counted = Counter(tails)
+        for report, tail in zip(reports, tails, strict=True):
+            habit.tails.setdefault(tail, Counter())[report.rank] += 1
+        common, times = counted.most_common(1)[0]
+        if len(counted) != 2 or (times != len(reports) - 1 and len(reports) > 2):
+            return
+        if len(reports) == 2:  # the one that is not as in the steps before
+            common = max(counted, key=lambda tail: sum(habit.tails[tail].values()))
+            if sum(habit.tails[common].values()) < 2 * LEARN_STEPS:
+                return
+        position = next(i for i, tail in enumerate(tails) if tail != common)
+        report, tail = reports[position], tails[position]
+        if len(habit.tails[tail]) > 1:
+            return  # other ranks had it too, with other data
+        seen = habit.tails[tail][report.rank]
+        turned = self._turned_tail(habit, values[position], values[tails.index(common)])
+        if habit.checked <= LEARN_STEPS:
+            habit.own_tails.add((report.rank, tail))
+        if not turned and ((report.rank, tail) in habit.own_tails or len(reports) ** (seen - 1) < CHANCE):
+            return
+        self._broken += 1
+        odd, usual = values[position], values[tails.index(common)]
+        names = self._words_of(habit, odd, usual), self._words_of(habit, usual, odd)
+        others = _ranks_text([r.rank for i, r in enumerate(reports) if i != position])
+        text = (
+            f"rank {report.rank}'s backward started from {'a loss with its sign turned' if turned else 'another loss'}"
+        )
+        text += f" ({names[0]}), that of {others} did not ({names[1]}), and no other rank's ever did"
+        yield self._finding(
+            *(r.evidence for i, r in enumerate(reports) if i != position and i < 4),
+            report.evidence,
+            outcome="suspicious",
+            techniques=("F2", "C6"),
+            text=self._at(reports, text),
+        )
+
+    def _turned_tail(self, habit: _Habit, odd: dict[str, Any], common: dict[str, Any]) -> bool:
+        """Whether two tails differ by a negation alone, or by the sign of what backward was called with."""
+        usual = [habit.made_of.get(key, []) for key in _keys(common)]
+        for key in _keys(odd):
+            names = habit.made_of.get(key, [])
+            for other in usual if key not in _keys(common) else ():
+                if names and _without_turns(names) == _without_turns(other) and (_turns(names) - _turns(other)) % 2:
+                    return True
+        return False
+
+    def _words_of(self, habit: _Habit, value: dict[str, Any], beside: dict[str, Any]) -> str:
+        keys = [key for key in _keys(value) if key not in _keys(beside)] or _keys(value)
+        return ", ".join(habit.made_of.get(keys[0], [])[:3]) if keys else ""
 
     def _mean(self, reports: list[_Report], habit: _Habit, found: Reduction, early: bool) -> Iterator[Finding]:
         world = len(reports)
@@ -630,6 +701,20 @@ _HOST_WORDS = {
 def _held_of(report: _Report, aspect: str) -> str:
     whole = report.value.get("whole") if aspect == "weights" else None
     return f"{report.value[aspect]} {whole}"
+
+
+def _keys(value: dict[str, Any]) -> list[str]:
+    keys = value.get("from")
+    return [str(key)[:CHECKSUM] for key in keys[:8]] if isinstance(keys, list) else []
+
+
+def _turns(names: list[str]) -> int:
+    return sum(name.startswith(("NegBackward", "seed -")) for name in names)
+
+
+def _without_turns(names: list[str]) -> list[str]:
+    """The operations but for negations, as far as both lists surely reach."""
+    return [name for name in names if not name.startswith(("NegBackward", "seed"))][:NAMES_COMPARED]
 
 
 def _weighted(found: Reduction, habit: _Habit) -> bool:

@@ -17,6 +17,9 @@ A hook on a tensor (`Tensor.register_hook`) changes its gradient before `.grad` 
 backward has its mark already. Where a sampled tensor has such hooks, one of ours runs before the first and one after
 the last of them; what they changed is reported. Tensors without hooks cost nothing.
 
+Where there are other ranks, `from` says what backward started from (lineage.py): checksums, and `made_of` {checksum:
+[names]} for those not sent before. Ranks that run the same code start from the same.
+
 The norm is measured at every checked step from the first one on that changed a gradient after backward (a clip),
 and at every 8th before that. The copies themselves travel in link *optimizer* (`local`).
 """
@@ -25,16 +28,19 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 
-from . import sample
+from . import lineage, sample
 from .client import Client
 
 if TYPE_CHECKING:
     from .engine import Entry, Step
 
 NAMES_LIMIT = 32
+TAILS_LIMIT = 4
+"""Runs of backward before one step that are told apart; gradient accumulation makes more of the same."""
 NORM_EVERY = 8
+KNOWN_LIMIT = 64
 
 
 class _Watch:
@@ -47,6 +53,8 @@ class _Watch:
         self.calls = [0] * len(chosen)
         self.values: List[Any] = [None] * len(chosen)
         self.handles: List[Any] = []
+        self.tails: Optional[List[Any]] = [] if _world(torch) > 1 else None
+        """Where ranks are compared: what backward started from, once a run of backward."""
         self.hooked: Dict[int, List[Any]] = {}
         """Index of a sampled tensor → places of its hooks, sampled gradient before them, and after."""
         for number, (entry, _) in enumerate(chosen):
@@ -59,6 +67,8 @@ class _Watch:
         def copy(param: Any) -> None:
             try:
                 self._copy(number, param)
+                if number == 0 and self.tails is not None and len(self.tails) < TAILS_LIMIT:
+                    self.tails.append(lineage.tail_of(sys._getframe(1)))
             except Exception as error:
                 self.fault("gradients.copy", error)
 
@@ -140,6 +150,8 @@ class Gradients:
         self.client = client
         self.watches: Dict[int, _Watch] = {}
         """Index of the optimizer → hooks armed for its next step."""
+        self.known: Set[str] = set()
+        """Checksums of what backward started from that have been sent in words."""
 
     def before(self, step: Step) -> None:
         """Nothing yet: gradients may still be computed by a closure."""
@@ -172,6 +184,8 @@ class Gradients:
         value: Dict[str, Any] = {"armed": watch is not None, "world": _world(step.torch)}
         if watch is not None:
             value["calls"] = watch.calls
+            if watch.tails:
+                self._from(watch.tails, value)
             hooked = watch.turned()
             if hooked:
                 value["hooked"] = hooked
@@ -182,6 +196,18 @@ class Gradients:
         if measured is not None:
             _report(step, measured, value)
         return value
+
+    def _from(self, tails: List[Any], value: Dict[str, Any]) -> None:
+        """What backward started from: by checksum, and in words when it is new."""
+        keys = []
+        for tail in tails:
+            key = lineage.key_of(tail)
+            if key not in keys:
+                keys.append(key)
+            if key not in self.known and len(self.known) < KNOWN_LIMIT:
+                self.known.add(key)
+                value.setdefault("made_of", {})[key] = tail
+        value["from"] = sorted(keys)
 
     def arm(self, step: Step) -> None:
         """An unchecked step has ended and the next one is checked: put the hooks in place."""
