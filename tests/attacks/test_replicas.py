@@ -20,6 +20,7 @@ from trainguard.appraise.processes import Processes
 from trainguard.appraise.replicas import Replicas
 from trainguard.appraise.weights import Weights
 from trainguard.evidence import Evidence
+from trainguard.policy import Approval, Policy
 
 
 def batches(step: int, ranks: int = 4) -> list[Sampled]:
@@ -210,6 +211,20 @@ def test_a_rank_with_other_code_or_flags_is_named_at_the_first_step(other: dict[
     records = [round_of(r, 4, 1, identity=identity(**(other if r == 3 else {}))) for r in range(4)]
     findings, _ = judge(Replicas, records)
     assert [(f.techniques[0], f.subject.rank, f.outcome) for f in findings] == [("F1", 3, "suspicious")]
+
+
+def test_a_collective_that_other_code_answers_is_one_line_to_approve() -> None:
+    """F3: all_reduce bound to a function of the job; said once, explained once approved, blind for a package."""
+    place = "/home/u/job/comm.py:7"
+    records = [round_of(r, 2, 1, foreign=[["torch.distributed.all_reduce", place]]) for r in range(2)]
+    findings, _ = judge(Replicas, records)
+    assert [(f.outcome, f.techniques[0], f.subject.path) for f in findings] == [("suspicious", "F3", place)]
+    policy = Policy(approve=(Approval(check="replicas", place="job/comm.py:7"),))
+    findings, states = judge(Replicas, records, policy)
+    assert (findings, states["replicas"].explained) == ([], (place,))
+    package = [["torch.distributed.all_reduce", "/v/lib/python3.11/site-packages/torch_npu/c10d.py:9"]]
+    findings, states = judge(Replicas, [round_of(r, 2, 1, foreign=package) for r in range(2)])
+    assert (findings, states["replicas"].state) == ([], "blind")
 
 
 def test_a_second_process_that_acts_as_a_rank_is_found() -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 from tests.helpers.guarded import Guarded, run
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.nightly]
+from trainguard.archive import LogLeaves, RunReader
+from trainguard.home import Home
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six interpreters, one after the other on two cores."""
+    monkeypatch.setattr("tests.helpers.guarded.TIMEOUT_SECONDS", 250)
+
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(300)]
 
 SCRIPT = """
 import os, sys
@@ -31,6 +40,7 @@ if attempt:
     model.module.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     start = saved["step"]
+    {again}
 torch.manual_seed(1 + rank + 10 * attempt)
 for step in range(start + 1, 25):
     loss = model(torch.randn(16, 8)).pow(2).mean()
@@ -39,34 +49,37 @@ for step in range(start + 1, 25):
     optimizer.step()
     if step == 10 and not attempt:
         if rank == 0:
-            torch.save({{"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}}, "checkpoint.pt")
+            saved = {{"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}}
+            torch.save(saved, "checkpoint.pt")
         dist.barrier()
-        import time; time.sleep(3)
         if rank == 0:
             {between}
         sys.exit(3)
 dist.destroy_process_group()
 """
 
-TAMPER = """
-            saved = torch.load("checkpoint.pt", weights_only=True)
-            saved["model"]["weight"].mul_(1.01)
-            torch.save(saved, "checkpoint.pt")
-"""
 
-
-def restarted(folder: Path, between: str = "pass", *options: str) -> Guarded:
-    """Two ranks that fail once, after step 10, and go on from the checkpoint."""
-    (folder / "train.py").write_text(SCRIPT.format(between=between.strip()))
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "train.py")
-    return run(folder, sys.executable, *command, options=("--name", "job", "--links", "all", *options))
+def restarted(folder: Path, *, between: str = "pass", again: str = "pass") -> Guarded:
+    """Two ranks that fail once, after step 10, and go on from the checkpoint. Lines to run before and after that."""
+    (folder / "train.py").write_text(SCRIPT.format(between=between, again=again))
+    command = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "train.py",
+    )
+    return run(folder, sys.executable, *command, options=("--name", "job", "--links", "all"))
 
 
 def attempts(folder: Path) -> list[int]:
     """Attempts that were measured."""
-    lines = (folder / ".trainguard" / "runs" / "job" / "spool").read_text().splitlines()
-    records = [json.loads(line) for line in lines if '"measurement"' in line]
-    return [r["body"]["attempt"] for r in records if r.get("kind") == "measurement"]
+    home = Home(folder / ".trainguard")
+    records = RunReader(home, "job", leaves=LogLeaves(home)).records()
+    return [record.body["attempt"] for record in records if record.kind == "measurement"]
 
 
 def test_an_honest_restart_is_measured_again_and_quiet(tmp_path: Path) -> None:
@@ -74,11 +87,17 @@ def test_an_honest_restart_is_measured_again_and_quiet(tmp_path: Path) -> None:
     done = restarted(tmp_path)
     assert done.status == 0, done.stderr
     assert attempts(tmp_path) == [0, 1]
-    assert done.techniques() & {"F1", "F2", "F3", "F9", "F10", "E3", "E4", "E6"} == set(), done.findings
+    assert [f for f in done.findings if f["outcome"] != "not_checked"] == []
     assert done.link("replicas")["state"] == "held"
+    assert done.link("replicas")["held"] > 10
 
 
-def test_a_checkpoint_changed_between_the_attempts_is_found_when_it_is_opened(tmp_path: Path) -> None:
-    """E3 within one run: the file is not what the first attempt saved and we sealed."""
-    done = restarted(tmp_path, f"import subprocess; subprocess.run([sys.executable, 'tamper.py'])")
-    assert done.status == 0
+def test_a_restart_with_other_code_and_another_flag_is_found(tmp_path: Path) -> None:
+    """The main script is rewritten while nobody runs, and what runs then computes with less precision."""
+    rewrite = "open('train.py', 'a').write('x = 1')"
+    done = restarted(tmp_path, between=rewrite, again="torch.set_float32_matmul_precision('medium')")
+    assert done.status == 0, done.stderr
+    found = [f for f in done.findings if "F10" in f["techniques"][:1]]
+    assert {f["check"] for f in found} >= {"environment", "replicas"}
+    assert any("float32_matmul_precision" in f["message"] for f in found)
+    assert any("train.py" in (f["subject"]["path"] or f["message"]) for f in found)

@@ -123,6 +123,8 @@ class Replicas:
         self._agreements: dict[tuple[int, int, str], _Agreement] = {}
         self._members: dict[Key, set[int]] = {}
         """Attempt, optimizer → ranks that ever sent a round."""
+        self._places: set[str] = set()
+        self._explained: set[str] = set()
         self._sharded: set[int | None] = set()
         """Processes whose tensors are shards."""
         self._names: dict[str, list[str]] = {}
@@ -162,6 +164,7 @@ class Replicas:
             held=self._held,
             broken=self._broken,
             blind=() if alone else tuple(sorted(reason.lstrip("!") for reason in blind)),
+            explained=tuple(sorted(self._explained)),
             required=False,
         )
 
@@ -400,6 +403,7 @@ class Replicas:
         if isinstance(value.get("identity"), dict):
             value["identity"]["hooks"] = value.get("hooks")
             yield from self._identities(attempt, report)
+        yield from self._collectives(report)
         yield from self._hosts(attempt, opt, report)
         for names in ("names", "buffer_names"):
             if isinstance(value.get(names), list):
@@ -537,6 +541,29 @@ class Replicas:
                 expected=expected,
                 found=found,
                 nobody=len(groups[0]) == len(groups[-1]),
+            )
+
+    def _collectives(self, report: _Report) -> Iterator[Finding]:
+        """Names of torch.distributed that lead to other code: once for each place."""
+        rows = report.value.get("foreign")
+        for row in rows[:64] if isinstance(rows, list) else ():
+            if not isinstance(row, list) or len(row) != 2 or not all(isinstance(part, str) for part in row):
+                raise MalformedEvidence(f"replicas: foreign: expected [name, place], found {str(row)[:80]}")
+            name, place = row[0][:200], row[1][:1024]
+            if place in self._places:
+                continue
+            self._places.add(place)
+            if self._context.policy.approves(self.name, place):
+                self._explained.add(place)
+                continue
+            if "/site-packages/" in place or "/dist-packages/" in place:
+                self._blind[f"!{name} is answered by an installed package ({place})"] += 1
+                continue
+            self._broken += 1
+            text = f"{name} is answered by {place}, which is not torch's; if that is meant, approve it: "
+            text += f'[[approve]] check = "{self.name}" place = "{place}"'
+            yield self._finding(
+                report.evidence, outcome="suspicious", techniques=("F3", "B2"), text=text, path=place, nobody=True
             )
 
     def _again(self, evidence: Evidence) -> Iterator[Finding]:

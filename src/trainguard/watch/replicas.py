@@ -11,7 +11,8 @@ Value of the link (spec/evidence.md "replicas"):
      "round": number of the round, "weights": CRC-32 of the places of every tensor, 8 hex digits each,
      "whole": sums over whole tensors, in turns, "state": CRC-32 of all places of the state,
      "buffers": CRC-32 of every buffer, 8 hex digits each, "hyper": CRC-32 of every group's entries,
-     "names": names of tensors, "buffer_names", "backend", "hooks": [[communication hook, place]], "identity": {…}
+     "names": names of tensors, "buffer_names", "backend", "hooks": [[communication hook, place]], "identity": {…},
+     "foreign": [[collective, place]] of those that are not torch's own
                                                      (in the first round, and again when one of them changed)
      "hosts": {"round", "own": text, "seen": {"<opt>.<round>.<rank>": text}}   left in the store, and found there}
 
@@ -34,7 +35,7 @@ import threading
 import zlib
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
-from . import roots, sample
+from . import origin, roots, sample
 from .client import Client
 from .weights import _Snapshot, _Sums
 
@@ -51,6 +52,21 @@ TENSORS_LIMIT = 128
 BUFFERS_LIMIT = 64
 ELEMENTS = 32
 HOOKS_LIMIT = 16
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "get_rank",
+    "get_world_size",
+    "new_group",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
 HOSTS_ROUND = 8
 """Steps of which one is left in the store, where ranks run on several hosts."""
 PEERS = 8
@@ -128,6 +144,7 @@ class Replicas:
             "buffer_names": [name for name, _ in _buffers(step, memory)],
             "backend": _backend(step.torch),
             "hooks": comm_hooks(),
+            "foreign": foreign(step.torch),
         }
         if not self.tried:
             rare["identity"] = identity(step.torch)
@@ -287,6 +304,32 @@ def comm_hooks() -> List[List[str]]:
             name = "%s.%s" % (getattr(hook, "__module__", "?"), getattr(hook, "__qualname__", type(hook).__name__))
             out.append([name[:200], place[:1024]])
     return out[:HOOKS_LIMIT]
+
+
+def foreign(torch: Any) -> List[List[str]]:
+    """[name, place] of collectives, and the kind of group, that are not torch's own: who answers when ranks talk.
+
+    Where a name of torch.distributed was bound to another function, its place is that function's `file:line`.
+    """
+    folder = str(torch.__file__).rsplit("/", 1)[0] + "/distributed/"
+    found: List[List[str]] = []
+    for module in (torch.distributed, sys.modules.get("torch.distributed.distributed_c10d")):
+        for name in COLLECTIVES:
+            function = getattr(module, name, None)
+            code = getattr(function, "__code__", None)
+            if (
+                function is None
+                or (code is not None and code.co_filename.startswith(folder))
+                or origin.is_ours(function)
+            ):
+                continue
+            where = "%s:%d" % (code.co_filename, code.co_firstlineno) if code is not None else type(function).__name__
+            if ["torch.distributed." + name, where[:1024]] not in found:
+                found.append(["torch.distributed." + name, where[:1024]])
+    kind = type(_group())
+    if _group() is not None and not str(kind.__module__).startswith("torch."):
+        found.append(["process group", "%s.%s" % (kind.__module__, kind.__qualname__)])
+    return found[:HOOKS_LIMIT]
 
 
 def identity(torch: Any) -> Dict[str, Any]:

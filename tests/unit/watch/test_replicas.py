@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import time
@@ -40,6 +41,22 @@ def test_the_rounds_of_a_rank_with_less_room_are_rounds_of_all_others() -> None:
     for shift in range(4):
         assert rounds(governor(), shift + 1) < rounds(governor(), shift)
     assert len(rounds(governor(), 3)) >= 8
+
+
+@pytest.mark.torch
+def test_a_collective_bound_to_other_code_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own are not; a wrapper that says it is torch's is known by its code."""
+    torch = pytest.importorskip("torch")
+    assert replicas.foreign(torch) == []
+    original = torch.distributed.all_reduce
+
+    @functools.wraps(original)
+    def all_reduce(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    ((name, place),) = replicas.foreign(torch)
+    assert (name, place.rsplit(":", 1)[0]) == ("torch.distributed.all_reduce", __file__)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
