@@ -41,7 +41,7 @@ CHECKSUM = 8
 """Hex digits of one checksum."""
 TEXTS_LIMIT = 4096
 TAILS_LIMIT = 256
-NAMES_COMPARED = 16
+NAMES_COMPARED = 8
 CHANCE = 10**6
 """Odds against chance from which a loss that only one rank ever has is no accident of its data."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from typing import Any, List
 
-NODES_LIMIT = 24
+NODES_LIMIT = 10
 FRAMES_LIMIT = 16
 NAME_LIMIT = 60
 

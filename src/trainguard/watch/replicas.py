@@ -46,6 +46,8 @@ ROUND = 5
 """Steps of which one is a round: two rounds are 9 steps apart at most while the budget has room."""
 FREE_LEVEL = 2
 """Governor's level up to which every round is made."""
+RARE_ROUNDS = 4
+"""Of so many rounds one also looks at names, hooks and collectives."""
 EPOCH = 32
 """Rounds that look at the same places."""
 TENSORS_LIMIT = 128
@@ -69,6 +71,7 @@ COLLECTIVES = (
 )
 HOSTS_ROUND = 8
 """Steps of which one is left in the store, where ranks run on several hosts."""
+NEVER = 1 << 62
 PEERS = 8
 """Other ranks looked up in a round of the store; they take turns."""
 KEEP_ROUNDS = 4
@@ -89,7 +92,6 @@ class Replicas:
         self.world = 1
         self.group: Any = None
         """The default process group that `world` is the size of."""
-        self.governor: Any = None
         self.exchange: Optional[_Exchange] = None
         self.tried = False
 
@@ -101,17 +103,20 @@ class Replicas:
             self.world = _world(step.torch)
         if self.world < 2:
             return
-        governor = self.governor = step.engine.governor
-        memory = step.track.memory.setdefault(self.name, {"sent": {}, "quiet": 0})
-        if step.index < memory["quiet"]:
-            return  # promised in `still`: we may be called late, with the update made
+        governor = step.engine.governor
+        memory = step.track.memory.setdefault(self.name, {"sent": {}, "due": 1, "hosts_due": 0})
+        if step.index < memory["due"] and step.index < memory["hosts_due"]:
+            return
         value: Dict[str, Any] = {}
-        if is_round(governor.draw, step.opt, step.index, ROUND, _shift(governor)):
+        if step.index == memory["due"]:
             number = (step.index - 1) // ROUND
             with step.torch.no_grad():
                 value.update(_look(step, memory, "own", governor.draw, number))
             value["round"] = number
-            self._once(step, memory, value)
+            if step.index == 1 or number % RARE_ROUNDS == 0:
+                self._once(step, memory, value)
+        if step.index >= memory["due"]:
+            memory["due"] = next_round(governor.draw, step.opt, step.index, ROUND, _shift(governor))
         self._hosts(step, memory, value)
         if value:
             value["rank"], value["world"] = step.torch.distributed.get_rank(), self.world
@@ -129,12 +134,7 @@ class Replicas:
         memory = track.memory.get(self.name)
         if self.world < 2 or memory is None:
             return self.world < 2
-        governor = self.governor
-        due = next_round(governor.draw, track.opt, track.count, ROUND, _shift(governor))
-        if self.exchange is not None and self.exchange.draw is not None:
-            due = min(due, next_round(self.exchange.draw, track.opt, track.count, HOSTS_ROUND, 0))
-        memory["quiet"] = due
-        still.until = min(still.until, max(track.count + 1, due - 1))
+        still.until = min(still.until, max(track.count + 1, min(memory["due"], memory["hosts_due"]) - 1))
         return True
 
     def _once(self, step: Step, memory: Dict[str, Any], value: Dict[str, Any]) -> None:
@@ -160,13 +160,16 @@ class Replicas:
             self.tried = True
             self.exchange = _Exchange.begin(step.torch, self.client)
         exchange = self.exchange
-        if exchange is None or exchange.draw is None:
+        draw = exchange.draw if exchange is not None else None
+        if exchange is None or draw is None:
+            memory["hosts_due"] = NEVER if exchange is None else step.index + HOSTS_ROUND
             return
-        if step.index == 1 or not is_round(exchange.draw, step.opt, step.index, HOSTS_ROUND, 0):
+        due, memory["hosts_due"] = memory["hosts_due"], next_round(draw, step.opt, step.index, HOSTS_ROUND, 0)
+        if step.index != due or step.index == 1 or not is_round(draw, step.opt, step.index, HOSTS_ROUND, 0):
             return
         number = (step.index - 1) // HOSTS_ROUND
         with step.torch.no_grad():
-            look = _look(step, memory, "hosts", exchange.draw, number)
+            look = _look(step, memory, "hosts", draw, number)
         own = json.dumps(
             {
                 "weights": _crc((look["weights"] + repr(look["whole"])).encode()),
