@@ -21,6 +21,7 @@ SETTINGS: dict[str, Any] = {
     "tensors": 4,
     "elements": 32,
     "process": 0,
+    "truth_every": 0,
 }
 
 

@@ -30,6 +30,7 @@ from trainguard.appraise.seals import Seals
 from trainguard.appraise.stalls import Stalls
 from trainguard.appraise.surface import Surface
 from trainguard.appraise.text import Text
+from trainguard.appraise.truth import Truth
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.appraise.weights import Weights
 from trainguard.errors import MalformedEvidence
@@ -47,6 +48,7 @@ CHECKS: tuple[type[Check], ...] = (
     Loads,
     Saves,
     Rng,
+    Truth,
     Gradients,
     Hyperparameters,
     Optimizer,

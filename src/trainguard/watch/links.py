@@ -33,6 +33,7 @@ from typing import Any, Dict, List, Tuple
 NAMES: Tuple[Tuple[str, str], ...] = (
     ("inputs", "InputsLink"),
     ("rng", "Rng"),
+    ("truth", "Truth"),
     ("gradients", "Gradients"),
     ("hyperparameters", "Hyperparameters"),
     ("optimizer", "Optimizer"),

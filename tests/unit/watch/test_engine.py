@@ -428,6 +428,7 @@ def test_a_compiled_step_is_left_as_it_is_and_shows_as_no_step(monkeypatch: pyte
     """torch.compile traces the hooks with the step: they vanish from it. Blind, and said to be."""
     # Undone afterwards: in a process that has compiled, link *weights* watches no interval, and later tests need one.
     monkeypatch.setattr("torch._dynamo.convert_frame.FRAME_COUNTER", 0)
+    monkeypatch.setattr("torch._dynamo.eval_frame.cached_backends", {})
 
     def weights(guarded: bool) -> tuple[torch.Tensor, int]:
         torch.manual_seed(0)
