@@ -331,7 +331,7 @@ class Stalls:
                     if watched.number in self._watched:
                         self._look(watched)
             self.own_ns = time.thread_time_ns()
-            over = self.own_ns - SHARE * (time.monotonic_ns() - began) - CREDIT_NS
+            over = self.own_ns - 0.9 * SHARE * (time.monotonic_ns() - began) - CREDIT_NS
             pause = PERIOD_SECONDS if over <= 0 else min(2.0, PERIOD_SECONDS + over / 1e9 / SHARE / 4)
 
     def _look(self, watched: _Watched) -> None:
