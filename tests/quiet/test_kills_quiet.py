@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from tests.helpers.guarded import run
+from tests.helpers.supervised import supervise
+
+from trainguard.appraise.kills import Kills
 
 PYTHON = sys.executable
 
@@ -110,3 +113,16 @@ def test_torchrun_and_loader_workers_end_quietly(tmp_path: Path) -> None:
     assert done.status == 1
     assert done.by("kills") == []
     assert done.link("kills")["held"] > 0
+
+
+def test_a_rank_that_raises_is_quoted_and_accuses_nobody(tmp_path: Path) -> None:
+    """Its exception and line, as the interpreter kept them; the exit status is the kernel's."""
+    (tmp_path / "rank.py").write_text("import os\nif os.environ['RANK'] == '0':\n    raise ValueError('loss is nan')\n")
+    launch = "import os, subprocess, sys\nfor rank in '01':\n    subprocess.run([sys.executable, 'rank.py'], "
+    launch += "env=dict(os.environ, RANK=rank, WORLD_SIZE='2'), stderr=subprocess.DEVNULL)\n"
+    (tmp_path / "job.py").write_text(launch)
+    done = supervise(tmp_path, [PYTHON, "job.py"])
+    findings, link = done.judge(Kills)
+    assert findings == []
+    (note, _rate) = link.blind
+    assert note.endswith(f"rank 0 ended by itself with status 1: ValueError at {tmp_path}/rank.py:3: loss is nan")

@@ -162,7 +162,7 @@ class Kills:
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         self._first = evidence.at if self._first is None else self._first
         self._last = evidence.at
-        inside = evidence.kind in ("kill", "foreign", "spawn")
+        inside = evidence.kind in ("kill", "foreign", "spawn", "bye")
         handler = getattr(self, f"_see_{evidence.kind}", None)
         if handler is not None and (evidence.source == "process") == inside:
             yield from handler(evidence)
@@ -590,7 +590,8 @@ class Kills:
 
     def _expected(self) -> float:
         """Interruptions that nature brings in this run."""
-        return BASE_RATE_PER_GPU_DAY * self._world * (self._last - (self._first or self._last)) / 86_400e9
+        first = self._last if self._first is None else self._first
+        return BASE_RATE_PER_GPU_DAY * self._world * (self._last - first) / 86_400e9
 
     def _rate(self, count: int, what: str) -> str:
         """Interruptions beside what nature brings, and what that is worth."""
@@ -600,7 +601,7 @@ class Kills:
         worth = "within what nature brings"
         if chance < 0.05 and count == 1:
             worth = "rare, but one event shows nothing"
-        elif chance < 0.05:
+        elif chance < 0.05 and expected:
             worth = f"{count / expected:.2g} times the natural rate: suspicious, not proof"
         return (
             f"{count} {what} in {days:.2g} device-days; by nature {expected:.1g} are expected "

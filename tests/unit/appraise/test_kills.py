@@ -301,3 +301,147 @@ def test_the_base_rate_is_stated_beside() -> None:
     job = Job()
     ended(job, RANK1, 11)
     assert "1 interruption(s)" in " ".join(job.state().blind)
+
+
+def leave(job: Job, pid: int, rank: int, status: int, error: Body | None = None) -> None:
+    """A rank says goodbye with its exception, and is gone."""
+    record = {"dropped": 0, "faults": {}} | ({"error": error} if error else {})
+    before = len(job.findings)
+    bye = Evidence(n=job.n, at=job.n * 10**9, source="process", kind="bye", body=record, pid=pid, rank=rank)
+    job.n += 1
+    job.findings += list(job.check.see(bye))
+    job.add("exit", {"ended": {"status": status, "signal": None}}, pid=pid, rank=rank)
+    assert len(job.findings) == before
+
+
+def was_ended(job: Job, pid: int, rank: int | None, number: int = 9, **memory: Any) -> None:
+    """A process was ended by a signal."""
+    counters = {"group": None, "host": None, "named": None} | memory
+    job.add("exit", {"ended": {"status": None, "signal": number}, "out_of_memory": counters}, pid=pid, rank=rank)
+
+
+def test_a_rank_that_fails_by_itself_is_quoted() -> None:
+    """Status, exception and line; what the launcher then does to the others is said too."""
+    job = Job()
+    leave(job, RANK1, 1, 1, {"type": "ValueError", "text": "loss is nan", "place": "/job/train.py:9"})
+    job.signal(job.facts(AGENT), RANK0, 15)
+    was_ended(job, RANK0, 0, 15)
+    notes = job.state().blind
+    assert "process 31, rank 1 ended by itself with status 1: ValueError at /job/train.py:9: loss is nan" in notes
+    assert any(
+        "rank 0 was ended by SIGTERM, sent by" in n and "after process 31, rank 1 had failed" in n for n in notes
+    )
+    assert job.findings == []
+
+
+@pytest.mark.parametrize("text", ["Connection closed by peer [10.0.0.3]:4711", "NCCL error: remote process exited"])
+def test_a_lost_peer_points_outside_this_host_unless_a_rank_here_failed(text: str) -> None:
+    """N4: node loss, as the ranks that are left tell it."""
+    error = {"type": "RuntimeError", "text": text, "place": "/env/torch/x.py:3"}
+    job = Job()
+    leave(job, RANK0, 0, 1, error)
+    assert any("a node or its network went away" in note for note in job.state().blind)
+    job = Job()
+    was_ended(job, RANK1, 1, 11)
+    leave(job, RANK0, 0, 1, error)
+    assert any("lost a peer after process 31, rank 1 had failed" in note for note in job.state().blind)
+    assert job.findings == []
+
+
+def test_the_kernels_log_names_what_memory_ended() -> None:
+    """Also where no counter of the control group can be read."""
+    job = Job()
+    was_ended(job, RANK1, 1, named=[RANK1])
+    assert any(
+        "the kernel's log says that it ended this process because memory ran out" in n for n in job.state().blind
+    )
+    assert job.findings == []
+
+
+@pytest.mark.parametrize(
+    ("exe", "words"), [("/usr/sbin/slurmstepd", "Slurm"), ("/usr/bin/containerd-shim-runc-v2", "the container engine")]
+)
+def test_a_schedulers_cancel_is_called_that(exe: str, words: str) -> None:
+    """SIGTERM to the supervisor, passed on to the command."""
+    job = Job()
+    sender = {"exe": exe, "cmdline": [exe.rpartition("/")[2]]}
+    job.add("signal", {"signal": 15, "from_pid": 7, "from_uid": 0, "sender": sender})
+    job.add("end", {"status": None, "signal": 15, "out_of_memory": {}})
+    assert any(f"sent to the supervisor by {words}, process 7 of account 0" in note for note in job.state().blind)
+
+
+def test_a_sender_that_cannot_be_seen_from_here_is_no_process_zero() -> None:
+    """In a container the kernel gives pid 0 for who lives outside it."""
+    job = Job()
+    job.add("signal", {"signal": 15, "from_pid": 0, "from_uid": 0, "sender": {}})
+    job.add("end", {"status": None, "signal": 15, "out_of_memory": {}})
+    assert any("not visible from here" in note for note in job.state().blind)
+
+
+def test_what_the_nodes_ledger_saw_settles_an_open_end() -> None:
+    """Told before or after the end: a scheduler is a note, a stranger a suspicion, the kernel neither."""
+    stranger = {"pid": 900, "uid": 1001, "euid": 1001, "exe": "/usr/bin/python3", "cmdline": ["python3", "-c", "x"]}
+    for sender, kernel, outcomes in (
+        (stranger | {"loginuid": 1001, "session": 5}, False, ["suspicious"]),
+        ({"pid": 901, "uid": 0, "exe": "/usr/sbin/slurmstepd", "cmdline": ["slurmstepd"]}, False, []),
+        ({"pid": 5, "comm": "kswapd"}, True, []),
+    ):
+        job = Job()
+        job.add("node", {"state": "on"})
+        was_ended(job, RANK1, 1)
+        job.add("outside", {"signal": 9, "target": RANK1, "kernel": kernel, "sender": sender})
+        notes = job.state().blind
+        assert [f.outcome for f in job.findings] == outcomes
+        assert not any("saw no sender" in note for note in notes)
+        if outcomes:
+            assert "account 1001" in job.findings[0].message
+            assert "session 5" in job.findings[0].message
+    job = Job()
+    job.add("node", {"state": "on"})
+    was_ended(job, RANK1, 1)
+    job.state()
+    assert [f.outcome for f in job.findings] == ["not_checked"]
+    assert "the node's ledger was on and saw no sender" in job.findings[0].message
+
+
+def test_ranks_that_end_together_are_one_interruption() -> None:
+    """And one interruption shows nothing, however short the run was."""
+    job = Job()
+    was_ended(job, RANK0, 0, 11)
+    was_ended(job, RANK1, 1, 11)
+    (rate,) = [note for note in job.state().blind if "by nature" in note]
+    assert rate.startswith("1 interruption(s)")
+    assert rate.endswith("rare, but one event shows nothing")
+
+
+def test_many_ends_by_unknown_senders_are_suspicious_and_no_proof() -> None:
+    """Three in separate hours, in a small job; three crashes are not."""
+    for number, outcomes in ((9, {"not_checked", "suspicious"}), (11, set())):
+        job = Job()
+        for _ in range(3):
+            job.n += 3600
+            was_ended(job, RANK1, 1, number)
+        job.state()
+        assert {finding.outcome for finding in job.findings} == outcomes
+        rates = [f.message for f in job.findings if f.outcome == "suspicious"]
+        assert all("times the natural rate: suspicious, not proof" in message for message in rates)
+
+
+def test_a_refused_signal_ended_nobody() -> None:
+    """deny-signals: the attempt is a finding, a later end is not laid at its door."""
+    job = Job()
+    body = {"call": "kill", "signal": 9, "sender": job.facts(RANK0), "target": RANK1, "targets": [job.facts(RANK1)]}
+    job.add("signalled", body | {"denied": True}, pid=RANK0)
+    was_ended(job, RANK1, 1)
+    assert "refused and not delivered" in job.findings[0].message
+    assert job.findings[1].outcome == "not_checked"
+
+
+def test_the_guards_own_signals_are_not_laid_at_anybodys_door() -> None:
+    """--enforce stop: recorded before anything is sent."""
+    job = Job()
+    job.add("enforced", {"mode": "stop", "check": "optimizer", "message": "m"})
+    was_ended(job, RANK1, 1)
+    job.add("end", {"status": None, "signal": 15, "out_of_memory": {}})
+    assert job.findings == []
+    assert sum("sent by the guard (--enforce stop)" in note for note in job.state().blind) == 2
