@@ -6,7 +6,8 @@ taken before this attempt. Only where there is neither do the process's own clai
     library    interpreter or installed package, as locked (or, without a lock, as measured or merely there)
     approved   the job's own code, exactly as locked
     own        the job's own code; there is no lock to hold it to
-    guard      a file of trainguard that is the one this judge was shipped with, or that the lock holds
+    guard      a file of trainguard that is the one this judge was shipped with, or that the lock holds; of a run that
+               another version recorded, the one that its supervisor had
     cache      made on this machine from other code: TorchInductor, Triton, remote modules
     foreign    outside the job's folder and every library; there is no lock
     planted    contradicts the lock, or is not what was measured before the start
@@ -20,6 +21,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
+from trainguard import __version__
 from trainguard.appraise.interface import Context
 from trainguard.digest import HEX_SHA256_LENGTH, file_sha256
 from trainguard.errors import TrainguardError
@@ -59,6 +63,8 @@ class Origins:
         self._locked: dict[str, Mapping[str, str]] = {}
         self._taken: dict[str, Mapping[str, str]] = {}
         self._guard: str | None = None
+        self._guard_then: Mapping[str, str] | None = None
+        """The guard's files by the word of a supervisor of another version; None where this judge's own are meant."""
         self._cwd: str | None = None
 
     # -- learning -------------------------------------------------------------------------------------------------
@@ -85,6 +91,15 @@ class Origins:
         base = self._cwd or "/"
         named = (_join(base, script).rsplit("/", 1)[0] for script in scripts[:1])
         self._folders = tuple(dict.fromkeys([*named, base]))
+        if body.get("trainguard") != __version__ and isinstance(body.get("guard"), str):
+            self._guard_then = self._recorded_guard(body["guard"])
+
+    def _recorded_guard(self, digest: str) -> Mapping[str, str] | None:
+        try:
+            return msgspec.json.decode(self._context.blob(digest), type=dict[str, str])
+        except (TrainguardError, msgspec.DecodeError) as error:
+            self.problems.append(f"the guard's own files as recorded at the start cannot be read: {error}")
+            return None
 
     def _measurement(self, body: Mapping[str, Any]) -> None:
         blob, lock = body.get("blob"), body.get("lock")
@@ -220,7 +235,10 @@ class Origins:
 
     def guard_file(self, below: str) -> str | None:
         """SHA-256 of a file of the guard's inner half, as this judge was shipped with it."""
-        return _guard_files().get(below)
+        return self._guard_files().get(below)
+
+    def _guard_files(self) -> Mapping[str, str]:
+        return guard_files() if self._guard_then is None else self._guard_then
 
     def _in_cache(self, path: str) -> bool:
         caches = self.measured.caches if self.measured is not None else ()
@@ -229,7 +247,7 @@ class Origins:
     def _is_guard(self, below: str, loaded: str | None, path: str) -> bool:
         if loaded is None:
             return True  # named as an origin only; its hash is judged where it was loaded
-        return loaded in (_guard_files().get(below), self.locked(path))
+        return loaded in (self._guard_files().get(below), self.locked(path))
 
 
 def rows(value: object, width: int) -> Iterable[list[Any]]:
@@ -303,7 +321,7 @@ def _join(base: str, path: str) -> str:
 
 
 @functools.cache
-def _guard_files() -> dict[str, str]:
+def guard_files() -> dict[str, str]:
     """SHA-256 of the in-process half of this very installation, by path below its folder."""
     folder = Path(__file__).parent.parent / "watch"
     return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*.py")}

@@ -25,10 +25,12 @@ from trainguard import __version__
 from trainguard.appraise.engine import Appraiser
 from trainguard.appraise.interface import Context
 from trainguard.appraise.judge import judge_run
+from trainguard.appraise.origin import guard_files
 from trainguard.appraise.ranks import member_of
 from trainguard.appraise.verdict import Verdict
 from trainguard.archive import RunWriter
 from trainguard.cli._gate import Gate
+from trainguard.digest import canonical_json
 from trainguard.envelope import load_or_create_key, load_public_key
 from trainguard.errors import TrainguardError
 from trainguard.evidence import Evidence
@@ -160,6 +162,7 @@ class Session:
                 "session": _read_line("/proc/self/sessionid"),
             },
             "trainguard": __version__,
+            "guard": self._home.store_blob(canonical_json(guard_files())),
             "policy": policy,
             "lock": lock,
             "settings": {"links": self._policy.links, "commits": self._policy.commits},

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from trainguard import __version__
 from trainguard.appraise.interface import Context
 from trainguard.appraise.origin import Origins
 from trainguard.errors import Unavailable
@@ -151,3 +152,29 @@ def test_malformed_records_are_passed_over(record: tuple[str, dict[str, Any]]) -
     """A judge never raises for bad evidence."""
     known = origins(record)
     assert known.standing("/x.py:1") == "foreign"
+
+
+def guard_records(version: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """A run of trainguard `version` whose supervisor had client.py with hash A, as had the process."""
+    start = ("start", {"command": [], "cwd": "/job", "trainguard": version, "guard": "then"})
+    where = ("code", {"where": {"roots": {"guard": "/guard/watch"}}})
+    return start, where, ("code", {"files": [["/guard/watch/client.py", A, "_trainguard.client", "source"]]})
+
+
+def test_a_run_of_another_version_is_held_to_the_guard_its_supervisor_had() -> None:
+    """A judge that was updated since must not call every earlier run suspicious."""
+    made = origins(*guard_records("0.0.1"), then=b'{"client.py": "' + A.encode() + b'"}')
+    assert made.standing("/guard/watch/client.py") == "guard"
+    altered = origins(*guard_records("0.0.1"), then=b'{"client.py": "' + B.encode() + b'"}')
+    assert altered.standing("/guard/watch/client.py") == "planted"
+
+
+def test_a_run_of_our_own_version_is_held_to_our_own_guard() -> None:
+    made = origins(*guard_records(__version__), then=b'{"client.py": "' + A.encode() + b'"}')
+    assert made.standing("/guard/watch/client.py") == "planted"
+
+
+def test_a_guard_that_was_not_recorded_readably_is_held_to_our_own() -> None:
+    made = origins(*guard_records("0.0.1"), then=b"[]")
+    assert made.standing("/guard/watch/client.py") == "planted"
+    assert "cannot be read" in made.problems[0]
