@@ -148,7 +148,7 @@ class Tally:
     __slots__ = ("code", "glance_ns", "last_ns", "lock", "own_ns", "rows", "sent_ns", "steps", "tail")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may step an optimizer while we hold it
         self.steps = 0
         self.last_ns = 0
         """When the last step was seen (wall clock)."""
@@ -319,7 +319,7 @@ class Engine:
         self.leaving = False
         """Whether the rest is sent when a child of multiprocessing ends."""
         self.local = threading.local()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may step an optimizer while we hold it
         self.idle_lock = threading.Lock()
         self.names: Dict[int, str] = {}
         self.unsent_ns = 0
@@ -658,7 +658,7 @@ class Engine:
                 with self.torch.no_grad():
                     self.ready(step)
             except Exception as error:
-                self.client.fault("engine.ready", error)
+                _count(self.client, "engine.ready", error)
             step.value = None
             step.own_ns += clock() - start
             return value
@@ -682,14 +682,14 @@ class Engine:
         try:
             return getattr(link, phase)(step)
         except Exception as error:
-            self.client.fault("link.%s.%s" % (link.name, phase), error)
+            _count(self.client, "link.%s.%s" % (link.name, phase), error)
             return None
 
     def _arm(self, arm: Callable[[Step], None], step: Step) -> None:
         try:
             arm(step)
         except Exception as error:
-            self.client.fault("link.arm", error)
+            _count(self.client, "link.arm", error)
 
     def _idle(self, step: Step) -> None:
         if not self.idle_lock.acquire(blocking=False):
@@ -706,6 +706,14 @@ class Engine:
                 self.client.send("link", {"link": link.name, "value": value}, step.number)
 
 
+def _count(client: Client, place: str, error: BaseException) -> None:
+    """Have a fault counted; where even that fails (no stack left, an error that cannot be printed), let it be."""
+    try:
+        client.fault(place, error)
+    except Exception:
+        pass
+
+
 def _made(client: Client) -> List[Any]:
     """One object of every link; a link that cannot be made is counted and left out."""
     made = []
@@ -713,7 +721,7 @@ def _made(client: Client) -> List[Any]:
         try:
             made.append(link(client))
         except Exception as error:
-            client.fault("link.%s" % link.__name__, error)
+            _count(client, "link.%s" % link.__name__, error)
     return made
 
 
@@ -834,7 +842,7 @@ def _before(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> An
     try:
         return engine.before(optimizer, args, kwargs)
     except Exception as error:
-        engine.client.fault("engine.before", error)
+        _count(engine.client, "engine.before", error)
         return None
 
 
@@ -851,4 +859,4 @@ def _after(optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Non
         elif not glance.passes(optimizer):
             engine.late(optimizer)
     except Exception as error:
-        engine.client.fault("engine.after", error)
+        _count(engine.client, "engine.after", error)
