@@ -116,7 +116,7 @@ def test_torchrun_and_loader_workers_end_quietly(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_raises_is_quoted_and_accuses_nobody(tmp_path: Path) -> None:
-    """Its exception and line, as the interpreter kept them; the exit status is the kernel's."""
+    """Its exception and line, as the interpreter kept them."""
     (tmp_path / "rank.py").write_text("import os\nif os.environ['RANK'] == '0':\n    raise ValueError('loss is nan')\n")
     launch = "import os, subprocess, sys\nfor rank in '01':\n    subprocess.run([sys.executable, 'rank.py'], "
     launch += "env=dict(os.environ, RANK=rank, WORLD_SIZE='2'), stderr=subprocess.DEVNULL)\n"
@@ -125,4 +125,5 @@ def test_a_rank_that_raises_is_quoted_and_accuses_nobody(tmp_path: Path) -> None
     findings, link = done.judge(Kills)
     assert findings == []
     (note, _rate) = link.blind
-    assert note.endswith(f"rank 0 ended by itself with status 1: ValueError at {tmp_path}/rank.py:3: loss is nan")
+    assert "rank 0 ended by itself" in note
+    assert note.endswith(f": ValueError at {tmp_path}/rank.py:3: loss is nan")

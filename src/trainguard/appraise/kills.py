@@ -397,7 +397,12 @@ class Kills:
     def _see_exit(self, evidence: Evidence) -> Iterator[Finding]:
         ended = evidence.body.get("ended")
         pid = evidence.pid
-        if pid is None or pid == self._child or not isinstance(ended, dict):
+        if pid is None or pid == self._child:
+            return
+        if not isinstance(ended, dict):  # it said goodbye and the kernel does not tell its status yet
+            if evidence.rank is not None and pid in self._errors:
+                self._gone[pid] = evidence.at
+                self._left(evidence, f"process {pid}, rank {evidence.rank}", None)
             return
         number = ended.get("signal")
         self._gone[pid] = evidence.at
@@ -434,7 +439,8 @@ class Kills:
         error = self._errors.get(evidence.pid or -1, {})
         text = str(error.get("text"))[:160]
         told = f": {error.get('type')} at {error.get('place')}: {text}" if error else ""
-        message = f"{subject} ended by itself with status {status}{told[:400]}"
+        how = "" if status is None else f" with status {status}"
+        message = f"{subject} ended by itself{how}{told[:400]}"
         if error and PEER_LOST.search(text) is not None:
             message += (
                 f"; it lost a peer after {self._failed[0]} had failed"

@@ -348,7 +348,7 @@ class Stalls:
             self._turn(watched, cpu, queue)
         self._count(watched, kind, call)
         known = watched.open
-        if known is not None and known.slices == slices:
+        if known is not None and (known.slices, known.call) == (slices, call):
             known.samples += 1
             known.elapsed_ns, known.cpu_ns, known.queue_ns = self._spent(watched, now)
         else:
