@@ -77,6 +77,10 @@ class Optimizer:
         self._given: Counter[tuple[int | None, str]] = Counter()
         self._counters: dict[tuple[Key, int], tuple[int, float]] = {}
         """Optimizer's tensor → its step and the step counter in its state, when last sampled."""
+        self._without: dict[Key, int] = {}
+        """How many tensors had no gradient when last counted."""
+        self._at_times: set[Key] = set()
+        """Optimizers some of whose tensors have a gradient in some steps only: their counters may lag."""
         self._sources = shadow.Sources()
         self._waiting: Counter[str] = Counter()
         """Class without a reference → steps of it that were sampled, until one was repeated."""
@@ -120,7 +124,7 @@ class Optimizer:
             if sample.shadow is None and sample.kind not in self._sources.repeated:
                 self._waiting[sample.kind] += 1
             return
-        checked, good = 0, []
+        checked, passed, good = 0, 0, []
         for tensor in sample.tensors:
             if tensor.dtype not in PRECISION or tensor.grad_reason not in (None, "none"):
                 if sample.shadow is None:
@@ -130,6 +134,7 @@ class Optimizer:
             case = case_of(tensor, sample)
             departure = check_tensor(tensor, case, reference, sample, self._ulp)
             checked += 1
+            passed += departure is None
             if departure is not None:
                 yield departure
             elif case is not None:
@@ -140,7 +145,7 @@ class Optimizer:
         ratio = learning_rate_off(good, reference)
         if ratio is not None:
             yield ratio
-        elif checked and len(good) == checked and lag is None:
+        elif checked and passed == checked and lag is None:
             self._held += 1
 
     def _shadow(self, sample: Sample, found: Shadow) -> Iterator[Departure]:
@@ -164,6 +169,7 @@ class Optimizer:
         opt, index = evidence.body.get("opt"), evidence.body.get("index")
         if not isinstance(opt, int) or not isinstance(index, int) or "found_inf" in sample.extra:
             return None
+        self._absences((evidence.process, opt), evidence, sample)
         lags: list[float] = []
         example: tuple[Tensor, float, float] | None = None
         for tensor in sample.tensors:
@@ -177,7 +183,7 @@ class Optimizer:
             due = last[1] + (index - 1 - last[0])
             lags.append(due - before[0])
             example = (tensor, due, before[0])
-        if example is None or len(set(lags)) != 1 or lags[0] < 1:
+        if example is None or len(set(lags)) != 1 or lags[0] < 1 or (evidence.process, opt) in self._at_times:
             return None
         tensor, due, found = example
         return Departure(
@@ -187,6 +193,18 @@ class Optimizer:
             f"step counter {due:g}",
             f"step counter {found:g}",
         )
+
+    def _absences(self, key: Key, evidence: Evidence, sample: Sample) -> None:
+        """Note when a tensor that was updated before has no gradient, or their number changes."""
+        if any(tensor.grad_reason == "none" and tensor.state.get("step") for tensor in sample.tensors):
+            self._at_times.add(key)
+        settings = evidence.body.get("hyperparameters")
+        census = settings.get("census") if isinstance(settings, dict) else None
+        counts = census.get("counts") if isinstance(census, dict) else None
+        if isinstance(counts, list) and len(counts) == 3 and isinstance(counts[1], int):
+            if self._without.setdefault(key, counts[1]) != counts[1]:
+                self._at_times.add(key)
+            self._without[key] = counts[1]
 
     # -- findings ---------------------------------------------------------------------------------------------
 

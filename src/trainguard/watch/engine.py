@@ -56,6 +56,9 @@ MEASURE_EVERY = 16
 IDLE_EVERY = 10
 """Steps between two chances for sweeps while steps are taken at a glance."""
 
+ABSENT_STEPS = 4
+"""A tensor without a gradient at so many checked steps in a row is no longer drawn: it would tell nothing."""
+
 NEVER = 1 << 62
 
 
@@ -85,9 +88,11 @@ class Track:
     """What the engine remembers of one optimizer between its steps."""
 
     __slots__ = (
+        "absent",
         "count",
         "entries",
         "memory",
+        "missing",
         "nests",
         "next_full",
         "next_sample",
@@ -109,7 +114,11 @@ class Track:
         self.signature: Any = None
         self.entries: List[Entry] = []
         self.without_grad: frozenset[int] = frozenset()
-        """Positions of parameters that had no gradient when last looked at; these are not drawn."""
+        """Positions of parameters that had no gradient when last looked at."""
+        self.missing: List[frozenset[int]] = []
+        """The same of the last ABSENT_STEPS looks."""
+        self.absent: frozenset[int] = frozenset()
+        """Positions that had none at any of these; they are not drawn."""
         self.next_full = checking
         self.next_sample: Optional[List[Tuple[Entry, sample.Place]]] = None
         """What the next step will sample, fixed beforehand so that gradient hooks can be armed for it."""
@@ -381,9 +390,11 @@ class Engine:
         step.ready = True
         track = step.track
         step.grads = [entry.param.grad for entry in track.entries]
-        missing = frozenset(i for i, grad in enumerate(step.grads) if grad is None)
-        if missing != track.without_grad:
-            track.without_grad = missing
+        track.without_grad = missing = frozenset(i for i, grad in enumerate(step.grads) if grad is None)
+        track.missing = [*track.missing[1 - ABSENT_STEPS :], missing]
+        absent = frozenset.intersection(*track.missing)
+        if absent != track.absent:
+            track.absent = absent
             track.pool = []
         for link in self.readers:
             self._call(link, "ready", step)
@@ -558,7 +569,7 @@ class Engine:
         pool = track.pool
         if not pool:
             usable = [e for e in track.entries if e.reason is None]
-            pool = track.pool = [e for e in usable if e.position not in track.without_grad] or usable
+            pool = track.pool = [e for e in usable if e.position not in track.absent] or usable
         if not pool:
             return []
         count = min(self.tensors, len(pool))
