@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.recorded import context
+import torch
+from tests.helpers.recorded import context, judge
+from tests.helpers.training import Run, train
 from tests.helpers.watched import cache_folder, write
 
+from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.interface import Check
 from trainguard.appraise.live import Live
+from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.processes import Processes
 from trainguard.appraise.text import Text
+from trainguard.appraise.weights import Weights
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding, LinkState
+from trainguard.watch import engine
 from trainguard.watch.outside import Outside
 from trainguard.watch.supervisor import Settings, Supervisor, blocked_signals
 
@@ -260,3 +266,55 @@ def test_an_honest_job_has_no_difference(tmp_path: Path) -> None:
     assert isinstance(state, LinkState)
     assert (state.held, state.broken, state.required) == (1, 0, False)
     assert any("edited since they were loaded" in reason for reason in state.blind)
+
+
+# -- acting between samples ---------------------------------------------------------------------------------------
+
+
+def findings_of(run: Run) -> list[Finding]:
+    """What the step links say of a run."""
+    return [finding for check in (Weights, Gradients, Optimizer) for finding in judge(check, run.records)[0]]
+
+
+def test_weights_that_are_put_back_before_the_step_escape_the_step_links() -> None:
+    """Not caught: other weights in forward and backward, the right ones at both samples. Left to gradient truth and
+    replay; the trace that stays is the code that does it."""
+    kept: list[torch.Tensor] = []
+
+    def edit(run: Run) -> None:
+        kept[:] = run.weights
+        for parameter in run.net.parameters():
+            parameter.data.mul_(1.01)
+
+    def restore(run: Run) -> None:
+        for parameter, weight in zip(run.net.parameters(), kept, strict=False):
+            parameter.data.copy_(weight)
+
+    run = train(12, after_step=edit, before_step=restore)
+    assert kept
+    assert findings_of(run) == []
+
+
+def nudge_unchecked(run: Run) -> None:
+    """Edit every weight where the guard's own plan says that the next step is not checked."""
+    made = engine.current()
+    tracks = list(made.tracks.values()) if made is not None else []
+    if tracks and (run.step > 10 if run.checked_all else not tracks[0].next_full):  # type: ignore[attr-defined]
+        for parameter in run.net.parameters():
+            parameter.data.add_(1e-3)
+        run.edits = getattr(run, "edits", 0) + 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_who_acts_only_in_unchecked_steps_escapes_the_budget_and_not_links_all(everything: bool) -> None:
+    """The plan lies in the process and can be read there. Coverage says how many steps were checked; with --links all
+    there are no others."""
+
+    def act(run: Run) -> None:
+        run.checked_all = everything  # type: ignore[attr-defined]
+        nudge_unchecked(run)
+
+    settings = {"links": "all"} if everything else {"links": "governed", "credit_seconds": 0.0, "always_steps": 5}
+    run = train(14 if everything else 40, after_step=act, **settings)
+    assert getattr(run, "edits", 0) > 2
+    assert bool(findings_of(run)) is everything
