@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,31 @@ def test_an_approved_line_explains_its_sleeps(tmp_path: Path) -> None:
     assert [f.subject.path for f in run.judge(Stalls)[0]] == [f"{tmp_path}/attack.py:2"] * 2
     findings, link = run.judge(Stalls, Approval(check="stalls", place="attack.py:2"))
     assert (findings, link.explained, link.broken) == ([], (f"{tmp_path}/attack.py:2",), 0)
+
+
+@pytest.mark.nightly
+def test_the_rank_that_holds_up_the_others_is_named(tmp_path: Path) -> None:
+    """One rank reads a pipe that stays empty, the other stands in the backward pass and waits for it."""
+    train = """
+import os, select, torch, torch.distributed as dist
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(16, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+for step in range(1, 21):
+    if step == 12 and dist.get_rank() == 1:
+        select.select([os.pipe()[0]], [], [], 12)
+    optimizer.zero_grad()
+    model(torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+os._exit(0)
+"""
+    write(tmp_path, {"train.py": train})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    run = supervise(tmp_path, command, env={"OMP_NUM_THREADS": "1"}, hang_seconds=4.0)
+    findings, link = run.judge(Stalls)
+    (finding,) = [found for found in findings if "steps stopped" in found.message]
+    assert (finding.outcome, finding.subject.rank, finding.subject.path) == ("suspicious", 1, f"{tmp_path}/train.py:9")
+    assert "select" in finding.message
+    assert "1 of 2 ranks wait for it in a collective" in finding.message
+    assert any("rank 0 made none" in note and "in backward" in note for note in link.blind)

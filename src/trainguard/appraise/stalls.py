@@ -429,18 +429,16 @@ class Stalls:
         idle = [one for one in odd if _is_idle(one.evidence.body)]
         for one in group:
             self._note(f"steps stopped: {self._stands(one)}")
-        if waiting and idle:
-            for one in idle:
-                yield self._hung(one, f"; {len(waiting)} of {len(group)} ranks wait for it in a collective")
-            return
         for one in idle:
             where = self._blame(one.stack) if one.stack else None
-            kind = one.evidence.body.get("kind")
-            if where is not None and kind == "asleep" and where.phase in INSIDE and where.standing not in _TRUSTED:
-                yield self._hung(one, "")
+            if where is None or where.standing in _TRUSTED or self._origins.approves(self.name, where.place):
+                continue  # noted above; a library that saves, loads or compiles may take its time
+            if waiting and where.phase not in _SLOW_BY_NATURE and one.evidence.body.get("state") != "D":
+                yield self._hung(one, where, f"; {len(waiting)} of {len(group)} ranks wait for it in a collective")
+            elif where.phase in INSIDE and one.evidence.body.get("kind") == "asleep":
+                yield self._hung(one, where, "")
 
-    def _hung(self, one: _Stuck, rest: str) -> Finding:
-        where = self._blame(one.stack) if one.stack else None
+    def _hung(self, one: _Stuck, where: _Where, rest: str) -> Finding:
         return self._finding(
             one.evidence,
             one.process,
@@ -608,6 +606,7 @@ class Stalls:
 
 
 _TRUSTED = ("library", "guard", "cache", "approved")
+_SLOW_BY_NATURE: tuple[Phase, ...] = ("checkpoint", "data", "compile")
 _PATTERNS: tuple[tuple[re.Pattern[str], Phase], ...] = tuple((re.compile(p), phase) for p, phase in PHASES)
 
 

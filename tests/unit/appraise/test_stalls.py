@@ -261,6 +261,18 @@ def test_a_hang_that_nobody_is_to_blame_for_is_a_note() -> None:
     run = Run(ranks=2).train(10)
     hang(run, waits, waits)
     assert run.findings == []
+    saving = (f"{TORCH}/serialization.py:9:save", "/job/opt.py:9:save", SCRIPT)
+    for stack, state in (
+        (saving, "S"),
+        (("/job/opt.py:9:store", f"{TORCH}/serialization.py:9:save"), "S"),
+        ((SCRIPT,), "D"),
+    ):
+        run = Run(ranks=2).train(10)
+        hang(run, waits, (stack, "write", "waits", state))
+        assert run.findings == []
+    locked = Run(ranks=2, locked=True).train(10)
+    hang(locked, waits, (("/job/opt.py:9:gate", SCRIPT), "read", "waits", "S"))
+    assert locked.findings == []
     single = Run().train(10)
     hang(single, ((SCRIPT,), "accept", "waits", "S"))
     assert single.findings == []
