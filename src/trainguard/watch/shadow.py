@@ -813,12 +813,15 @@ class Shadow:
         if not memory["needed"] or not self._affordable(step, memory):
             return
         began = time.thread_time_ns()
+        inside = audit.entered()  # compiling and running the source are our doing
         try:
             chosen, scope = self._scope(step, memory)
             self._twins(step).class_of(type(step.optimizer))
             self.taken[step.opt] = Before(step, chosen, scope)
         except Refused as refused:
             self.off[step.opt] = str(refused)
+        finally:
+            audit.left(inside)
         memory["last_ns"] = time.thread_time_ns() - began
         self.spent_ns += memory["last_ns"]
 
