@@ -52,8 +52,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Programs of the job, by base name, that deny-signals lets signal others."""
     commits: bool = True
     """Commit to every step, so that the run can be replayed (spec/replay.md); also with links = "none"."""
-    commit_percent: float = 2.0
-    """Percent of a step's time for fingerprints; beyond it most steps commit only to streams, settings and weights."""
+    commit_percent: float = 1.0
+    """Percent of a step's time for fingerprints; beyond it steps commit to less, and then not every step does."""
     points_percent: float = 0.5
     """Percent of the run's time for writing replay points."""
     points_mb: float = 512.0

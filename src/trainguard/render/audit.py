@@ -17,11 +17,18 @@ def audit_view(report: Report, *, ascii_only: bool = False) -> RenderableType:
     lines += [Text("  " + finding_line(finding), style="red") for finding in report.findings]
     lines.append(Text("  " + _odds(report)))
     lines.append(Text("  " + _selftest(report)))
-    where = "on this host, in the run's own environment" if not report.environment.get("apart") else (
-        f"on this host, with {plain(str(report.environment.get('python')))}"
-    )  # fmt: skip
-    lines.append(Text(f"  replayed {where}; logged as leaf {report.leaf}", style="dim"))
+    lines.append(Text(f"  replayed on this host, {_where(report)}; logged as leaf {report.leaf}", style="dim"))
     return Group(*lines)
+
+
+def _where(report: Report) -> str:
+    environment = report.environment
+    if not environment.get("apart"):
+        return "in the run's own environment: what it shares with the run it cannot see (--env takes another)"
+    python = plain(str(environment.get("python")))
+    if environment.get("approved"):
+        return f"with {python}, measured and as the lock approves"
+    return f"with {python}, which is not shown to be the approved one: {plain(str(environment.get('reason')))}"
 
 
 def _headline(report: Report) -> str:

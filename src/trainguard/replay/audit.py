@@ -32,7 +32,9 @@ from trainguard.envelope import load_or_create_key, sign_statement, statement
 from trainguard.errors import MalformedEvidence, Misuse, TrainguardError, Unavailable, VerificationError
 from trainguard.finding import Citation, Finding, Subject
 from trainguard.home import Home
+from trainguard.lockfile import parse_lock
 from trainguard.log import Log
+from trainguard.policy import Policy
 from trainguard.replay import compare, plan, points
 from trainguard.replay.committed import Committed, Point, committed
 from trainguard.replay.compare import Difference
@@ -62,6 +64,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Steps of the segment that were compared and equal."""
     seconds: float = 0.0
     difference: Difference | None = None
+    after: int | None = None
+    """Last step before the difference that was committed to; the act lies after it."""
     confirmed: bool = False
     """Whether two replays from the first step agreed with each other and not with the run."""
     reason: str | None = None
@@ -126,6 +130,7 @@ class Auditor:
         self._command = self._words()
         folder, state = self._open(head)
         self._folder = folder
+        state["environment"] = self._kept("environment", self._environment)
         drawn = plan.draw(
             self._committed,
             state["nonce"],
@@ -198,6 +203,34 @@ class Auditor:
         write_durably(folder / "draw.json", canonical_json(state))
         return folder, state
 
+    def _environment(self) -> dict[str, Any]:
+        """Whether the replays run in an environment apart from the run's, measured now and as the lock approves."""
+        if self._options.python is None:
+            return {"apart": False, "approved": False, "reason": "the run's own environment"}
+        lock = self._committed.start.get("lock")
+        if not isinstance(lock, str):
+            return {
+                "apart": True,
+                "approved": False,
+                "reason": "the run has no lock to measure the environment against",
+            }
+        self._progress("measuring the environment to replay in")
+        from trainguard.appraise.environment import compare as differences
+        from trainguard.measure import measure
+
+        try:
+            approved = parse_lock(self._home.blob(lock), where="lock")
+            measured = measure(
+                self._command, cwd=Path(str(self._committed.start.get("cwd"))), cache=self._home.cache,
+                against=approved.measurement, trust_cache=False,
+            )  # fmt: skip
+            found = list(differences(approved, measured, Policy()))
+        except TrainguardError as error:
+            return {"apart": True, "approved": False, "reason": f"it cannot be measured: {error}"}
+        bad = [finding for finding in found if finding.outcome != "suspicious"]
+        reason = f"{len(bad)} differences from the lock, first: {bad[0].message}"[:500] if bad else ""
+        return {"apart": True, "approved": not bad, "reason": reason, "measurement": measured.digest}
+
     def _changed(self) -> str | None:
         """Which file named in the command is not what it was when the run began, or None."""
         inputs = self._committed.start.get("inputs")
@@ -222,14 +255,13 @@ class Auditor:
         write_durably(path, msgspec.json.encode(found))
         return found
 
-    def _task(self, segment: plan.Segment) -> str:
+    def _task(self, group: Sequence[plan.Segment]) -> str:
         """Id of a task: everything that decides its outcome."""
-        point = self._point(segment)
+        point = self._point(group[0])
         told = [
             self._run,
             self._command,
-            segment.first,
-            segment.last,
+            [[segment.first, segment.last] for segment in group],
             None if point is None else [point.index_sha256, point.data_blake3],
             self._options.limit_seconds,
         ]
@@ -258,121 +290,144 @@ class Auditor:
             reason = str(selftest.get("reason") or "the verifier did not find the fault that was planted in it")
             return tuple(_not_replayed(drawn.segments[number], reason) for number in drawn.chosen)
         results: list[Result] = []
-        for turn, number in enumerate(drawn.chosen, 1):
-            segment = drawn.segments[number]
-            self._progress(f"segment {turn} of {len(drawn.chosen)}: steps {segment.first} to {segment.last}")
-            kept = self._kept(self._task(segment), lambda segment=segment: msgspec.to_builtins(self._segment(segment)))  # type: ignore[misc]
-            results.append(msgspec.convert(kept, Result))
+        groups = plan.neighbours(drawn)
+        for turn, group in enumerate(groups, 1):
+            self._progress(f"replay {turn} of {len(groups)}: steps {group[0].first} to {group[-1].last}")
+            kept = self._kept(self._task(group), lambda group=group: {"results": self._group(group)})  # type: ignore[misc]
+            results.extend(msgspec.convert(kept["results"], list[Result]))
             if results[-1].outcome == "differs":
                 break  # the rest follows from it
         return tuple(results)
 
-    # -- 5: one segment ---------------------------------------------------------------------------------------------
+    # -- 5: neighbouring segments, in one process ---------------------------------------------------------------------
 
-    def _segment(self, segment: plan.Segment) -> Result:
+    def _group(self, group: Sequence[plan.Segment]) -> list[dict[str, Any]]:
         began = time.monotonic()
         try:
-            result = self._warped(segment)
+            results = self._warped(group)
         except Unavailable as error:
-            result = _not_replayed(segment, str(error))
-        return msgspec.structs.replace(result, seconds=round(time.monotonic() - began, 1))
+            results = [_not_replayed(segment, str(error)) for segment in group]
+        seconds = round(time.monotonic() - began, 1)
+        return [msgspec.to_builtins(msgspec.structs.replace(result, seconds=seconds)) for result in results]
 
-    def _warped(self, segment: plan.Segment) -> Result:
+    def _warped(self, group: Sequence[plan.Segment]) -> list[Result]:
         """By warp where that can be; else, and to confirm a difference, from the first step."""
-        point = self._point(segment)
-        if point is None or segment.first - 1 < SHORTEST_WARP:
-            return self._from_start(segment, None)
+        point, last = self._point(group[0]), group[-1].last
+        if point is None or point.step < SHORTEST_WARP:
+            return self._from_start(group, None)
         folder = self._home.run(self._run) / "points" / point.name
         try:
             points.open_point(folder, point)
         except TrainguardError as error:
-            return self._from_start(segment, str(error))
-        found = self._rerun(until=segment.last, begin=point.step, point=folder)
-        reason = found.unsound or (None if found.landed else _unfinished(found, segment.last) or "it never landed")
-        if reason is None and found.reached < segment.last:
-            reason = _unfinished(found, segment.last)
+            return self._from_start(group, str(error))
+        found = self._rerun(group, begin=point.step, point=folder)
+        reason = found.unsound or (None if found.landed else _unfinished(found, last) or "it never landed")
+        reason = reason or _unfinished(found, last)
         if reason is not None:
-            return self._from_start(segment, f"warp: {reason}")
-        difference, compared = self._compare(found, 1, segment.last)
+            return self._from_start(group, f"warp: {reason}")
+        difference = self._compare(found, last)
         if difference is not None:
-            return self._from_start(segment, f"warp: step {difference.step}: {difference.what} differs")
-        if (odd := self._end_differs(segment, found)) is not None:
-            return self._from_start(segment, f"warp: {odd} differs in the state after step {segment.last}")
-        return _equal(segment, "warp", compared - segment.first + 1)
+            return self._from_start(group, f"warp: step {difference.step}: {difference.what} differs")
+        if (odd := self._state_differs(group, found)) is not None:
+            return self._from_start(group, f"warp: {odd[1]} differs in the state after step {odd[0]}")
+        return [_equal(segment, "warp") for segment in group]
 
-    def _from_start(self, segment: plan.Segment, why: str | None) -> Result:
+    def _from_start(self, group: Sequence[plan.Segment], why: str | None) -> list[Result]:
         """Replay from the first step: needs no sealed state and skips nothing, so it decides."""
-        found = self._rerun(until=segment.last)
-        difference, compared = self._compare(found, 1, segment.last)
-        if difference is None:
-            reason = _unfinished(found, segment.last)
-            if reason is not None:
-                return _not_replayed(segment, reason)
-            odd = self._end_differs(segment, found)
-            if odd is not None:
-                return _not_replayed(segment, f"the sealed state after step {segment.last} is not what the steps "
-                                     f"committed to: {odd}")  # fmt: skip
-            result = _equal(segment, "start", compared - segment.first + 1)
-            return msgspec.structs.replace(result, reason=why)
-        return self._confirmed(segment, difference, found)
+        last = group[-1].last
+        found = self._rerun(group)
+        difference = self._compare(found, last)
+        if difference is not None:
+            return self._confirmed(group, difference, found)
+        reason = _unfinished(found, last)
+        if reason is not None:
+            return [_not_replayed(segment, reason) for segment in group]
+        odd = self._state_differs(group, found)
+        if odd is not None:
+            text = f"the sealed state after step {odd[0]} is not what the steps committed to: {odd[1]}"
+            return [
+                _equal(segment, "start") if segment.last < odd[0] else _not_replayed(segment, text) for segment in group
+            ]
+        return [msgspec.structs.replace(_equal(segment, "start"), reason=why) for segment in group]
 
-    def _confirmed(self, segment: plan.Segment, difference: Difference, first: Rerun) -> Result:
+    def _confirmed(self, group: Sequence[plan.Segment], difference: Difference, first: Rerun) -> list[Result]:
         """A difference counts when a second clean replay agrees with the first one and not with the run."""
+        if first.newer:
+            changed = f"it reads {first.newer[0]}, which changed since the run began; step {difference.step} differs"
+            return [_not_replayed(segment, changed) for segment in group]
         self._progress(f"step {difference.step}: {difference.what} differs; replaying again to be sure")
         again = self._rerun(until=difference.step)
-        reason = _unfinished(again, difference.step)
-        if reason is None:
-            streams = compare.idle(first.account, again.account) | compare.idle(self._committed.account, again.account)
-            unsteady, _ = compare.first_difference(
-                first.account, again.account, first=1, last=difference.step, idle_streams=streams
-            )
-            if unsteady is not None:
-                unseeded = [("torch", "numpy", "python")[n] for n in sorted(compare.idle(first.account, again.account))]
-                cause = f"; never seeded: {', '.join(unseeded)}" if unseeded else ""
-                reason = (
-                    f"two clean replays of the same command part from each other at step {unsteady.step} "
-                    f"({unsteady.what}{cause}): it depends on something that was not recorded"
-                )
+        reason = _unfinished(again, difference.step) or self._unsteady(first, again, difference.step)
         if reason is not None:
-            return _not_replayed(segment, reason)
-        return Result(
+            return [_not_replayed(segment, reason) for segment in group]
+        results = [_equal(segment, "start") for segment in group if segment.last < difference.step]
+        segment = next((s for s in group if difference.step <= s.last), group[-1])
+        compared = max(0, difference.step - segment.first)
+        bad = Result(
             segment=segment.number,
             first=segment.first,
             last=segment.last,
             outcome="differs",
             way="start",
-            compared=max(0, difference.step - segment.first),
+            compared=compared,
             difference=difference,
+            after=max((n for n in self._committed.steps if n < difference.step), default=None),
             confirmed=True,
         )
+        return [*results, bad]
 
-    def _compare(self, found: Rerun, first: int, last: int) -> tuple[Difference | None, int]:
+    def _unsteady(self, first: Rerun, again: Rerun, last: int) -> str | None:
+        """Why two clean replays of the command do not agree with each other, or None."""
+        unseeded = compare.idle(first.account, again.account)
+        streams = unseeded | compare.idle(self._committed.account, again.account)
+        parted, _ = compare.first_difference(first.account, again.account, first=1, last=last, idle_streams=streams)
+        if parted is None:
+            return None
+        names = [("torch", "numpy", "python")[place] for place in sorted(unseeded)]
+        return (
+            f"two clean replays of the same command part from each other at step {parted.step} ({parted.what}"
+            f"{'; never seeded: ' + ', '.join(names) if names else ''}): it depends on something that was not recorded"
+        )
+
+    def _compare(self, found: Rerun, last: int) -> Difference | None:
         why = compare.incomparable(self._committed.account.build, found.account.build)
         if found.account.steps and why is not None:
             raise Unavailable(f"not comparable yet: {why}")
         streams = compare.idle(self._committed.account, found.account)
         return compare.first_difference(
-            self._committed.account, found.account, first=first, last=last, idle_streams=streams
-        )
+            self._committed.account, found.account, first=1, last=last, idle_streams=streams
+        )[0]
 
-    def _end_differs(self, segment: plan.Segment, found: Rerun) -> str | None:
-        """First tensor in which the sealed state at the end of a segment is not the replay's, or None."""
-        point = next((p for p in self._committed.points if p.step == segment.last), None)
-        if point is None or found.state is None:
-            return None
-        folder = self._home.run(self._run) / "points" / point.name
-        try:
-            index = points.open_point(folder, point)
-        except TrainguardError:
-            return None
-        clean = points.digests(found.state, points.read_index(found.state))
-        return points.first_unequal(points.digests(folder, index), clean)
+    def _state_differs(self, group: Sequence[plan.Segment], found: Rerun) -> tuple[int, str] | None:
+        """Step and tensor in which a sealed state is not the replay's, or None. A sealed state that is gone is skipped:
+        what its step committed to has been compared."""
+        for point in self._committed.points:
+            clean = found.states.get(point.step)
+            if clean is None or not group[0].first <= point.step <= group[-1].last:
+                continue
+            folder = self._home.run(self._run) / "points" / point.name
+            try:
+                index = points.open_point(folder, point)
+            except TrainguardError:
+                continue
+            odd = points.first_unequal(points.digests(folder, index), points.digests(clean, points.read_index(clean)))
+            if odd is not None:
+                return point.step, odd
+        return None
 
     def _point(self, segment: plan.Segment) -> Point | None:
         return next((point for point in self._committed.points if point.step == segment.first - 1), None)
 
-    def _rerun(self, *, until: int, begin: int = 0, point: Path | None = None, plant: int | None = None) -> Rerun:
-        """One replay in a sandbox of its own."""
+    def _rerun(
+        self,
+        group: Sequence[plan.Segment] = (),
+        *,
+        until: int = 0,
+        begin: int = 0,
+        point: Path | None = None,
+        plant: int | None = None,
+    ) -> Rerun:
+        """One replay in a sandbox of its own: of a group, or until a step."""
         start = self._committed.start
         root = self._folder / "sandbox"
         shutil.rmtree(root, ignore_errors=True)
@@ -386,8 +441,12 @@ class Auditor:
                 root=root,
                 environment={str(k): str(v) for k, v in environment.items()} if isinstance(environment, dict) else {},
                 key=self._committed.key or "00" * 32,
+                began_ns=_began(start),
+                trusted=[Path(self._options.python).parent.parent] if self._options.python is not None else [],
+                cache=_private(self._home.cache / "replayed"),
             ),
-            until=until,
+            until=group[-1].last if group else until,
+            keep=[p.step for p in self._committed.points if group and group[0].first <= p.step <= group[-1].last],
             begin=begin,
             point=point,
             plant=plant,
@@ -409,8 +468,8 @@ class Auditor:
             head=dict(state["head"]),
             environment={
                 "python": self._options.python or self._command[0],
-                "apart": self._options.python is not None,
                 "build": self._committed.account.build or {},
+                **state["environment"],
             },
             selftest=selftest,
             results=results,
@@ -434,9 +493,11 @@ class Auditor:
             else ""
         )
         many = f" ({difference.tensors} of {difference.of} tensors)" if difference.tensors > 1 else ""
+        gap = result.after is not None and result.after < difference.step - 1
+        within = f" (the act lies after step {result.after})" if gap else ""
         message = (
-            f"step {difference.step}: {difference.what}{where}{many} is not what two clean replays of the same command "
-            "give; everything compared before it is equal"
+            f"step {difference.step}: {difference.what}{where}{many}: not what two clean replays of the same command "
+            f"give; everything compared before it is equal{within}"
         )
         return Finding(
             check="replay",
@@ -473,14 +534,22 @@ class Auditor:
         return msgspec.structs.replace(report, blob=blob, leaf=leaf)
 
 
-def _equal(segment: plan.Segment, way: str, compared: int) -> Result:
+def _private(path: Path) -> Path:
+    """The folder, made if need be, ours alone."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022:
+        raise Unavailable(f"{path}: others can write there; bytecode is not taken from it")
+    return path
+
+
+def _equal(segment: plan.Segment, way: str) -> Result:
     return Result(
         segment=segment.number,
         first=segment.first,
         last=segment.last,
         outcome="equal",
         way=way,
-        compared=max(0, min(compared, segment.steps)),
+        compared=segment.steps,
     )
 
 

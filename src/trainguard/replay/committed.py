@@ -55,7 +55,7 @@ class Account:
         self.tensors: dict[int, tuple[str, ...]] = {}
         """Optimizer → name of each slot."""
         self.steps: dict[int, Step] = {}
-        self.uncommitted = 0
+        self.uncommitted: set[int] = set()
         """Steps without commits."""
         self._hyper: dict[int, dict[str, dict[str, Any]]] = {}
 
@@ -63,7 +63,8 @@ class Account:
         """One step frame. Raises MalformedEvidence for what is not as the spec says."""
         value = body.get("commits")
         if not isinstance(value, Mapping):
-            self.uncommitted += 1
+            if isinstance(number, int) and len(self.uncommitted) < STEP_LIMIT:
+                self.uncommitted.add(number)
             return
         opt = body.get("opt")
         if not isinstance(number, int) or not 0 < number < STEP_LIMIT or not isinstance(opt, int):
@@ -95,6 +96,12 @@ class Account:
             citation=citation,
             wall_ns=wall if isinstance(wall, int) else 0,
         )
+
+    def drop(self, link: str) -> None:
+        """Forget one vector of every step: it cannot be compared."""
+        for number, step in self.steps.items():
+            kept = {name: data for name, data in step.vectors.items() if name != link}
+            self.steps[number] = msgspec.structs.replace(step, vectors=kept)
 
     def _settings(self, opt: int, value: Mapping[str, Any]) -> None:
         hyper, changed = value.get("hyper"), value.get("changed")
@@ -175,6 +182,8 @@ def committed(run: str, records: Iterable[Evidence], begin: Mapping[str, Any]) -
     if key is not None and not _opens(key, begin):
         raise MalformedEvidence(f"run {run}: the key said at its end is not the one committed to at its start")
     process, account = _only(run, accounts)
+    if key is None:
+        account.drop("weights")
     last = max(account.steps)
     _gaps(run, account, last)
     return Committed(
@@ -205,10 +214,11 @@ def _only(run: str, accounts: Mapping[int, Account]) -> tuple[int, Account]:
 
 
 def _gaps(run: str, account: Account, last: int) -> None:
-    missing = next((n for n in range(1, last + 1) if n not in account.steps), None)
-    if missing is not None:
+    """Every step is told of, whether or not it is committed to."""
+    missing = last - len(account.steps) - sum(number <= last for number in account.uncommitted)
+    if missing > 0:
         raise Unavailable(
-            f"run {run}: step {missing} of {last} is not in the record; what is missing cannot be compared"
+            f"run {run}: {missing} of {last} steps are not in the record; what is missing cannot be compared"
         )
 
 

@@ -86,6 +86,17 @@ def draw(
     return Plan(nonce=nonce, segments=everything, chosen=tuple(chosen), risky=tuple(n for n in chosen if n in risky))
 
 
+def neighbours(plan: Plan) -> list[list[Segment]]:
+    """The chosen segments, those that follow one another together: one process replays each group."""
+    groups: list[list[Segment]] = []
+    for number in sorted(plan.chosen):
+        if groups and groups[-1][-1].number == number - 1:
+            groups[-1].append(plan.segments[number])
+        else:
+            groups.append([plan.segments[number]])
+    return groups
+
+
 def _risky(run: Committed, everything: Sequence[Segment]) -> tuple[int, ...]:
     """The first segment, and those with something unusual in the record."""
     marked = [0] + [s.number for s in everything if any(s.first <= step <= s.last for step in run.alarms)]

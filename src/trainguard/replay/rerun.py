@@ -69,7 +69,12 @@ class Job:
     """Everything below may be written; nothing else."""
     environment: Mapping[str, str]
     key: str
-    rank: int | None = None
+    began_ns: int = 0
+    """When the run began: what the replay reads and is newer may be something else than the run read."""
+    trusted: Sequence[Path] = ()
+    """Folders that may be newer: an environment that the auditor made."""
+    cache: Path
+    """Private folder for bytecode, kept between replays: importing torch without one takes most of a short replay."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,6 +88,8 @@ class Rerun:
     unsound: str | None = None
     outside: list[str] = field(default_factory=list)
     """Paths outside the sandbox that the script wanted to write."""
+    newer: list[str] = field(default_factory=list)
+    """Files it read that changed since the run began."""
     status: int | None = None
     timed_out: bool = False
     output: str = ""
@@ -96,8 +103,8 @@ class Rerun:
     faults: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Files of the working folder that the sandbox does not have, because they changed since the run began."""
-    state: Path | None = None
-    """The replay's own state after its last step."""
+    states: dict[int, Path] = field(default_factory=dict)
+    """Step → the replay's own state after it."""
 
     @property
     def reached(self) -> int:
@@ -180,15 +187,18 @@ class _Host:
             self.result.unsound = str(body["unsound"])[:1000]
         if "outside" in body and len(self.result.outside) < 20:
             self.result.outside.append(str(body["outside"])[:1000])
+        if "newer" in body and len(self.result.newer) < 20:
+            self.result.newer.append(str(body["newer"])[:1000])
         self.done = self.done or "stopped" in body
 
 
 def rerun(
     job: Job, *, until: int, begin: int = 0, point: Path | None = None, plant: int | None = None,
-    limit_seconds: float = 600.0,
+    keep: Sequence[int] = (), limit_seconds: float = 600.0,
 ) -> Rerun:  # fmt: skip
     """Run the command until step `until`; with begin > 0 warped to the state `point` after that step.
 
+    keep: steps after which the replay's own state is written down, to be compared with the sealed one.
     plant: turn the gradient's sign in this step, on our own side: a verifier that does not see it is broken.
     Raises Misuse when the command cannot be started.
     """
@@ -198,7 +208,9 @@ def rerun(
         "until": until,
         "point": str(point) if point is not None else "",
         "plant": plant,
-        "roots": [str(job.root), "/dev", "/proc/self"],
+        "began_ns": job.began_ns,
+        "trusted": [str(folder) for folder in job.trusted],
+        "roots": [str(job.root), str(job.cache), "/dev", "/proc/self"],
     }
     welcome = {
         "links": "none",
@@ -206,9 +218,9 @@ def rerun(
         "key": job.key,
         "commit_percent": 100.0,
         "points": str(job.root / "points"),
-        "points_every": until,
+        "points_at": sorted(keep),
         "points_mb": 1 << 20,
-        "pycache": str(job.root / "bytecode"),
+        "pycache": str(job.cache),
         "replay": plan,
     }
     began = time.monotonic()
@@ -233,7 +245,7 @@ def rerun(
         output.seek(max(0, output.tell() - OUTPUT_TAIL_BYTES))
         result.output = output.read().decode(errors="replace")
     result.seconds = time.monotonic() - began
-    result.state = next(iter(sorted((job.root / "points").glob(f"p*-step-{until:08d}"))), None)
+    result.states = {int(path.name[-8:]): path for path in sorted((job.root / "points").glob("p*-step-*[0-9]"))}
     return result
 
 
@@ -266,6 +278,6 @@ def _environment(job: Job, path: str) -> dict[str, str]:
     inherited = env.get("PYTHONPATH")
     env["PYTHONPATH"] = f"{BOOT}{os.pathsep}{inherited}" if inherited else str(BOOT)
     env["TRAINGUARD_SOCKET"] = path
-    env["PYTHONPYCACHEPREFIX"] = str(job.root / "bytecode")
+    env["PYTHONPYCACHEPREFIX"] = str(job.cache)
     env["TMPDIR"] = str(job.root / "tmp")
     return env

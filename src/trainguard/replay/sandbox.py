@@ -48,7 +48,7 @@ class Sandbox:
         if not self.origin.is_dir():
             raise Unavailable(f"{self.origin}: the run's working folder is not there any more")
         try:
-            for folder in (self.work, self.temporary, self.root / "outside", self.root / "bytecode"):
+            for folder in (self.work, self.temporary, self.root / "outside"):
                 folder.mkdir(parents=True, mode=0o700)
             self._copy({path.resolve() for path in (*skip, self.root)})
         except OSError as error:

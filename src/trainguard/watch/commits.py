@@ -1,6 +1,6 @@
 """Link *commits*: what a step was made from and what it left, as fingerprints, for replay to compare with afterwards.
 
-Value of the link in a step frame (spec/replay.md, "Commits"; every step):
+Value of the link in a step frame (spec/replay.md, "Commits"):
 
     {"build": {…}, "tensors": [name], "shared": n}         in the first frame of an optimizer, and when they change
      "rng": [torch, numpy, python, …cuda], "modes": hex,   before the update
@@ -10,6 +10,8 @@ Value of the link in a step frame (spec/replay.md, "Commits"; every step):
      "before": vector, "raw": vector, "used": vector,      weights before the step, gradients after backward and as used
      "state": vector, "weights": vector, "buffers": vector optimizer state, weights and buffers after the step
      "lean": true}                                         where only rng, modes, groups and weights were affordable
+
+Where not even that is, steps in between are not committed to: what happened in them is in the weights of the next.
 
 A *vector* is base64 of little-endian 32-bit numbers, one for each tensor of `tensors`. `weights` is a keyed linear
 hash: sum over i of k_i x_i mod 2**64 over the tensor's bytes taken as 64-bit integers, with odd k_i drawn from the
@@ -50,6 +52,13 @@ MODES_EVERY = 64
 TRIAL_STEPS = 20
 """Every link is committed in these first steps; then the budget decides."""
 
+NOTHING, LEAN, EVERYTHING = 0, 1, 2
+"""What a step commits to."""
+
+FULL_LEVEL_LIMIT, LEAN_LEVEL_LIMIT = 7, 4
+GLANCE_LIMIT = 64
+VIEWS_LIMIT = 20_000
+
 clock = time.thread_time_ns
 
 
@@ -62,7 +71,7 @@ class Commits:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.on = client.settings.get("commits") is True
-        self.percent = float(client.settings.get("commit_percent", 2.0))
+        self.percent = float(client.settings.get("commit_percent", 1.0))
         self.thorough = client.settings.get("links") == "none"
         self.seed = hashlib.blake2b(b"commits", key=bytes.fromhex(client.settings["key"])[:64]).digest()
         self.keys: Dict[str, Any] = {}
@@ -73,16 +82,23 @@ class Commits:
         self.buffers: List[Any] = []
         self.looked = 0
         self.full_ns = self.lean_ns = self.wall_ns = 0.0
+        self.full_level = self.lean_level = 0
+        """One step in 2**level commits to everything, or to what is lean."""
+        self.steps: Any = None
+        """The engine's tally, once there was a step."""
         self.raw: Dict[int, "_Raw"] = {}
         self.told = False
+        self.views: Dict[int, Tuple[int, Any, Any]] = {}
+        """Number of a parameter in its optimizers' entries → where its memory is, it as words, it."""
         self.points = points.Writer(client)
 
     def before(self, step: Step) -> None:
         """Streams, modes, weights and gradients that the update will be made from."""
-        if not self.on:
+        if not self.on or self._share(step.number) == NOTHING:
             return
         start = clock()
         with step.torch.no_grad():
+            self.steps = step.engine.tally
             self._look(step)
             step.scratch[self.name] = self._take_before(step)
         step.own_ns -= clock() - start
@@ -91,27 +107,37 @@ class Commits:
     def after(self, step: Step) -> Any:
         """What the update left; a point when one is due."""
         found = step.scratch.get(self.name)
-        if found is None:
-            return None
         start = clock()
+        if found is None:
+            if self.on:
+                self._book(step, 0, NOTHING)
+                self.points.offer(step, 0)
+                step.own_ns -= clock() - start
+            return None
         with step.torch.no_grad():
             value = self._take_after(step, *found)
             spent = clock() - start + step.scratch["commits_ns"]
-            self._book(step, spent, "lean" in value)
+            self._book(step, spent, LEAN if "lean" in value else EVERYTHING)
             self.points.offer(step, spent)
         step.own_ns -= clock() - start
         return value
 
     def still(self, track: Track, optimizer: Any, still: Any) -> bool:
-        """A step that is committed to is never taken at a glance."""
-        return not self.on
+        """Steps that are not committed to may be taken at a glance."""
+        if not self.on:
+            return True
+        steps = self.steps.steps if self.steps is not None else 0
+        ahead = next((n for n in range(1, GLANCE_LIMIT) if self._share(steps + n) != NOTHING), GLANCE_LIMIT)
+        still.until = min(still.until, track.count + ahead - 1)
+        return ahead > 1
 
     def forked(self) -> None:
         """Hooks on the parent's parameters say nothing here."""
         self.on = False
 
     def forget(self, opt: int) -> None:
-        """The optimizer is gone: take its hook off."""
+        """The optimizer is gone: take its hook off, let go of its parameters."""
+        self.views.clear()
         raw = self.raw.pop(opt, None)
         if raw is not None:
             raw.remove()
@@ -124,10 +150,10 @@ class Commits:
         self._header(step, track, value)
         self._groups(step, track, value)
         sums: Dict[str, List[Any]] = {}
-        if step.late or self._lean(step.number):
+        if step.late or self._share(step.number) == LEAN:
             value["lean"] = True
             return value, sums
-        sums["before"] = [total(words(torch, entry.param)) for entry in track.entries]
+        sums["before"] = [total(self._words(torch, entry.param)) for entry in track.entries]
         raw = self.raw.get(step.opt)
         if raw is not None and raw.values is not None and len(raw.values) == len(track.entries):
             sums["raw"] = raw.values
@@ -149,7 +175,10 @@ class Commits:
         value["shared"] = share
         track.memory["share"] = share
         self.forget(step.opt)
-        self.raw[step.opt] = _Raw(step.torch, track.entries, self._fault, self._lean, step)
+        self.raw[step.opt] = _Raw(step.torch, track.entries, self._fault, self._wants_raw, step)
+
+    def _wants_raw(self, number: int) -> bool:
+        return self._share(number) == EVERYTHING
 
     def _fault(self, place: str, error: BaseException) -> None:
         self.client.fault(place, error)
@@ -209,7 +238,7 @@ class Commits:
             if self.buffers:
                 each = [total(words(torch, buffer)) for buffer in self.buffers]
                 sums["buffers"] = [_stacked(torch, each).sum()]
-        sums["weights"] = [self._keyed(torch, words(torch, entry.param)) for entry in entries]
+        sums["weights"] = [self._keyed(torch, self._words(torch, entry.param)) for entry in entries]
         self._encode(torch, sums, step.track.memory["share"], value)
         return value
 
@@ -228,6 +257,17 @@ class Commits:
         for part, (name, _) in zip(parts, lengths):
             value[name] = base64.b64encode(data[used : used + 4 * len(part)]).decode("ascii")
             used += 4 * len(part)
+
+    def _words(self, torch: Any, param: Any) -> Any:
+        """`words` of a parameter, remembered as long as it stays where it is."""
+        known = self.views.get(id(param))
+        if known is not None and known[2] is param and known[0] == param.data_ptr() and known[1].data_ptr() == known[0]:
+            return known[1]
+        view = words(torch, param)
+        if len(self.views) > VIEWS_LIMIT:
+            self.views.clear()
+        self.views[id(param)] = (param.data_ptr(), view, param)
+        return view
 
     def _keyed(self, torch: Any, x: Any) -> Any:
         """Keyed linear hash of 64-bit words, mod 2**64, as a tensor of one number."""
@@ -261,33 +301,41 @@ class Commits:
 
     # -- the budget -----------------------------------------------------------------------------------------------
 
-    def _book(self, step: Step, spent: int, lean: bool) -> None:
-        if lean:
+    def _book(self, step: Step, spent: int, share: int) -> None:
+        if share == LEAN:
             self.lean_ns += (spent - self.lean_ns) * (0.1 if self.lean_ns else 1.0)
-        elif step.number > 1:
+        elif share == EVERYTHING and step.number > 1:
             self.full_ns += (spent - self.full_ns) * (0.1 if self.full_ns else 1.0)
         if step.wall_ns:
             self.wall_ns += (step.wall_ns - self.wall_ns) * (0.1 if self.wall_ns else 1.0)
+        spare = max(self.percent / 200.0 * self.wall_ns, 1.0)  # half of the budget for each kind of step
+        lean_ns = self.lean_ns or self.full_ns / 3
+        self.full_level = _level(self.full_ns, spare, FULL_LEVEL_LIMIT)
+        self.lean_level = min(_level(lean_ns, spare, LEAN_LEVEL_LIMIT), self.full_level)
 
-    def _lean(self, number: int) -> bool:
-        """Whether step `number` commits only what always is: every link in 1 of 2**n steps, where all cost too much."""
-        if self.thorough or number <= TRIAL_STEPS:
-            return False
-        spare = self.percent / 100.0 * self.wall_ns
-        level = 0
-        while level < 6 and self.full_ns > spare * (1 << level):
-            level += 1
-        return number % (1 << level) != 0
+    def _share(self, number: int) -> int:
+        """How much step `number` commits to."""
+        if self.thorough or number <= TRIAL_STEPS or number & ((1 << self.full_level) - 1) == 0:
+            return EVERYTHING
+        return LEAN if number & ((1 << self.lean_level) - 1) == 0 else NOTHING
+
+
+def _level(cost: float, spare: float, limit: int) -> int:
+    """Smallest n for which one step in 2**n is affordable."""
+    level = 0
+    while level < limit and cost > spare * (1 << level):
+        level += 1
+    return level
 
 
 class _Raw:
     """Gradients right at the end of every backward pass that reaches the optimizer's first parameter."""
 
-    def __init__(self, torch: Any, entries: List[Entry], fault: Any, lean: Any, step: Step) -> None:
+    def __init__(self, torch: Any, entries: List[Entry], fault: Any, wanted: Any, step: Step) -> None:
         self.torch = torch
         self.entries = entries
         self.fault = fault
-        self.lean = lean
+        self.wanted = wanted
         self.engine = step.engine
         self.values: Optional[List[Any]] = None
         self.handle: Any = None
@@ -298,7 +346,7 @@ class _Raw:
     def arrived(self, param: Any) -> None:
         """A backward pass is under way: look when it is over."""
         try:
-            if not self.lean(self.engine.tally.steps + 1):
+            if self.wanted(self.engine.tally.steps + 1):
                 self.torch.autograd.Variable._execution_engine.queue_callback(self.over)
         except Exception as error:
             self.fault("commits.arrived", error)

@@ -43,6 +43,8 @@ class Writer:
         self.limit = int(float(client.settings.get("points_mb", 512)) * (1 << 20))
         self.fixed = int(client.settings.get("points_every") or 0)
         """Distance in steps where the settings fix it."""
+        self.at = frozenset(client.settings.get("points_at") or ())
+        """Exactly these steps and no others: in a replay."""
         self.every = 0
         self.cost_ns = 0.0
         self.wall_ns = 0.0
@@ -53,6 +55,10 @@ class Writer:
     def offer(self, step: Step, spent_ns: int) -> None:
         """A step has ended: write a point if one is due."""
         if not self.folder:
+            return
+        if self.at:
+            if step.number in self.at:
+                self._write(step)
             return
         if step.wall_ns and step.number > 2:
             self.wall_ns += (step.wall_ns - self.wall_ns) * (0.1 if self.wall_ns else 1.0)

@@ -2,7 +2,7 @@
 
 Runs only where the welcome carries a plan (`trainguard audit`): never in a real training. It does what a guard must
 not: it replaces functions. Plan: {"from": k, "until": m, "point": folder | "", "plant": step | null,
-"roots": [folders that may be written]}.
+"roots": [folders that may be written], "began_ns": when the run began, "trusted": [folders that may be newer]}.
 
 From the start (k = 0) nothing of the computation is touched: the script runs, link *commits* says every step, and after
 step m the process is over. With k > 0 the script is *warped* to step k:
@@ -20,7 +20,8 @@ step m the process is over. With k > 0 the script is *warped* to step k:
 Nothing is saved (`torch.save` writes an empty file), and what lies outside `roots` cannot be opened for writing.
 
 Frames: kind "replay", body one of {"learnt": rules, "real": calls without one}, {"landed": k}, {"unsound": reason},
-{"outside": path}, {"stopped": m}; every step as kind "step", with less in it while the warp goes forward.
+{"outside": path}, {"newer": path} (read, and changed since the run began), {"stopped": m}; every step as in a run, with
+less in it while the warp goes forward.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import stat
 import sys
 import tempfile
 import threading
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from . import commits, points, sample
 from .client import Client
@@ -43,6 +45,8 @@ BLOCK = 624
 
 BLOCKS_LIMIT = 20_000
 RULES_LIMIT = 256
+NEWER_LIMIT = 20
+OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 _warp: Optional["Warp"] = None
@@ -75,6 +79,10 @@ class Warp:
         self.plant = int(plan.get("plant") or 0)
         """Step whose gradient we turn ourselves, to see that the verifier notices; 0 for none."""
         self.roots = [os.path.realpath(str(root)) for root in plan.get("roots") or ()]
+        self.began_ns = int(plan.get("began_ns") or 0)
+        self.trusted = [os.path.realpath(str(root)) for root in plan.get("trusted") or ()]
+        self.newer: Set[str] = set()
+        """Files it read that changed since the run began."""
         self.pid = os.getpid()
         self.engine: Any = None
         self.torch: Any = None
@@ -336,13 +344,32 @@ class Warp:
         if event == "open":
             path, mode, flags = args
             writes = (isinstance(flags, int) and flags & WRITES) or (isinstance(mode, str) and set(mode) & set("wax+"))
-            if writes and not isinstance(path, int):
-                self._inside(path)
+            if not isinstance(path, int):
+                if writes:
+                    self._inside(path)
+                else:
+                    self._note(path)
         elif event in ("os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
             self._inside(args[0])
         elif event == "os.rename":
             self._inside(args[0])
             self._inside(args[1])
+
+    def _note(self, path: Any) -> None:
+        """A file is read: say so if it is another one than the run can have read."""
+        if not self.began_ns or not isinstance(path, (str, bytes, os.PathLike)) or len(self.newer) >= NEWER_LIMIT:
+            return
+        try:
+            real = os.path.realpath(os.fsdecode(path))
+            status = os.stat(real)
+        except (OSError, ValueError):
+            return
+        if max(status.st_mtime_ns, status.st_ctime_ns) < self.began_ns or not stat.S_ISREG(status.st_mode):
+            return
+        apart = (*self.roots, *self.trusted, "/proc", "/sys", "/dev", OWN)
+        if real not in self.newer and not any(real == root or real.startswith(root + os.sep) for root in apart):
+            self.newer.add(real)
+            self.client.send("replay", {"newer": real[:1000]})
 
     def _inside(self, path: Any) -> None:
         if not isinstance(path, (str, bytes, os.PathLike)):
