@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from tests.helpers.guarded import trainguard
+from tests.helpers import guarded
 
 from trainguard.archive import LogLeaves, RunReader
 from trainguard.home import Home
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(400)]
+"""Each replay is a process that imports torch; the first one of a machine compiles it too."""
 
 SCRIPT = """
 import sys
@@ -80,6 +82,18 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     record(folder)
     return folder
+
+
+def trainguard(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trainguard", *arguments],
+        cwd=folder,
+        env=guarded.clean_environment() | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=380,
+        check=False,
+    )
 
 
 def record(folder: Path, **env: str) -> None:
