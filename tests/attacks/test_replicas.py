@@ -247,6 +247,18 @@ def test_attempts_are_never_compared_with_each_other() -> None:
     assert states["replicas"].held == 7 + 4
 
 
+def test_two_jobs_that_run_at_once_are_told_apart() -> None:
+    """Quiet: a sweep under one guard has two ranks 0, with other weights, other files and other settings."""
+    records = []
+    for index in (1, 4, 9, 14):
+        for job in (0, 1):
+            held = {"weights": f"{index + 100 * job:016x}", "job": str(job), "hyper": f"{job:08x}"}
+            records += [round_of(r, 2, index, process=10 * job + r, **held) for r in range(2)]
+    findings, states = judge(Replicas, records)
+    assert findings == []
+    assert states["replicas"].held == 8
+
+
 def test_a_restart_with_another_variable_or_flag_is_found() -> None:
     """F10: the environment the kernel shows for the rank, and what torch states, beside the first attempt's."""
     before, after = {"NVIDIA_TF32_OVERRIDE": "0", "WORLD_SIZE": "4"}, {"NVIDIA_TF32_OVERRIDE": "1", "WORLD_SIZE": "3"}

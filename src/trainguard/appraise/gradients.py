@@ -213,8 +213,8 @@ class Gradients:
         way, found = way_of(locals_, used)
         early = habits.checked <= LEARN_STEPS
         habits.kinds["rounded"] += early and way == "rounded"
-        if way == "rounded" and (early or habits.kinds["rounded"] >= 2):
-            exact = _close(found.factor, 1.0, 4 * found.roundoff)
+        if way == "mean" or (way == "rounded" and (early or habits.kinds["rounded"] >= 2)):
+            exact = _close(found.factor, 1.0, max(4 * found.roundoff, 1e-6))
             return Relation("same") if exact else Relation("factor", found.factor)
         shared = way == "shares" or (way == "unlike" and one_tensor(locals_, used[0]) is not None)
         if way not in ("mean", "shares") and self._ranks.torch_hook("powerSGD_hook", "post_localSGD_hook"):

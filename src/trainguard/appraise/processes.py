@@ -211,8 +211,8 @@ class Processes:
 class _Restarts:
     """Attempts of a job that its launcher started again, from the processes of its ranks."""
 
-    first: dict[int, tuple[int, dict[str, str]]] = field(default_factory=dict)
-    """Rank → the first attempt it was seen in, and its variables then, as the kernel has them."""
+    first: dict[tuple[int | None, int], tuple[int, dict[str, str]]] = field(default_factory=dict)
+    """Launcher, rank → the first attempt it was seen in, and its variables then, as the kernel has them."""
     attempts: dict[int, Evidence] = field(default_factory=dict)
     """Attempt → the first process of it."""
     measured: set[int] = field(default_factory=set)
@@ -226,13 +226,13 @@ class _Restarts:
         variables = evidence.body.get("environment")
         if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
             return
-        attempt, before = self.first.setdefault(member.rank, (member.attempt, variables))
+        attempt, before = self.first.setdefault((member.ppid, member.rank), (member.attempt, variables))
         if attempt == member.attempt:
             return
         changed = [n for n in sorted({*before, *variables} - MAY_CHANGE) if before.get(n) != variables.get(n)]
         if not changed:
             return
-        self.first[member.rank] = (member.attempt, variables)
+        self.first[member.ppid, member.rank] = (member.attempt, variables)
         name = changed[0]
         more = f" and {len(changed) - 1} more variables" if len(changed) > 1 else ""
         text = f"rank {member.rank} was started again (attempt {member.attempt}) with another {name}{more} than before"

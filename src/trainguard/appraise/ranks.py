@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from trainguard.evidence import Evidence
 
 NUMBER_LIMIT = 1 << 20
-TURNS = 1 << 10
 HOOKS_LIMIT = 64
 TORCH_HOOKS = "torch.distributed.algorithms.ddp_comm_hooks."
 TORCH_PLACE = "/torch/distributed/algorithms/ddp_comm_hooks/"
@@ -43,10 +42,14 @@ class Ranks:
     members: dict[int | None, Member] = field(default_factory=dict)
     claimed: dict[int | None, int] = field(default_factory=dict)
     """Process → rank that torch.distributed told it, where the environment names none."""
-    acting: dict[tuple[int, int], list[int | None]] = field(default_factory=dict)
-    """Launcher's count of restarts, rank → processes that made steps as it, in order."""
+    jobs: dict[int | None, str] = field(default_factory=dict)
+    """Process → the job it is a rank of: two may run at once under one guard."""
+    acting: dict[tuple[str, int, int], list[int | None]] = field(default_factory=dict)
+    """Job, launcher's count of restarts, rank → processes that made steps as it, in order."""
     turns: dict[int | None, int] = field(default_factory=dict)
     """Process → how many made steps as the same rank before it."""
+    numbers: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    """Job, restarts, turn → number of the attempt."""
     ended: set[int | None] = field(default_factory=set)
     hooks: dict[str, str] = field(default_factory=dict)
     """Communication hooks that ranks said they use → where their code is."""
@@ -63,7 +66,8 @@ class Ranks:
                     self.hooks[str(row[0])[:200]] = str(row[1])[:1024]
             if isinstance(rank, int) and 0 <= rank < NUMBER_LIMIT and evidence.process not in self.claimed:
                 self.claimed[evidence.process] = rank
-                acting = self.acting.setdefault((self._restarts(evidence), rank), [])
+                self.jobs[evidence.process] = str(value.get("job", ""))[:16] if isinstance(value, dict) else ""
+                acting = self.acting.setdefault(self._place(evidence), [])
                 self.turns[evidence.process] = len(acting)
                 acting.append(evidence.process)
         elif evidence.kind == "exit":
@@ -75,7 +79,16 @@ class Ranks:
         A launcher that starts its ranks again because the job grew or shrank does not count that as a restart, so the
         processes that acted as a rank one after the other count as well.
         """
-        return self._restarts(evidence) * TURNS + min(self.turns.get(evidence.process, 0), TURNS - 1)
+        job, restarts, _ = self._place(evidence)
+        key = (job, restarts, self.turns.get(evidence.process, 0))
+        if len(self.numbers) >= NUMBER_LIMIT:
+            return self.numbers.get(key, 0)
+        return self.numbers.setdefault(key, len(self.numbers))
+
+    def restarts(self, evidence: Evidence) -> tuple[int | None, int]:
+        """The launcher of the process of this record (its parent), and how often that had started its ranks again."""
+        member = self.members.get(evidence.process)
+        return (member.ppid, member.attempt) if member is not None else (None, 0)
 
     def torch_hook(self, *names: str) -> bool:
         """Whether ranks use one of these communication hooks of torch itself (by its module's last part)."""
@@ -86,14 +99,14 @@ class Ranks:
 
     def beside(self, evidence: Evidence) -> int | None:
         """A process that acts as the same rank and has not ended; None when there is none."""
-        rank = self.claimed.get(evidence.process)
-        others = self.acting.get((self._restarts(evidence), rank), []) if rank is not None else []
+        others = self.acting.get(self._place(evidence), [])
         turn = self.turns.get(evidence.process, 0)
         return next((each for each in others[:turn] if each not in self.ended), None)
 
-    def _restarts(self, evidence: Evidence) -> int:
-        member = self.members.get(evidence.process)
-        return member.attempt if member is not None else 0
+    def _place(self, evidence: Evidence) -> tuple[str, int, int]:
+        """Job, restarts and rank of a process; rank -1 before it has told one."""
+        job = self.jobs.get(evidence.process, "")
+        return job, self.restarts(evidence)[1], self.claimed.get(evidence.process, -1)
 
     def rank(self, evidence: Evidence) -> int | None:
         """Rank of the process of this record; None where nothing told it."""

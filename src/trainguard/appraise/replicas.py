@@ -130,9 +130,10 @@ class Replicas:
         self._names: dict[str, list[str]] = {}
         self._identity: dict[int, dict[int, _Report]] = {}
         self._identity_said: set[tuple[int, str]] = set()
-        self._flags: dict[int | None, tuple[int, dict[str, Any]]] = {}
-        """Rank → its first attempt, and the flags torch stated in it."""
-        self._files: dict[str, dict[int | None, str]] = {}
+        self._flags: dict[tuple[int | None, int], tuple[int, dict[str, Any]]] = {}
+        """Launcher, rank → restarts before its first attempt, and the flags torch stated in that."""
+        self._files: dict[str, tuple[int, str, int | None]] = {}
+        """Attempt and path → rank that first compiled it, hash, process."""
         self._texts: dict[tuple[int, int, int], dict[int, str]] = {}
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
@@ -573,12 +574,12 @@ class Replicas:
         rank = self._ranks.rank(evidence)
         if not isinstance(flags, dict) or rank is None:
             return
-        attempt = self._ranks.attempt(evidence)
-        first, before = self._flags.setdefault(rank, (attempt, flags))
+        launcher, restarts = self._ranks.restarts(evidence)
+        first, before = self._flags.setdefault((launcher, rank), (restarts, flags))
         names = [n for n in before if n in flags and flags[n] != before[n] and n not in _OWN_FLAGS]
-        if attempt == first or not names:
+        if restarts == first or not names:
             return
-        self._flags[rank] = (attempt, flags)
+        self._flags[launcher, rank] = (restarts, flags)
         self._broken += 1
         text = f"rank {rank} was started again with another {', '.join(names[:4])} than before"
         expected, found = str(before[names[0]])[:80], str(flags[names[0]])[:80]
@@ -597,10 +598,11 @@ class Replicas:
                 continue
             if row[3] not in ("source", "main") or len(self._files) > 65_536:
                 continue
-            seen = self._files.setdefault(f"{attempt} {row[0]}", {})
-            before = next(iter(seen.items()), None)
-            seen.setdefault(evidence.rank, row[1])
-            if before is None or before[1] == row[1] or before[0] == evidence.rank:
+            key, now = f"{attempt} {row[0]}", (evidence.rank, row[1], evidence.process)
+            before = self._files.setdefault(key, now)
+            if before[2] in self._ranks.ended:
+                before = self._files[key] = now  # nobody runs it any more
+            if before[1] == row[1] or before[0] == evidence.rank:
                 continue
             self._broken += 1
             text = f"rank {evidence.rank} runs other bytes of {row[0]} than rank {before[0]}"

@@ -7,7 +7,7 @@ job's own store and note what the others left there (`_Exchange`), so that every
 
 Value of the link (spec/evidence.md "replicas"):
 
-    {"rank", "world": what torch.distributed says,
+    {"rank", "world": what torch.distributed says, "job": checksum of where its ranks met,
      "round": number of the round, "weights": CRC-32 of the places of every tensor, 8 hex digits each,
      "whole": sums over whole tensors, in turns, "state": CRC-32 of all places of the state,
      "buffers": CRC-32 of every buffer, 8 hex digits each, "hyper": CRC-32 of every group's entries,
@@ -92,6 +92,8 @@ class Replicas:
         self.world = 1
         self.group: Any = None
         """The default process group that `world` is the size of."""
+        self.job = ""
+        """Where its ranks met: tells two jobs of one run apart."""
         self.exchange: Optional[_Exchange] = None
         self.tried = False
 
@@ -101,6 +103,7 @@ class Replicas:
         if group is not self.group:
             self.group, self.tried, self.exchange = group, False, None
             self.world = _world(step.torch)
+            self.job = _meeting() if self.world > 1 else ""
         if self.world < 2:
             return
         governor = step.engine.governor
@@ -120,6 +123,7 @@ class Replicas:
         self._hosts(step, memory, value)
         if value:
             value["rank"], value["world"] = step.torch.distributed.get_rank(), self.world
+            value["job"] = self.job
             step.scratch[self.name] = value
 
     def after(self, step: Step) -> Any:
@@ -286,6 +290,20 @@ def _group() -> Any:
     return getattr(member, "WORLD", None)
 
 
+def _meeting() -> str:
+    """Checksum of where the ranks of this job met, the same on all of them; empty where that cannot be told."""
+    try:
+        from torch.distributed import distributed_c10d
+
+        store = distributed_c10d._get_default_store()
+        for _ in range(8):
+            store = getattr(store, "underlying_store", store)
+        where = getattr(store, "path", None) or "%s" % getattr(store, "port", "")
+        return _crc(("%s %s" % (type(store).__name__, where)).encode())
+    except Exception:
+        return ""
+
+
 def _world(torch: Any) -> int:
     distributed = getattr(torch, "distributed", None)
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -343,7 +361,8 @@ def identity(torch: Any) -> Dict[str, Any]:
     for name, read in modules.readers(torch):
         with contextlib.suppress(Exception):  # a flag that this torch does not have
             flags[name] = read()
-    flags.pop("num_threads", None)  # ranks may be given different numbers of processors
+    for own in ("num_threads", "anomaly_mode"):  # ranks may have different numbers of processors; one may be debugged
+        flags.pop(own, None)
     return {
         "python": sys.version.split()[0],
         "torch": str(torch.__version__),
