@@ -182,6 +182,11 @@ class Kills:
             self._note("the kill ledger is off (policy: kills = off): only Python's own os.kill is seen")
         elif self._state != "on":
             self._note(f"no kill ledger here: {body.get('reason')}; only Python's own os.kill is seen")
+            if body.get("deny") is True:
+                self._required = True
+                self._note(
+                    "deny-signals was asked for and could not be enforced: signals between strangers went through"
+                )
         yield from ()
 
     def _see_process(self, evidence: Evidence) -> Iterator[Finding]:

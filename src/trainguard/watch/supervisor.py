@@ -280,6 +280,7 @@ class Supervisor:
         self._keep_keeper()
         state = "on" if self._ledger.reason is None else "unavailable"
         body = {"state": state, "reason": self._ledger.reason, "no_new_privs": self._ledger.no_new_privs}
+        body["deny"] = self._ledger.deny is not None
         self._add("ledger", body | {"keeper": self._ledger.keeper, "child": child, "supervisor": os.getpid()})
         return child
 

@@ -445,3 +445,15 @@ def test_the_guards_own_signals_are_not_laid_at_anybodys_door() -> None:
     job.add("end", {"status": None, "signal": 15, "out_of_memory": {}})
     assert job.findings == []
     assert sum("sent by the guard (--enforce stop)" in note for note in job.state().blind) == 2
+
+
+def test_denial_that_could_not_be_had_is_no_quiet_matter() -> None:
+    """Asked for, no ledger: the link is required and blind, so the run is not verified."""
+    job = Job(ledger="unavailable")
+    job.add(
+        "ledger",
+        {"state": "unavailable", "reason": "old kernel", "deny": True, "child": AGENT, "supervisor": SUPERVISOR},
+    )
+    link = job.state()
+    assert (link.required, link.state) == (True, "blind")
+    assert any("deny-signals was asked for and could not be enforced" in note for note in link.blind)
