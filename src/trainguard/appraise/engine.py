@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from trainguard.appraise.batches import Batches
 from trainguard.appraise.code import Code
 from trainguard.appraise.deferred import Deferred
 from trainguard.appraise.dispatch import Dispatch
@@ -22,6 +23,7 @@ from trainguard.appraise.live import Live
 from trainguard.appraise.loads import Loads
 from trainguard.appraise.modules import Modules
 from trainguard.appraise.optimizer import Optimizer
+from trainguard.appraise.order import Order
 from trainguard.appraise.processes import Processes
 from trainguard.appraise.replicas import Replicas
 from trainguard.appraise.rng import Rng
@@ -48,6 +50,8 @@ CHECKS: tuple[type[Check], ...] = (
     Loads,
     Saves,
     Rng,
+    Order,
+    Batches,
     Truth,
     Gradients,
     Hyperparameters,

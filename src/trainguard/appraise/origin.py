@@ -17,7 +17,7 @@ taken before this attempt. Only where there is neither do the process's own clai
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -250,7 +250,7 @@ class Origins:
         return loaded in (self._guard_files().get(below), self.locked(path))
 
 
-def rows(value: object, width: int) -> Iterable[list[Any]]:
+def rows(value: object, width: int) -> list[list[Any]]:
     """The well-formed rows of a list of lists; others are passed over."""
     return [row for row in value if isinstance(row, list) and len(row) == width] if isinstance(value, list) else []
 

@@ -33,6 +33,8 @@ from typing import Any, Dict, List, Tuple
 NAMES: Tuple[Tuple[str, str], ...] = (
     ("inputs", "InputsLink"),
     ("rng", "Rng"),
+    ("order", "Order"),
+    ("batches", "Batches"),
     ("truth", "Truth"),
     ("gradients", "Gradients"),
     ("hyperparameters", "Hyperparameters"),

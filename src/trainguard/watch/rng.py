@@ -8,9 +8,13 @@ Value of the link in a step frame (spec/evidence.md "rng"):
      "after": `torch` once more after the step,
      "numpy", "python": digests of the global generators, where the modules are loaded,
      "dropout": whether a module in training mode draws random numbers: these four in every 8th checked step
-     "seeded": ["file:line:function", …] stack, innermost first, of the last torch.manual_seed since the step before}
+     "seeded": ["file:line:function", …] stack, innermost first, of the last torch.manual_seed since the step before
+     "states": {"torch" | "numpy" | "python": base64 of the 2496 bytes of the block}, now and then
+    }
 
-Digests are 8 bytes of BLAKE2b as hex (for `python` a 64-bit hash of the state): they are compared for equality only.
+All three are MT19937. A digest is `<8 bytes of BLAKE2b over the block of 624 words, hex>.<position in it>`, so a judge
+who holds one state can walk the stream and say whether, and after how many draws, it comes by another. Whole states
+(3.3 kB) go out when a generator is first read, at an optimizer's first step, after a seeding, and at every 64th.
 
 Where a call of `torch.manual_seed` came from is known without wrapping it: as long as an accelerator is not in use,
 torch itself keeps the stack of the last seeding call, to repeat it when the device wakes up.
@@ -18,11 +22,14 @@ torch itself keeps the stack of the last seeding call, to repeat it when the dev
 
 from __future__ import annotations
 
+import array
+import base64
 import ctypes
 import hashlib
 import os
+import struct
 import sys
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from . import roots
 from .client import Client
@@ -33,6 +40,12 @@ if TYPE_CHECKING:
 DRAWING = ("Dropout", "AlphaDropout", "FeatureAlphaDropout", "Dropout1d", "Dropout2d", "Dropout3d", "RReLU")
 FRAMES_LIMIT = 6
 OTHERS_EVERY = 8
+WHOLE_EVERY = 64
+"""Readings of a generator after which its whole state is told again."""
+WORDS = 624
+_TORCH_HEAD = struct.Struct("<QiiQ")
+"""Start of a CPU generator's state: seed, words left in the block, whether seeded, index of the next word (torch's
+legacy layout, at::CPUGeneratorImplStateLegacy); 624 words of 64 bits follow."""
 
 
 class Rng:
@@ -48,6 +61,8 @@ class Rng:
         """torch's memories of the last seeding call, one for each kind of device."""
         self.calls: List[Any] = []
         self.dropout: Optional[bool] = None
+        self.readings: Dict[str, int] = {}
+        """Generator → how often its state was read."""
 
     def before(self, step: Step) -> None:
         """The state that this step will draw from."""
@@ -73,23 +88,33 @@ class Rng:
             self.seed = seed
             value["seed"] = seed
         if step.full:
-            value["torch"] = _digest(generator)
+            self._told(value, "torch", torch_words(generator), "seeded" in value or step.index == 1)
             _cuda(step.torch, value)
             if step.index % OTHERS_EVERY == 1:
                 self._others(step, value)
+
+    def _told(self, value: Dict[str, Any], name: str, state: Optional[Tuple[bytes, int]], whole: bool) -> None:
+        """Put the digest of `state` into the value, and now and then the state itself."""
+        if state is None:
+            return
+        value[name] = digest_of(*state)
+        count = self.readings.get(name, 0)
+        self.readings[name] = count + 1
+        if whole or count % WHOLE_EVERY == 0:
+            value.setdefault("states", {})[name] = base64.b64encode(state[0]).decode("ascii")
 
     def after(self, step: Step) -> Any:
         """The state that it left behind."""
         value = step.scratch.get(self.name)
         if not value:
             return None
-        if "python" in value:
-            value["after"] = _digest(step.torch.default_generator)
+        if "dropout" in value:
+            value["after"] = digest_of(*torch_words(step.torch.default_generator))
         return value
 
     def _others(self, step: Step, value: Dict[str, Any]) -> None:
-        value["numpy"] = _numpy()
-        value["python"] = _python()
+        self._told(value, "numpy", _numpy(), False)
+        self._told(value, "python", _python(), False)
         if self.dropout is None or step.index % 64 == 1:
             self.dropout = any(_draws(module) for root in roots.roots() for module in root.modules())
         value["dropout"] = self.dropout
@@ -113,9 +138,24 @@ class Rng:
         """Nothing is shared with the parent process."""
 
 
-def _digest(generator: Any) -> str:
+def torch_words(generator: Any) -> Tuple[bytes, int]:
+    """The 2496 little-endian bytes of a CPU generator's block, and the index of its next word (624: used up).
+
+    Raises ValueError for a state that is not laid out as MT19937's.
+    """
     state = generator.get_state()
-    return hashlib.blake2b(ctypes.string_at(state.data_ptr(), state.numel()), digest_size=8).hexdigest()
+    size = int(state.numel())
+    if size < _TORCH_HEAD.size + 8 * WORDS:
+        raise ValueError("a generator state of %d bytes" % size)
+    raw = ctypes.string_at(state.data_ptr(), size)
+    _, left, _, position = _TORCH_HEAD.unpack_from(raw)
+    words = array.array("I", raw[_TORCH_HEAD.size : _TORCH_HEAD.size + 8 * WORDS])[::2]
+    return words.tobytes(), WORDS if left == 1 else position
+
+
+def digest_of(words: bytes, position: int) -> str:
+    """What a frame says of a state: digest of the block, and the position in it."""
+    return "%s.%d" % (hashlib.blake2b(words, digest_size=8).hexdigest(), position)
 
 
 def _cuda(torch: Any, value: Dict[str, Any]) -> None:
@@ -125,22 +165,22 @@ def _cuda(torch: Any, value: Dict[str, Any]) -> None:
         value["cuda"] = [[index, str(each.initial_seed()), each.get_offset()]]
 
 
-def _numpy() -> Optional[str]:
+def _numpy() -> Optional[Tuple[bytes, int]]:
     module = sys.modules.get("numpy.random")
     if module is None:
         return None
-    state = module.get_state(legacy=False)
-    inner = state["state"]
+    inner = module.get_state(legacy=False)["state"]
     if not isinstance(inner, dict) or "key" not in inner:
         return None
-    return hashlib.blake2b(inner["key"].tobytes() + str(inner["pos"]).encode(), digest_size=8).hexdigest()
+    return inner["key"].astype("<u4").tobytes(), int(inner["pos"])
 
 
-def _python() -> Optional[str]:
+def _python() -> Optional[Tuple[bytes, int]]:
     module = sys.modules.get("random")
     if module is None:
         return None
-    return "%016x" % (hash(module.getstate()[1]) & 0xFFFFFFFFFFFFFFFF)
+    state = module.getstate()[1]
+    return struct.pack("<%dI" % WORDS, *state[:WORDS]), state[WORDS]
 
 
 def _draws(module: Any) -> bool:

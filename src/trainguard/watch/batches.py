@@ -1,0 +1,289 @@
+"""Link *batches*: is what a loader delivered what reaches the model and the loss?
+
+Value of the link (checked steps only, absent when no loader delivered anything):
+
+    {"delivered": [[loader, epoch, batch, digest of its indices, of labels | null, of the first other tensor | null]],
+     "model": [loader, epoch, batch, path in the batch, elements compared, elements equal],
+     "loss": {"batch": [loader, epoch, batch], "path": of the labels in the batch, "relation": "same" | "shifted" |
+              "binary", "given": [labels of some rows as delivered], "used": [labels of these rows in the loss]},
+     "why": what could not be compared, in words}
+
+Which labels a loss used needs no look at the loss: the gradient that it sends back into the model's output says it.
+Under cross-entropy the gradient of a row is softmax minus one-hot, times one factor for all rows: the label is the
+class that is pushed up. Under a binary loss the sign says it. Only rows that have that form, with the factor that most
+rows have, are read: mixed, smoothed or soft labels and other losses do not, and nothing is claimed of them.
+
+Hooks stand on the outermost modules for one step at a time, and return nothing: values and gradients pass unchanged.
+They are not set where anything was compiled, since a hook would have it compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+
+from . import loaders, roots
+from .client import Client
+
+if TYPE_CHECKING:
+    from .engine import Step
+
+ALWAYS = 12
+"""Steps of an optimizer at whose model and loss we look, while all are checked; after these one checked step in 4."""
+EVERY = 4
+ROWS = 64
+MODULES_LIMIT = 12
+ROOTS_EVERY = 64
+OUTPUTS_LIMIT = 4
+
+clock = time.thread_time_ns
+
+
+class _Watch:
+    """Hooks on the model for one step of one optimizer."""
+
+    def __init__(self, link: "Batches", modules: List[Any]) -> None:
+        self.link = link
+        self.torch = sys.modules["torch"]
+        self.handles: List[Any] = []
+        self.fed: Any = None
+        """[line of the delivery, path, elements, how many are equal (a tensor)]"""
+        self.rows: List[Any] = []
+        """[line, path, relation, labels delivered, labels used, whether they can be read]: tensors, per candidate."""
+        self.entered = False
+        self.heard: Dict[int, Any] = {}
+        """Identity of an output that is listened to → its values, without its graph."""
+        self.own_ns = 0
+        self.why = "the model was not called"
+        for module in modules:
+            self.handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._after))
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def _before(self, module: Any, args: Any, kwargs: Any) -> None:
+        start = clock()
+        try:
+            if not self.entered and self.torch.is_grad_enabled():
+                self.entered = True
+                with self.torch.no_grad():
+                    self._compare(loaders.leaves([list(args), dict(kwargs)]))
+        except Exception as error:
+            self.link.client.fault("batches.before", error)
+        self.own_ns += clock() - start
+
+    def _compare(self, inputs: List[Tuple[str, Any]]) -> None:
+        """How much of a delivered tensor arrives at the model as it was: the best of all candidates."""
+        observer = self.link.observer
+        best = -1.0
+        for delivery in reversed(observer.ring if observer is not None else ()):
+            for path, numel, at, values in delivery.sampled:
+                for _, tensor in inputs:
+                    if tensor.numel() != numel or str(tensor.layout) != "torch.strided":
+                        continue
+                    found = self.torch.take(tensor.detach(), at.to(tensor.device))
+                    equal = float((found == values.to(device=found.device, dtype=found.dtype)).float().mean())
+                    if equal > best:
+                        best = equal
+                        self.fed = [*delivery.line, path, int(at.numel()), round(equal * at.numel())]
+            if best == 1.0:
+                return
+
+    def _after(self, module: Any, args: Any, output: Any) -> None:
+        start = clock()
+        try:
+            if self.torch.is_grad_enabled() and not self.rows:
+                found = loaders.leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output)
+                able = [each for _, each in found if each.requires_grad and each.is_floating_point() and each.dim()]
+                for tensor in able[:OUTPUTS_LIMIT]:
+                    if id(tensor) not in self.heard:
+                        self.heard[id(tensor)] = tensor.detach()
+                        tensor.register_hook(functools.partial(self._listen, id(tensor)))
+        except Exception as error:
+            self.link.client.fault("batches.after", error)
+        self.own_ns += clock() - start
+
+    def _listen(self, number: int, grad: Any) -> None:
+        start = clock()
+        try:
+            output = self.heard.get(number)
+            if self.handles and output is not None and output.shape == grad.shape:
+                with self.torch.no_grad():
+                    self._labels(grad.detach(), output)
+        except Exception as error:
+            self.link.client.fault("batches.listen", error)
+        self.own_ns += clock() - start
+
+    def _labels(self, grad: Any, output: Any) -> None:
+        """Read the labels that the loss used out of its gradient, beside those that were delivered."""
+        observer = self.link.observer
+        if observer is None or grad.numel() == 0 or len(self.rows) >= 16:
+            return
+        if not any(delivery.labels for delivery in observer.ring):
+            self.why = "no delivered batch was kept that has labels"
+        for delivery in reversed(observer.ring):
+            for path, labels in delivery.labels:
+                for relation, pairs in self._laid_out(labels.to(grad.device), grad, output):
+                    self.rows.append([delivery.line, path, relation, *pairs])
+
+    def _laid_out(self, labels: Any, grad: Any, output: Any) -> List[Tuple[str, Any]]:
+        """Relations in which `labels` can stand to an output with gradient `grad`."""
+        shape, wide = tuple(labels.shape), tuple(grad.shape)
+        whole = not labels.is_floating_point()
+        if whole and len(wide) > 2 and wide[1] > 1 and shape == wide[:1] + wide[2:]:
+            grad, output = grad.movedim(1, -1), output.movedim(1, -1)
+            wide = tuple(grad.shape)
+        if whole and len(wide) >= 2 and wide[-1] > 1 and labels.numel() * wide[-1] == grad.numel():
+            out = [("same", self._classes(labels, grad, output))]
+            if labels.dim() == 2 and shape[1] > 2 and wide[:-1] == shape:
+                out.append(("shifted", self._classes(labels[:, 1:], grad[:, :-1], output[:, :-1])))
+            return out
+        if labels.numel() == grad.numel() and bool(((labels == 0) | (labels == 1)).all()):
+            return [("binary", self._signs(labels, grad, output))]
+        return []
+
+    def _chosen(self, rows: int, device: Any) -> Any:
+        rng = self.link.rng
+        places = range(rows) if rows <= ROWS else sorted(rng.sample(range(rows), ROWS))
+        return self.torch.tensor(list(places), device=device)
+
+    def _classes(self, labels: Any, grad: Any, output: Any) -> Any:
+        """(labels given, labels used, rows that can be read, rows that count) of some rows; classes stand last."""
+        classes = grad.shape[-1]
+        labels, grad, output = labels.reshape(-1), grad.reshape(-1, classes), output.reshape(-1, classes)
+        chosen = self._chosen(grad.shape[0], grad.device)
+        labels, grad, output = labels[chosen], grad[chosen].float(), output[chosen].float()
+        live = (grad != 0).any(dim=1)
+        lowest, used = grad.min(dim=1)
+        single = (grad != 0).sum(dim=1) == 1  # the model's output is the logarithm itself: only the label's class moves
+        rest = 1 - output.softmax(dim=1).gather(1, used[:, None])[:, 0]
+        factor = self.torch.where(single, -lowest, -lowest / rest)
+        return labels, used, self._alike(factor, live & (lowest < 0)), live
+
+    def _signs(self, labels: Any, grad: Any, output: Any) -> Any:
+        labels, grad, output = labels.reshape(-1), grad.reshape(-1), output.reshape(-1)
+        chosen = self._chosen(grad.shape[0], grad.device)
+        labels, grad, output = labels[chosen], grad[chosen].float(), output[chosen].float()
+        live = grad != 0
+        used = (grad < 0).long()
+        clear = self._alike(grad / (output.sigmoid() - used), live)
+        if int(clear.sum()) * 2 < int(live.sum()):  # the model's output is the probability itself
+            clear = self._alike(grad * output * (1 - output) / (output - used), live)
+        return labels.long(), used, clear, live
+
+    def _alike(self, factor: Any, live: Any) -> Any:
+        """Rows whose factor is, within 5 %, the one that most rows have."""
+        live = live & factor.isfinite() & (factor > 0)
+        if not bool(live.any()):
+            return live
+        middle = factor[live].median()
+        return live & ((factor - middle).abs() <= 0.05 * middle)
+
+    def told(self) -> Dict[str, Any]:
+        """What was seen, as JSON."""
+        value: Dict[str, Any] = {}
+        if self.fed is not None:
+            value["model"] = self.fed
+        best, most = None, -1.0
+        for line, path, relation, labels, used, clear, live in self.rows:
+            rows = int(live.sum())
+            if rows == 0 or int(clear.sum()) * 2 < rows:
+                self.why = "the gradient at the model's output is not that of a loss with one label a row"
+                continue
+            keep = clear & (labels >= 0)
+            given, taken = labels[keep].tolist(), used[keep].tolist()
+            equal = sum(a == b for a, b in zip(given, taken)) / max(1, len(given))
+            if given and equal > most:
+                best, most = {"batch": line, "path": path, "relation": relation, "given": given, "used": taken}, equal
+        if best is not None:
+            value["loss"] = best
+        elif self.why:
+            value["why"] = self.why
+        return value
+
+
+class Batches:
+    """Arms hooks for the next checked step, and reports what they saw."""
+
+    name = "batches"
+    every_step = False
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.observer = loaders.current() or loaders.install(client)
+        self.rng = random.Random(bytes.fromhex(client.settings["key"]) + b"batches")
+        self.watches: Dict[int, _Watch] = {}
+        self.modules: List[Any] = []
+        self.looked = 0
+
+    def before(self, step: Step) -> None:
+        """Everything was seen while the gradients were made."""
+
+    def after(self, step: Step) -> Optional[Dict[str, Any]]:
+        """Report; take the hooks off, and arm those of the next step if it is to be looked at."""
+        observer = self.observer
+        value: Dict[str, Any] = {}
+        watch = self.watches.pop(step.opt, None)
+        if watch is not None:
+            watch.remove()
+            step.own_ns += watch.own_ns
+        if observer is None:
+            return None
+        sums, observer.sums = observer.sums, []
+        if sums:
+            value["delivered"] = sums
+        if watch is not None and observer.ring:
+            value.update(watch.told())
+        self._arm(step, observer)
+        observer.wanted = bool(self.watches)
+        return value or None
+
+    def _arm(self, step: Step, observer: "loaders.Observer") -> None:
+        count = step.track.memory.get(self.name, 0)
+        step.track.memory[self.name] = count + 1
+        if not step.track.next_full or not observer.passes or (count >= ALWAYS and count % EVERY):
+            return
+        if _compiled():
+            return
+        if not self.modules or self.looked % ROOTS_EVERY == 0:
+            self.modules = _outermost(step)
+        self.looked += 1
+        if self.modules:
+            self.watches[step.opt] = _Watch(self, self.modules)
+
+    def forget(self, opt: int) -> None:
+        """The optimizer is gone."""
+        watch = self.watches.pop(opt, None)
+        if watch is not None:
+            watch.remove()
+
+    def forked(self) -> None:
+        """Take the parent's hooks off this child's copies of the modules."""
+        for watch in self.watches.values():
+            watch.remove()
+        self.watches = {}
+        loaders.remove()
+
+
+def _compiled() -> bool:
+    """Whether anything was compiled by torch in this process."""
+    counters: Any = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    return bool(counters) and bool(counters.get("frames") or counters.get("stats"))
+
+
+def _outermost(step: Step) -> List[Any]:
+    """The modules at whose outputs a loss can begin: the roots, and what holds most of a root."""
+    torch = step.torch
+    found: List[Any] = []
+    for root in roots.roots()[:4]:
+        total = sum(p.numel() for p in root.parameters())
+        children = [c for c in root.children() if 2 * sum(p.numel() for p in c.parameters()) > total]
+        found += [root, *children]
+    return [m for m in found if not isinstance(m, torch.jit.ScriptModule)][:MODULES_LIMIT]
