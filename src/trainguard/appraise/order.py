@@ -290,6 +290,8 @@ def _batches(samplers: dict[str, Any], body: dict[str, Any]) -> Iterator[Batch]:
         skip, inner = samplers.get("skip"), samplers.get("of")
         if not (_whole(skip) and skip <= BATCH_LIMIT and isinstance(inner, dict) and inner.get("class") != SKIPPING):
             raise Unknown("malformed record of a sampler that skips batches")
+        if not _whole(size := inner.get("batch")) or skip * size > WHOLE_LIMIT:
+            raise Unknown("so many skipped batches are not drawn again")
         return itertools.islice(_batches(inner, body), skip, None)
     if kind != TORCH + "BatchSampler":
         return ((index,) for index in _indices(samplers, body))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .engine import Step
 
 ALWAYS = 12
-"""Steps of an optimizer at whose model and loss we look, while all are checked; after these one checked step in 4."""
+"""First steps of an optimizer at whose model and loss we look; after these, one checked step in 4, drawn in secret."""
 EVERY = 4
 ROWS = 64
 MODULES_LIMIT = 12
@@ -73,6 +73,7 @@ class _Watch:
         try:
             if not self.entered and self.torch.is_grad_enabled():
                 self.entered = True
+                self.why = "no delivered tensor has the form of labels for the model's output"
                 with self.torch.no_grad():
                     self._compare(loaders.leaves([list(args), dict(kwargs)]))
         except Exception as error:
@@ -248,7 +249,9 @@ class Batches:
     def _arm(self, step: Step, observer: "loaders.Observer") -> None:
         count = step.track.memory.get(self.name, 0)
         step.track.memory[self.name] = count + 1
-        if not step.track.next_full or not observer.passes or (count >= ALWAYS and count % EVERY):
+        if not step.track.next_full or not observer.passes:
+            return
+        if count >= ALWAYS and self.rng.randrange(EVERY):
             return
         if _compiled():
             return
