@@ -135,11 +135,11 @@ def test_inputs_changed_between_loader_and_model_are_suspicious() -> None:
     """Batches arrive at the model as they were, but for a few."""
 
     def change(step: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (x * 2, y) if 46 <= step < 58 else (x, y)
+        return (x * 2, y) if 48 <= step < 52 else (x, y)
 
     findings = findings_of(fit(change=change, passes=5))
     assert {f.outcome for f in findings} == {"suspicious"}
-    assert {46 <= (f.subject.step or 0) < 58 for f in findings} == {True}
+    assert {48 <= (f.subject.step or 0) < 52 for f in findings} == {True}
     assert "model" in findings[0].message
 
 

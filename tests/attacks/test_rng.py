@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
+from tests.helpers.loading import fit
 from tests.helpers.recorded import judge
 from tests.helpers.training import Run, looks_fine, train
 
@@ -11,6 +15,7 @@ from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.rng import Rng
 from trainguard.appraise.weights import Weights
+from trainguard.evidence import Evidence
 from trainguard.policy import Approval, Policy
 
 pytestmark = pytest.mark.torch
@@ -100,3 +105,103 @@ def test_an_approved_line_may_seed_once() -> None:
     findings, states = judge(Rng, train(80, after_step=reseed).records, policy)
     assert findings == []
     assert states["rng"].state == "explained"
+
+
+def test_a_state_that_no_drawing_reaches_is_found_although_the_seed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another stream under the old seed: nothing was seeded, and no state was there before."""
+
+    def replace(run: Run) -> None:
+        if run.step == 30:
+            other = torch.Generator().manual_seed(99)
+            torch.rand(1000, generator=other)
+            state = torch.get_rng_state()
+            state[8:] = other.get_state()[8:]
+            torch.set_rng_state(state)
+
+    run = train(50, after_step=replace)
+    quiet_controls(run)
+    findings, _ = judge(Rng, run.records)
+    assert [(f.subject.step, f.techniques, f.outcome) for f in findings] == [(31, ("D1",), "suspicious")]
+    assert "not reached by drawing" in findings[0].message
+
+
+@pytest.mark.parametrize("name", ["numpy", "python"])
+def test_numpy_or_python_seeded_again_is_found_with_the_seed(name: str) -> None:
+    """Their streams are walked as well; a usual seed is named."""
+
+    def seed(run: Run) -> None:
+        if run.step == 20:
+            np.random.seed(1337) if name == "numpy" else random.seed(1337)
+        np.random.random(3)
+        random.random()
+
+    before = np.random.get_state(), random.getstate()
+    try:
+        findings, _ = judge(Rng, train(40, after_step=seed).records)
+    finally:
+        np.random.set_state(before[0])
+        random.setstate(before[1])
+    assert [(f.outcome, f.techniques, f.subject.step) for f in findings] == [("suspicious", ("D1",), 25)]
+    assert f"{name}'s global generator was seeded again with 1337" in findings[0].message
+
+
+def test_the_same_seed_at_even_distances_is_no_harmless_habit() -> None:
+    """The same noise for every twenty steps, by a hidden hand: the distances excuse nothing."""
+
+    def again(run: Run) -> None:
+        if run.step % 20 == 0:
+            torch.manual_seed(7)
+
+    findings, _ = judge(Rng, train(90, after_step=again).records)
+    assert {(f.outcome, f.techniques) for f in findings} == {("suspicious", ("D1",))}
+    assert "same seed" in findings[0].message
+
+
+def test_a_fork_that_is_undone_is_held() -> None:
+    """An evaluation with a seed of its own, and the stream goes on where it was."""
+
+    def evaluate(run: Run) -> None:
+        if run.step in (13, 30):
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                torch.rand(100)
+
+    findings, states = judge(Rng, train(40, after_step=evaluate).records)
+    assert findings == []
+    assert states["rng"].state == "held"
+
+
+def test_many_numbers_drawn_between_two_steps_are_no_departure() -> None:
+    """Half a million at once, as for images made of noise."""
+
+    def draw(run: Run) -> None:
+        if run.step == 25:
+            torch.rand(500_000)
+
+    findings, states = judge(Rng, train(30, after_step=draw).records)
+    assert findings == []
+    assert states["rng"].state == "held"
+
+
+def test_a_base_seed_that_torch_did_not_draw_is_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody gives the workers another seed: what they draw for their samples is no longer what the seed says."""
+    records = fit(passes=2)
+    record = next(r for r in records if r.kind == "loader" and r.body.get("epoch") == 1)
+    record.body["base_seed"] += 1
+    findings, _ = judge(Rng, records)
+    assert [(f.outcome, f.techniques) for f in findings] == [("suspicious", ("D1",))]
+    assert "base seed" in findings[0].message
+
+
+def test_a_worker_seeded_again_while_it_works_is_suspicious() -> None:
+    """What a worker says at its first batch, and later something else."""
+    records = fit(passes=1)
+
+    def said(seed: int) -> Evidence:
+        body = {"base_seed": 100, "worker": 1, "seed": seed}
+        return Evidence(n=0, at=0, source="process", kind="worker", body=body, process=5, rank=None, seq=0)
+
+    findings, _ = judge(Rng, [*records, said(101)])
+    assert findings == []
+    findings, _ = judge(Rng, [*records, said(101), said(4)])
+    assert [(f.outcome, f.techniques) for f in findings] == [("suspicious", ("D1",))]

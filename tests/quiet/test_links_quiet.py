@@ -12,10 +12,12 @@ from _pytest.mark.structures import ParameterSet
 from tests.helpers.guarded import clean_environment
 from tests.helpers.recorded import judge
 
+from trainguard.appraise.batches import Batches
 from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.hyperparameters import Hyperparameters
 from trainguard.appraise.interface import Check
 from trainguard.appraise.optimizer import Optimizer
+from trainguard.appraise.order import Order
 from trainguard.appraise.replicas import Replicas
 from trainguard.appraise.rng import Rng
 from trainguard.appraise.weights import Weights
@@ -26,6 +28,8 @@ from trainguard.testing.guarded import run_guarded
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 CHECKS: tuple[type[Check], ...] = (Rng, Gradients, Hyperparameters, Optimizer, Weights)
+DATA_PATH: tuple[type[Check], ...] = (Order, Batches)
+"""Held where a script reads through torch's loader; blind, and not required, where it makes its batches itself."""
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 QUIET = {

@@ -88,7 +88,7 @@ class Order:
             else:
                 yield from self._begin(evidence)
         elif evidence.kind == "step":
-            for row in rows(evidence.body.get(self.name), 4)[:64]:
+            for row in rows(evidence.body.get(self.name), 5)[:64]:
                 yield from self._at(evidence, row)
 
     def end(self) -> Iterator[Finding | LinkState]:
@@ -181,12 +181,13 @@ class Order:
     # -- steps ------------------------------------------------------------------------------------------------
 
     def _at(self, evidence: Evidence, row: list[Any]) -> Iterator[Finding]:
-        loader, epoch, count, chain = row
+        loader, epoch, count, chain, marks = row
         known = self._passes.get((evidence.process, loader, epoch)) if _whole(loader) and _whole(epoch) else None
         if known is None or known.batches is None or known.broken or not _whole(count) or not isinstance(chain, str):
             return
         first = known.count
-        why = self._advance(known, count)
+        odd: list[int] = []
+        why = self._advance(known, count, marks if isinstance(marks, str) else "", odd)
         if why is None and known.batches is None:
             return
         if why is None and known.chain.hex() != chain:
@@ -198,7 +199,9 @@ class Order:
             return
         known.broken = True
         self._broken += 1
-        which = f"batch {count}" if count - first <= 1 else f"batches {first + 1} to {count}"
+        which = (
+            f"batch {odd[0]}" if odd else f"batch {count}" if count - first <= 1 else f"batches {first + 1} to {count}"
+        )
         again = self._which(evidence.process, loader, epoch, chain)
         message = f"loader {loader}, pass {epoch + 1}: {which} {why} ({known.samplers}){again}"
         yield self._finding(
@@ -233,8 +236,12 @@ class Order:
         message = f"loader {loader}, pass {epoch + 1}, which ended: its {count} batches {why} ({known.samplers})"
         yield self._finding(evidence, "violated", "D2", message)
 
-    def _advance(self, known: _Pass, count: int) -> str | None:
-        """Draw on to batch `count`; why that cannot be, or None. Past the account the pass is no longer recomputed."""
+    def _advance(self, known: _Pass, count: int, marks: str = "", odd: list[int] | None = None) -> str | None:
+        """Draw on to batch `count`; why that cannot be, or None. Past the account the pass is no longer recomputed.
+
+        marks: four digits of the chain after each of these batches; `odd` gets the number of those that differ.
+        """
+        first = known.count
         while known.batches is not None and known.count < count:
             if self._left <= 0:
                 self._unknown[f"more than {INDICES_LIMIT:,} samples: later ones are not drawn again"] += 1
@@ -245,7 +252,10 @@ class Order:
                 return f"are more than the sampler has ({known.count} batches)"
             self._left -= len(batch)
             known.chain = chained(known.chain, batch)
+            mark = marks[4 * (known.count - first) :][:4]
             known.count += 1
+            if odd is not None and len(mark) == 4 and not known.chain.hex().startswith(mark):
+                odd.append(known.count)
         return None
 
     def _which(self, process: int | None, loader: int, epoch: int, chain: str) -> str:

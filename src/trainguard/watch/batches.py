@@ -23,6 +23,7 @@ import functools
 import random
 import sys
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from . import loaders, roots
@@ -54,8 +55,8 @@ class _Watch:
         self.rows: List[Any] = []
         """[line, path, relation, labels delivered, labels used, whether they can be read]: tensors, per candidate."""
         self.entered = False
-        self.heard: Dict[int, Any] = {}
-        """Identity of an output that is listened to → its values, without its graph."""
+        self.heard: List[Tuple[Any, Any]] = []
+        """Outputs that are listened to: weak reference, and its values without its graph."""
         self.own_ns = 0
         self.why = "the model was not called"
         for module in modules:
@@ -104,9 +105,9 @@ class _Watch:
                 found = loaders.leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output)
                 able = [each for _, each in found if each.requires_grad and each.is_floating_point() and each.dim()]
                 for tensor in able[:OUTPUTS_LIMIT]:
-                    if id(tensor) not in self.heard:
-                        self.heard[id(tensor)] = tensor.detach()
-                        tensor.register_hook(functools.partial(self._listen, id(tensor)))
+                    if not any(known() is tensor for known, _ in self.heard):
+                        tensor.register_hook(functools.partial(self._listen, len(self.heard)))
+                        self.heard.append((weakref.ref(tensor), tensor.detach()))
         except Exception as error:
             self.link.client.fault("batches.after", error)
         self.own_ns += clock() - start
@@ -114,8 +115,8 @@ class _Watch:
     def _listen(self, number: int, grad: Any) -> None:
         start = clock()
         try:
-            output = self.heard.get(number)
-            if self.handles and output is not None and output.shape == grad.shape:
+            output = self.heard[number][1]
+            if self.handles and output.shape == grad.shape:
                 with self.torch.no_grad():
                     self._labels(grad.detach(), output)
         except Exception as error:
@@ -242,9 +243,15 @@ class Batches:
             value["delivered"] = sums
         if watch is not None and observer.ring:
             value.update(watch.told())
-        self._arm(step, observer)
-        observer.wanted = bool(self.watches)
+        self.arm(step)
         return value or None
+
+    def arm(self, step: Step) -> None:
+        """The next step is checked: be there when its batch is delivered and its gradients are made."""
+        observer = self.observer
+        if observer is not None:
+            self._arm(step, observer)
+            observer.wanted = bool(self.watches)
 
     def _arm(self, step: Step, observer: "loaders.Observer") -> None:
         count = step.track.memory.get(self.name, 0)

@@ -34,6 +34,7 @@ INDICES_LIMIT = 4096
 BLOCKS_LIMIT = 512
 """Passes whose generator states are told whole; after that one in 16."""
 LOADERS_LIMIT = 1024
+MARKS_LIMIT = 4 * 4096
 ROWS_LIMIT = 64
 ALWAYS = 12
 """First batches of a pass that are looked at."""
@@ -53,11 +54,13 @@ clock = time.thread_time_ns
 class Pass:
     """One pass of one loader over its data."""
 
-    __slots__ = ("chain", "chains", "delivered", "digests", "epoch", "fetched", "loader")
+    __slots__ = ("chain", "chains", "delivered", "digests", "epoch", "fetched", "loader", "marks")
 
     def __init__(self, loader: int, epoch: int) -> None:
         self.loader = loader
         self.epoch = epoch
+        self.marks = ""
+        """First four digits of the chain after each batch since the last line of link *order*."""
         self.fetched = 0
         """Batches of indices that the sampler has yielded."""
         self.delivered = 0
@@ -81,6 +84,8 @@ class Pass:
         for done in range(self.delivered, count):
             self.chains.pop(done, None)
             self.digests.pop(done - 1, None)
+            if len(self.marks) < MARKS_LIMIT:
+                self.marks += self.chains.get(done + 1, "")[:4]
         self.delivered = count
 
 

@@ -9,8 +9,8 @@ Value of the link in a step frame (spec/evidence.md "rng"):
      "numpy", "python": digests of the global generators, where the modules are loaded,
      "dropout": whether a module in training mode draws random numbers: these four in every 8th checked step
      "seeded": ["file:line:function", …] stack, innermost first, of the last torch.manual_seed since the step before
-     "states": {"torch" | "numpy" | "python": base64 of the 2496 bytes of the block}, now and then
-    }
+     "seeders": lines of the job's own source that seed generators in a loop or a function, once
+     "states": {"torch" | "numpy" | "python": base64 of the 2496 bytes of the block}, now and then}
 
 All three are MT19937. A digest is `<8 bytes of BLAKE2b over the block of 624 words, hex>.<position in it>`, so a judge
 who holds one state can walk the stream and say whether, and after how many draws, it comes by another. Whole states
@@ -31,7 +31,7 @@ import struct
 import sys
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from . import roots
+from . import roots, seeders
 from .client import Client
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Rng:
         """torch's memories of the last seeding call, one for each kind of device."""
         self.calls: List[Any] = []
         self.dropout: Optional[bool] = None
+        self.seeders: Optional[List[str]] = None
         self.readings: Dict[str, int] = {}
         """Generator → how often its state was read."""
 
@@ -115,6 +116,10 @@ class Rng:
     def _others(self, step: Step, value: Dict[str, Any]) -> None:
         self._told(value, "numpy", _numpy(), False)
         self._told(value, "python", _python(), False)
+        if self.seeders is None:
+            self.seeders = seeders.places()
+            if self.seeders:
+                value["seeders"] = self.seeders
         if self.dropout is None or step.index % 64 == 1:
             self.dropout = any(_draws(module) for root in roots.roots() for module in root.modules())
         value["dropout"] = self.dropout
