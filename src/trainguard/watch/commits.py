@@ -447,7 +447,7 @@ def _grouped(torch: Any, numbers: Any, share: int) -> Any:
 
 def streams(torch: Any) -> List[Optional[str]]:
     """Digests of the global generators: torch, numpy and python (null where not loaded), then every CUDA device's."""
-    found = [rng._digest(torch.default_generator), rng._numpy(), rng._python()]
+    found = rng.states(torch)
     if torch.cuda.is_initialized():
         found.extend("%d:%d" % (each.initial_seed(), each.get_offset()) for each in torch.cuda.default_generators)
     return found

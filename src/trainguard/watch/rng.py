@@ -188,6 +188,12 @@ def _python() -> Optional[Tuple[bytes, int]]:
     return struct.pack("<%dI" % WORDS, *state[:WORDS]), state[WORDS]
 
 
+def states(torch: Any) -> List[Optional[str]]:
+    """Digests of the global generators of torch (CPU), numpy and Python; None for one that is not loaded."""
+    found = (torch_words(torch.default_generator), _numpy(), _python())
+    return [None if state is None else digest_of(*state) for state in found]
+
+
 def _draws(module: Any) -> bool:
     if not module.training:
         return False
