@@ -517,7 +517,7 @@ class Stalls:
                 message += self._contrast(process)
                 step = min(loss.steps)
                 yield self._finding(loss.first, process, outcome, message, where=loss.where, step=step, counts=False)
-            elif self._is_much(process, likely):
+            elif self._is_much(process, likely) or (loss.samples > 1 and loss.where.standing not in _TRUSTED):
                 self._note(message)
 
     def _hours(self, low: float, high: float) -> str:
