@@ -1,4 +1,4 @@
-"""`trainguard incident list|show|report`: what belongs together, from where, what it touched."""
+"""`trainguard incident list|show|report|export|verify`: what belongs together, from where, what it touched."""
 
 from __future__ import annotations
 
@@ -76,3 +76,34 @@ def reporting(html_path: Path | None, pdf_path: Path | None, name: str) -> int:
     if pdf_path is not None:
         write_pdf(pdf_path, page, identity=incident.id)
     return 0
+
+
+@command.command("export")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the bundle here.")
+@click.argument("name")
+def exporting(output: Path, name: str) -> int:
+    """Write an incident with its records, proofs and keys as one zip that anyone can check offline."""
+    from trainguard.digest import write_durably
+    from trainguard.incident.bundle import make_bundle
+    from trainguard.incident.correlate import find, incidents
+
+    home = Home.find()
+    data = make_bundle(home, find(incidents(home), name))
+    write_durably(output, data)
+    click.echo(f"{output}: {len(data):,} bytes; check it anywhere with: python verify.py {output.name}", err=True)
+    return 0
+
+
+@command.command("verify")
+@click.option("--log-key", help="Fingerprint the log's key must have (SHA-256, hex).")
+@click.option("--attestation-key", help="Fingerprint the attestation key must have.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verifying(log_key: str | None, attestation_key: str | None, bundle: Path) -> int:
+    """Check a bundle: the same as `python verify.py BUNDLE`. Exit status: 0 holds, 1 does not, 3 cannot be read."""
+    from trainguard.incident import offline
+
+    pairs = (("--log-key", log_key), ("--attestation-key", attestation_key))
+    words = [str(bundle), *(word for name, value in pairs if value is not None for word in (name, value))]
+    status, said = offline.run(words)
+    click.echo(said)
+    return status
