@@ -117,7 +117,7 @@ import ctypes, os, time
 call = ctypes.CDLL(None, use_errno=True).ptrace
 call.argtypes = [ctypes.c_long] * 4
 print(call(0x4206, os.getppid(), 0, 0), flush=True)
-time.sleep(20)
+time.sleep(100)
 '''
 child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
 print("attached", child.stdout.readline().strip())
