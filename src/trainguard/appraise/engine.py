@@ -21,6 +21,7 @@ from trainguard.appraise.interface import Check, Context, finding_from
 from trainguard.appraise.kills import Kills
 from trainguard.appraise.live import Live
 from trainguard.appraise.loads import Loads
+from trainguard.appraise.loss import Loss
 from trainguard.appraise.modules import Modules
 from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.order import Order
@@ -52,6 +53,7 @@ CHECKS: tuple[type[Check], ...] = (
     Rng,
     Order,
     Batches,
+    Loss,
     Truth,
     Gradients,
     Hyperparameters,

@@ -28,6 +28,7 @@ ASKS: dict[str, str] = {
     "inputs": "Did the job read approved files, and did they stay the same while it ran?",
     "loads": "Were model files vetted before they were read, and did no pickle name what runs code?",
     "rng": "Do the random streams go on from step to step, unseeded in between?",
+    "loss": "Is the loss what the calling lines ask for, recomputed from its inputs in double precision?",
     "truth": "Is the gradient the derivative of the loss, by moving the weights in a replay of the step?",
     "gradients": "Is the gradient the optimizer used the one backward computed, but for one honest clip or scale?",
     "hyperparameters": "Do learning rate and other settings change only through a scheduler or approved code?",
@@ -81,7 +82,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"sender is outside the job", "start the node's ledger as root: trainguard node"),
     (r"budget|not chosen", "check more of it: --links all, or a larger budget_percent in the policy"),
     (
-        r"on tape|run again in double|own backward code|has a kink|compiles code|are shards|another dispatch mode",
+        r"on tape|loss functions takes part|was not recomputed|run again in double|own backward code|has a kink|"
+        r"compiles code|are shards|another dispatch mode",
         "the derivative cannot be had there; replay on a clean host covers it",
     ),
     (r"no sweep was completed", "let it run longer, or check everything: --links all"),
