@@ -3,7 +3,7 @@
     python bench/bench_truth.py [--steps N] [--every N] [SCRIPT …]
 
 For each script: optimizer steps, how many were on tape, the largest and the median disagreement over √tensors
-(docs/checks/truth.md gives the tolerance), findings of the checks *truth* and *loss*, what one check costs in steps (CPU
+(docs/checks/truth.md gives the tolerance), findings of *truth* and *loss*, what one check costs in steps (CPU
 time of the thread from the start of the interval to the end of the replay, less one usual step), what that is at one
 check in 500, and why steps were blind.
 """
