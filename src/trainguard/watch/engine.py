@@ -508,7 +508,7 @@ class Engine:
         self.tally.own_ns = 0
         return self.governor.balance_ns(now_ns)
 
-    def _look_again(self) -> None:
+    def look_again(self) -> None:
         """Ask all links again from the next step of every optimizer on."""
         for glance in list(_glances.values()):
             glance.track.count = glance.index
@@ -642,7 +642,7 @@ class Engine:
             if other is track or other.ref() is None:
                 continue
             if any(id(entry.param) in own for entry in other.entries):
-                self._look_again()  # each must tell the other's links of its steps
+                self.look_again()  # each must tell the other's links of its steps
                 if other.opt not in track.shares:
                     track.shares.append(other.opt)
                 if track.opt not in other.shares:

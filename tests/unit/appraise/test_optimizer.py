@@ -186,8 +186,9 @@ def test_other_optimizer_mathematics_is_found_and_named(values: dict[str, Any], 
 
 
 @pytest.mark.torch
-def test_an_optimizer_without_a_reference_is_blind_and_never_held() -> None:
-    """L-BFGS, and a class whose step() is its own."""
+def test_an_optimizer_without_a_formula_is_repeated_from_its_source_and_blind_where_it_cannot_be() -> None:
+    """A class whose step() is its own; the same with a number that only the function around it knows."""
+    factor = 1.0
 
     class Own(O.SGD):
         def step(self, closure: Any = None) -> None:
@@ -196,10 +197,20 @@ def test_an_optimizer_without_a_reference_is_blind_and_never_held() -> None:
                     for p in group["params"]:
                         p.sub_(group["lr"] * p.grad.sign())
 
+    class Bound(O.SGD):
+        def step(self, closure: Any = None) -> None:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.sub_(factor * group["lr"] * p.grad.sign())
+
     findings, states = judge(Optimizer, train(5, make=lambda p: Own(p, lr=1e-3)).records)
     assert findings == []
+    assert (states["optimizer"].held, states["optimizer"].state) == (5, "held")
+    findings, states = judge(Optimizer, train(5, make=lambda p: Bound(p, lr=1e-3)).records)
+    assert findings == []
     assert (states["optimizer"].held, states["optimizer"].state) == (0, "blind")
-    assert "no reference" in states["optimizer"].blind[0]
+    assert "factor" in states["optimizer"].blind[0]
 
 
 @pytest.mark.torch
