@@ -146,6 +146,42 @@ def test_a_layer_whose_gradient_is_zeroed_for_good_is_suspicious() -> None:
     assert ("C5", "suspicious") in {(f.techniques[0], f.outcome) for f in findings}
 
 
+def test_a_gradient_taken_away_on_one_step_in_three_is_named() -> None:
+    """C5: backward wrote it, the optimizer never sees it; a layer that is simply not used has none to begin with."""
+
+    def take(run: Run) -> None:
+        if run.step >= 20 and run.step % 3 == 0:
+            run.net[3].weight.grad = None  # type: ignore[index]
+
+    run = train(60, before_step=take)
+    assert looks_fine(run)
+    findings, _ = judge(Gradients, run.records)
+    assert [(f.subject.tensor, f.techniques[0], f.outcome) for f in findings] == [("3.weight", "C5", "suspicious")]
+    assert "taken away" in findings[0].message
+
+
+def test_a_layer_that_is_used_now_and_then_is_no_departure() -> None:
+    """Conditional computation: on some steps backward never reaches the layer, so nothing was taken away."""
+
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x if self.calls % 3 == 0 else x + self.inner(x)
+
+    def start(run: Run) -> None:
+        run.net[3] = Sometimes()  # type: ignore[index]
+        run.optimizer = torch.optim.AdamW(run.net.parameters(), lr=3e-3)
+
+    findings, states = judge(Gradients, train(45, start=start).records)
+    assert findings == []
+    assert states["gradients"].state == "held"
+
+
 def test_updates_left_out_around_the_optimizer_show_as_a_second_backward() -> None:
     """C9 outside the hooks: the caller's step() returns early, so no step is seen, but backward ran twice."""
 

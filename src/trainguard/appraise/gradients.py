@@ -79,6 +79,8 @@ class Habits:
     present: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
     lost: set[str] = field(default_factory=set)
+    taken: set[str] = field(default_factory=set)
+    """Tensors whose gradient was once gone before the update."""
     hooked: Counter[str] = field(default_factory=Counter)
     """Place of a tensor hook → early checked steps in which it changed a gradient."""
 
@@ -156,6 +158,7 @@ class Gradients:
             return
         habits.checked += 1
         yield from self._presence(evidence, value, sample, habits)
+        yield from self._taken(evidence, sample, habits)
         yield from self._calls(evidence, value, habits)
         yield from self._hooked(evidence, value, sample, habits)
         tensors = [t for t in sample.tensors if t.local is not None and t.grad is not None]
@@ -352,6 +355,19 @@ class Gradients:
             )
 
     # -- presence ---------------------------------------------------------------------------------------------
+
+    def _taken(self, evidence: Evidence, sample: Sample, habits: Habits) -> Iterator[Finding]:
+        """Backward wrote a gradient, and it was gone before the update: not a part of the model that lay idle."""
+        for tensor in sample.tensors:
+            if tensor.local is None or tensor.grad is not None or tensor.grad_reason != "none":
+                continue
+            if habits.checked <= LEARN_STEPS or tensor.name in habits.taken:
+                habits.taken.add(tensor.name)
+                continue
+            habits.taken.add(tensor.name)
+            self._broken += 1
+            text = "backward wrote a gradient for this tensor, and it was taken away before the update"
+            yield self._finding(evidence, "suspicious", ("C5", "B5"), text, tensor.name)
 
     def _presence(
         self, evidence: Evidence, value: dict[str, object], sample: Sample, habits: Habits

@@ -43,6 +43,8 @@ OVERWRITING = frozenset(
 )
 """Random operators whose result does not pass a gradient on to their input."""
 
+RESHAPING = ("aten::set_", "aten::resize_", "aten::resize_as_")
+
 
 class Ref:
     """A tensor argument: where its value is, and whether autograd cuts it off here."""
@@ -190,6 +192,10 @@ class Tape:
         kind = self.kinds.get(func)
         if kind is None:
             kind = self.kinds[func] = _Kind(self.torch, func)
+        if kind.name in RESHAPING:  # how loaders hand over a batch: what it holds from now on is a new constant
+            for value in self._written(kind, args, kwargs):
+                self.known.pop(id(value), None)
+            return None
         grad = self.torch.is_grad_enabled()
         if not grad and (not self._worth(kind, args, kwargs) or self._updated(kind, args, kwargs)):
             return None
