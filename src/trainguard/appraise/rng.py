@@ -72,6 +72,9 @@ class _Stream:
     jumped: bool = False
     """A state read between steps was not reached."""
     at_epoch: bool = False
+    """A loader began a pass since the step before."""
+    epoch_began: bool = False
+    """A loader began a pass since numpy's and Python's generators were last read."""
     workers: dict[int, int] = field(default_factory=dict)
 
 
@@ -162,7 +165,7 @@ class Rng:
         if "end" in body:
             return
         stream = self._stream(evidence)
-        stream.at_epoch = True
+        stream.at_epoch = stream.epoch_began = True
         base = body.get("base_seed")
         if isinstance(base, int):
             self._base_seeds.add(base)
@@ -289,7 +292,14 @@ class Rng:
         outcome: Outcome = "violated",
     ) -> None:
         stream.departures.append(
-            _Departure(evidence=evidence, name=name, text=text, to=to, at_epoch=stream.at_epoch, outcome=outcome)
+            _Departure(
+                evidence=evidence,
+                name=name,
+                text=text,
+                to=to,
+                at_epoch=stream.at_epoch if name == "torch" else stream.epoch_began,
+                outcome=outcome,
+            )
         )
 
     def _cuda(self, evidence: Evidence, value: dict[str, object], stream: _Stream) -> Iterator[Finding]:
@@ -330,6 +340,8 @@ class Rng:
                 self._depart(evidence, stream, text + _within(reading), to=to, name=name, outcome="suspicious")
             if len(seen) < STATES_LIMIT:
                 seen.setdefault(state[:64], evidence.step or 0)
+        if "numpy" in value or "python" in value:
+            stream.epoch_began = False
         return
         yield
 

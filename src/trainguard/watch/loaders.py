@@ -71,11 +71,12 @@ class Pass:
         self.digests: Dict[int, str] = {}
         """Batch, from 0 → digest of its own indices."""
 
-    def add(self, indices: Any) -> None:
-        """Note one batch of indices."""
+    def add(self, indices: Any, looked: bool) -> None:
+        """Note one batch of indices. looked: the batch is looked at too, and goes by the digest of its indices."""
         data = packed(indices)
         self.chain = hashlib.blake2b(self.chain + data, digest_size=8).digest()
-        self.digests[self.fetched] = hashlib.blake2b(data, digest_size=8).hexdigest()
+        if looked:
+            self.digests[self.fetched] = hashlib.blake2b(data, digest_size=8).hexdigest()
         self.fetched += 1
         self.chains[self.fetched] = self.chain.hex()
 
@@ -92,13 +93,11 @@ class Pass:
 class Delivery:
     """One batch as the job was given it."""
 
-    __slots__ = ("labels", "line", "sampled", "tensors")
+    __slots__ = ("labels", "line", "sampled")
 
     def __init__(self, line: List[Any]) -> None:
         self.line = line
         """loader, epoch, batch from 0."""
-        self.tensors: List[Tuple[str, Any]] = []
-        """Path in the batch, weak reference to the tensor."""
         self.labels: List[Tuple[str, Any]] = []
         """Copies of small tensors that can be labels; only while somebody asks for them."""
         self.sampled: List[Tuple[str, int, Any, Any]] = []
@@ -189,16 +188,16 @@ class Observer:
 
     def delivered(self, done: Pass, count: int, data: Any) -> None:
         """The job is given batch `count` (from 1) of a pass."""
-        start = clock()
         digest = done.digests.get(count - 1)
         done.deliver(count)
         self.moved[id(done)] = done
         delivery = Delivery([done.loader, done.epoch, count - 1])
-        found = leaves(data)
-        delivery.tensors = [(path, weakref.ref(tensor)) for path, tensor in found]
-        if self.wanted:
-            self._keep(delivery, found)
         self.ring.append(delivery)
+        if not self.wanted and digest is None:
+            return
+        start = clock()
+        if self.wanted:
+            self._keep(delivery, leaves(data))
         if digest is not None and self.looks(count - 1) and len(self.sums) < 64:
             self.sums.append([*delivery.line, digest, *self.sums_of(data, count - 1)])
         self.own_ns += clock() - start
@@ -527,7 +526,7 @@ class _Indices:
             raise
         if self.done is not None:
             try:
-                self.done.add(batch)
+                self.done.add(batch, observer.looks(self.done.fetched))
             except Exception as error:
                 observer.client.fault("loaders.add", error)
         return batch
