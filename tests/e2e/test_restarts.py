@@ -70,7 +70,7 @@ def restarted(folder: Path, *, between: str = "pass", again: str = "pass") -> Gu
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        "2",
+        "1",
         "--max-restarts",
         "1",
         "train.py",
