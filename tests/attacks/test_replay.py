@@ -148,6 +148,44 @@ def test_dropout_switched_off_is_in_the_modes() -> None:
     assert found.link in ("rng", "modes")
 
 
+SPARE = {
+    "make": sgd,
+    "commits": True,
+    "links": "governed",
+    "commit_percent": 0.5,
+    "always_steps": 0,
+    "credit_seconds": 0.0,
+}
+"""A budget that short steps cannot pay: most are taken at a glance and commit to nothing."""
+
+
+def test_where_the_budget_is_short_some_steps_commit_and_all_are_told_of() -> None:
+    """Every step is in the record; those with commits are equal to a clean run's that commits to all of them."""
+    run = account(train(300, **SPARE))  # type: ignore[arg-type]
+    clean = account(train(300, make=sgd, commits=True, links="none"))
+    assert len(clean.steps) == 300
+    assert 20 <= len(run.steps) < 200
+    assert set(run.steps) | run.uncommitted == set(range(1, 301))
+    assert any(step.lean for step in run.steps.values())
+    found, compared = first_difference(run, clean, first=1, last=300, idle_streams=idle(run, clean))
+    assert (found, compared) == (None, len(run.steps))
+
+
+def test_an_act_between_two_commits_is_bounded_by_them() -> None:
+    """E4 at step 203: found in the first step after it that commits, never before."""
+
+    def edit(run: Run) -> None:
+        run.net[3].weight.data.view(-1)[7] += 0.05  # type: ignore[index, union-attr, operator]
+
+    run = account(train(300, **SPARE, after_step=once(edit, 202)))  # type: ignore[arg-type]
+    clean = account(train(300, make=sgd, commits=True, links="none"))
+    found, _ = first_difference(run, clean, first=1, last=300, idle_streams=idle(run, clean))
+    assert found is not None
+    assert found.step == min(number for number in run.steps if number >= 203)
+    assert found.since is not None
+    assert found.since < 203
+
+
 def test_commits_change_no_bit_of_the_training() -> None:
     """The same run with and without them ends with the same weights and losses."""
     plain = train(STEPS, make=adamw, clip=1.0, guarded=False)
