@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.helpers.recorded import recording
 from tests.helpers.training import Run, looks_fine, train
 from torch import nn
 
@@ -144,8 +145,46 @@ def test_dropout_switched_off_is_in_the_modes() -> None:
         run.net[2].p = 0.0  # type: ignore[index]
 
     found = parts(sgd, after_step=once(off, AT - 1))
-    assert found.step == AT
-    assert found.link in ("rng", "modes")
+    assert (found.step, found.link) == (AT, "modes")
+
+
+def closed(steps: int, *, turned: bool = False) -> Account:
+    """A training whose optimizer runs backward itself, in a closure."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    batch = torch.randn(16, 8)
+    with recording(commits=True, links="none") as recorder:
+        for step in range(1, steps + 1):
+
+            def closure(step: int = step) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = net(batch).square().mean()
+                loss.backward()
+                for p in net.parameters():
+                    if turned and step == AT and p.grad is not None:
+                        p.grad.neg_()
+                return loss
+
+            optimizer.step(closure)
+    taken = Account()
+    for record in (each for folded in recorder.records for each in unfold(folded)):
+        if record.kind == "step":
+            taken.take(record.step, record.body)
+    return taken
+
+
+def test_with_a_closure_the_gradients_are_those_of_its_own_step() -> None:
+    """C1 in a closure: the gradient of the step before must not stand for this one."""
+    found, _ = first_difference(
+        closed(STEPS, turned=True), closed(STEPS), first=1, last=STEPS, idle_streams=frozenset({1, 2})
+    )
+    assert found is not None
+    assert (found.step, found.link) == (AT, "used")
+    assert first_difference(closed(STEPS), closed(STEPS), first=1, last=STEPS, idle_streams=frozenset({1, 2})) == (
+        None,
+        STEPS,
+    )
 
 
 SPARE = {

@@ -69,7 +69,7 @@ def arm(torch):
             weight = optimizer.param_groups[0]["params"][2]
             with torch.no_grad():
                 weight.view(-1)[5] += 0.05
-    torch.optim.optimizer.register_optimizer_step_post_hook(act)
+    sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook(act)
 sys.meta_path.insert(0, Finder())
 """
 

@@ -17,8 +17,8 @@ BUILD = ("torch", "capability", "mkldnn", "devices", "threads", "deterministic")
 """Of the build these must be equal for bits to be comparable; python may differ."""
 
 LINKS: tuple[tuple[str, str], ...] = (
-    ("rng", "random streams"),
     ("modes", "modes and rates of modules"),
+    ("rng", "random streams"),
     ("before", "weights before the step"),
     ("raw", "gradient after backward"),
     ("used", "gradient used"),

@@ -155,11 +155,23 @@ class Commits:
             return value, sums
         sums["before"] = [total(self._words(torch, entry.param)) for entry in track.entries]
         raw = self.raw.get(step.opt)
-        if raw is not None and raw.values is not None and len(raw.values) == len(track.entries):
-            sums["raw"] = raw.values
+        if raw is not None:
+            raw.seen = raw.passes
+            if raw.values is not None and len(raw.values) == len(track.entries):
+                sums["raw"] = raw.values
             raw.values = None
         sums["used"] = _gradients(torch, track.entries)
         return value, sums
+
+    def _from_closure(self, step: Step, sums: Dict[str, List[Any]]) -> None:
+        """Where a closure ran backward within the step, the gradients before it were those of another step."""
+        raw = self.raw.get(step.opt)
+        if raw is None or raw.passes == raw.seen:
+            return
+        if raw.values is not None and len(raw.values) == len(step.track.entries):
+            sums["raw"] = raw.values
+        raw.values = None
+        sums["used"] = _gradients(step.torch, step.track.entries)
 
     def _header(self, step: Step, track: Track, value: Dict[str, Any]) -> None:
         if track.memory.get(self.name) is track.signature:
@@ -234,6 +246,7 @@ class Commits:
         torch, entries = step.torch, step.track.entries
         self._groups_inside(step, step.track, value)
         if "lean" not in value:
+            self._from_closure(step, sums)
             sums["state"] = [_state(torch, step.optimizer, entry) for entry in entries]
             if self.buffers:
                 each = [total(words(torch, buffer)) for buffer in self.buffers]
@@ -338,6 +351,8 @@ class _Raw:
         self.wanted = wanted
         self.engine = step.engine
         self.values: Optional[List[Any]] = None
+        self.passes = self.seen = 0
+        """Backward passes so far, and when a step last began."""
         self.handle: Any = None
         first = next((e.param for e in reversed(entries) if e.param.requires_grad and e.param.is_leaf), None)
         if first is not None and hasattr(first, "register_post_accumulate_grad_hook"):
@@ -346,13 +361,15 @@ class _Raw:
     def arrived(self, param: Any) -> None:
         """A backward pass is under way: look when it is over."""
         try:
-            if self.wanted(self.engine.tally.steps + 1):
+            steps = self.engine.tally.steps  # within a closure its step is counted already
+            if self.wanted(steps + 1) or self.wanted(steps):
                 self.torch.autograd.Variable._execution_engine.queue_callback(self.over)
         except Exception as error:
             self.fault("commits.arrived", error)
 
     def over(self) -> None:
         """The gradients are complete: before clipping, before a scaler undoes its scale."""
+        self.passes += 1
         try:
             with self.torch.no_grad():
                 self.values = _gradients(self.torch, self.entries)
