@@ -187,6 +187,35 @@ def test_with_a_closure_the_gradients_are_those_of_its_own_step() -> None:
     )
 
 
+def test_an_optimizer_with_odd_state_is_committed_to_without_a_fault() -> None:
+    """LBFGS keeps lists and plain numbers beside its tensors, and runs its closure many times."""
+
+    def lbfgs() -> Account:
+        torch.manual_seed(0)
+        net = nn.Linear(4, 2)
+        optimizer = torch.optim.LBFGS(net.parameters(), max_iter=5)
+        batch = torch.randn(16, 4)
+        with recording(commits=True, links="none") as recorder:
+            for _ in range(8):
+
+                def closure() -> torch.Tensor:
+                    optimizer.zero_grad()
+                    loss = (net(batch) - batch[:, :2]).square().mean()
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+        taken = Account()
+        for record in (each for folded in recorder.records for each in unfold(folded)):
+            if record.kind == "step":
+                taken.take(record.step, record.body)
+        return taken
+
+    one, two = lbfgs(), lbfgs()
+    assert first_difference(one, two, first=1, last=8, idle_streams=frozenset({1, 2})) == (None, 8)
+    assert one.steps[8].vector("state") != one.steps[7].vector("state")
+
+
 SPARE = {
     "make": sgd,
     "commits": True,

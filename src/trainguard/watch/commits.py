@@ -438,12 +438,19 @@ def _state(torch: Any, optimizer: Any, entry: Entry) -> Any:
         if isinstance(value, torch.Tensor):
             number = total(words(torch, value))
         elif isinstance(value, (int, float)):
-            number = hash(float(value))
+            out = out + _signed(hash(float(value)) * (2 * place + 1))
+            continue
         else:
             continue
-        out = out.to(number.device) if isinstance(number, torch.Tensor) and number.device != out.device else out
+        out = out.to(number.device) if number.device != out.device else out
         out = out + number * (2 * place + 1)
     return out
+
+
+def _signed(number: int) -> int:
+    """`number` mod 2**64 as a signed 64-bit integer."""
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
 
 
 def _stacked(torch: Any, numbers: List[Any]) -> Any:
