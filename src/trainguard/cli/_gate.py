@@ -34,7 +34,7 @@ from typing import Any
 import msgspec
 
 from trainguard.envelope import load_public_key
-from trainguard.errors import TrainguardError
+from trainguard.errors import TrainguardError, Unavailable
 from trainguard.finding import Finding
 from trainguard.home import Home
 from trainguard.measure.caches import compiler_caches
@@ -100,10 +100,7 @@ class Gate:
         self._caches = tuple(str(folder) + os.sep for folder in compiler_caches(os.environ))
         self._folder = tempfile.mkdtemp(prefix="trainguard-")
         self.path = str(Path(self._folder) / "g")
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(self.path)
-        self._listener.listen(BACKLOG)
-        self._listener.setblocking(False)
+        self._listener = _listener(self.path)
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="gate")
         self._thread = threading.Thread(target=self._listen, name="gate", daemon=True)
@@ -250,6 +247,18 @@ class Gate:
             "refused": self.stops and answer.why is not None,
         }
         self._add("opened", body, step=request.step, pid=request.pid)
+
+
+def _listener(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise Unavailable(f"{path}: socket for vetting loads cannot be made: {error.strerror or error}") from error
+    listener.setblocking(False)
+    return listener
 
 
 def _parse(data: bytes, pid: int) -> _Request | None:

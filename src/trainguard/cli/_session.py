@@ -45,6 +45,7 @@ from trainguard.replay.audit import key_commitment, named_inputs, settings_of
 from trainguard.replay.points import NAME as POINT_NAME
 from trainguard.replay.points import seal_point
 from trainguard.scan import vet
+from trainguard.scan.trust import parse_trust_line
 from trainguard.seal.ledger import read_ledger
 from trainguard.seal.prints import read_prints
 from trainguard.seal.verify import verify_seal
@@ -98,6 +99,8 @@ class Session:
 
     def run(self) -> Outcome:
         """Run the command under watch. Raises TrainguardError before it is started; never afterwards."""
+        for line in self._policy.load_trust:
+            parse_trust_line(line)
         self._home.prepare()
         log = Log.open(self._home.log, self._home.keys / "log.key")
         try:
@@ -116,11 +119,11 @@ class Session:
             writer.begin(start)
             judge = _LiveJudge(Context(run=self.run_id, policy=self._policy, blob=self._home.blob), self._hear)
             sealer = self._sealer = _Sealer(self._home, self.run_id, log, lock, recorder.add)
-            gate = Gate(self._home, self.run_id, self._policy, recorder.add, sealer.saved)
             restarts = _Restarts(lambda attempt: self._measure(recorder, lock, attempt))
             recorder.observers = [judge.feed, sealer.feed, restarts.feed]
             recorder.add("start", start)
             self._measure(recorder, lock)
+            gate = Gate(self._home, self.run_id, self._policy, recorder.add, sealer.saved)
             try:
                 ended = self._watch_unless_refused(recorder, judge, sealer, gate)
             finally:

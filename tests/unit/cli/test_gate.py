@@ -102,6 +102,40 @@ def test_requests_are_answered_recorded_once_and_survive_odd_ones(tmp_path: Path
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.torch
+def test_by_stop_a_checkpoint_that_was_changed_since_it_was_sealed_is_refused_with_its_tensor(tmp_path: Path) -> None:
+    """S11: blocked at the load, not found after it; what was sealed passes, and so does what the run saved itself."""
+    from tests.helpers import checkpoints
+
+    home = Home(tmp_path / "state")
+    path = checkpoints.save_file(tmp_path / "a.pt", 3)
+    checkpoints.seal(home, path, 3)
+    records: list[dict[str, Any]] = []
+    ours: set[str] = set()
+
+    def add(kind: str, body: dict[str, Any], **fields: Any) -> None:
+        records.append(body)
+
+    gate = Gate(home, "run-b", Policy(load="stop"), add, ours.__contains__)
+    gate.start()
+    try:
+        assert ask(gate, path) == {"refuse": False, "why": ""}
+        data = bytearray(path.read_bytes())
+        weight = checkpoints.state(3)["model"]["block.0.weight"].numpy().tobytes()
+        data[data.index(weight) + 2] ^= 1
+        path.write_bytes(data)
+        refused = ask(gate, path)
+        assert refused is not None
+        assert refused["refuse"]
+        assert "model.block.0.weight" in refused["why"]
+        os.utime(path)  # another identity: it is judged anew
+        ours.add(str(path))
+        assert ask(gate, path) == {"refuse": False, "why": ""}
+    finally:
+        gate.close()
+    assert [finding["techniques"] for finding in records[1]["findings"]] == [("E3",)]
+
+
 def test_a_trust_line_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:
     """A policy that trusts what runs code is a usage error."""
     for line in ("posix.system call", "what is this"):

@@ -169,6 +169,16 @@ def test_where_values_may_honestly_change_meanwhile_a_difference_is_only_suspici
         assert client.sent[0]["sure"] is sure
 
 
+def test_a_storage_on_a_device_is_sampled_at_the_same_places(client: Client) -> None:
+    """Piece by piece, never copied whole; a storage of the processor stands in for one of a device."""
+    for size in (100, 3 << 20):
+        storage = torch.arange(size, dtype=torch.int64).to(torch.uint8).untyped_storage()
+        here = client.state._digest(storage, "0")  # type: ignore[attr-defined]
+        there = client.state._digest_elsewhere(storage, "0", size)  # type: ignore[attr-defined]
+        assert there[:3] == here[:3]
+        assert (there[3] is None) == (size > saves.SAMPLED_BYTES)
+
+
 class Model(torch.nn.Module):
     """Layers enough for a majority."""
 
