@@ -60,6 +60,20 @@ def test_a_policy_with_anything_unknown_is_refused(text: bytes) -> None:
         parse_policy(text, where="p")
 
 
+def test_an_organisation_that_stops_unvetted_loads_cannot_be_loosened() -> None:
+    """Neither to log, nor by more trust, nor by a wider tier; where it only logs, a project may stop."""
+    organisation = Policy(load="stop", load_trust=("a.B instance",))
+    assert Policy(load="stop", load_trust=("a.B instance",)).tightened(organisation).load == "stop"
+    assert Policy(load="stop", load_tier="weights").tightened(organisation).load_tier == "weights"
+    assert Policy(load="stop", load_trust=("c.D call",)).tightened(Policy()).load == "stop"
+    for looser in (Policy(), Policy(load="stop", load_trust=("c.D call",)), Policy(load="stop", load_tier="framework")):
+        with pytest.raises(Misuse, match="load"):
+            looser.tightened(organisation)
+    for text in ('load = "maybe"', 'load_tier = "all"', "load_trust = 3"):
+        with pytest.raises(Misuse, match="load"):
+            parse_policy(text.encode(), where="policy.toml")
+
+
 def test_a_policy_can_only_be_tightened() -> None:
     """A project may ask for more than the organisation, not for less."""
     organisation = Policy(links="governed", update_tolerance_ulp=16)

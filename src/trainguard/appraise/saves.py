@@ -23,6 +23,9 @@ BUFFER_NS = 60_000_000_000
 """A save into memory is taken to be what a file holds that was written within a minute."""
 SHOWN_LIMIT = 20
 SAVES_LIMIT = 10_000
+WEIGHTS_LIMIT = 16
+MAJORITY = 3
+"""Tensors that must be the weights themselves before others that are not are worth a word."""
 
 Storage = tuple[int, str, str | None]
 """(bytes, digest of samples, digest of all)"""
@@ -59,6 +62,17 @@ class _Version:
     storages: dict[str, Storage]
 
 
+@dataclass(slots=True)
+class _Weights:
+    """A process's weights at the beginning of a step, and files that were written natively since the step before."""
+
+    files: frozenset[str]
+    since_ns: int
+    at_ns: int
+    record: Evidence
+    weights: dict[str, Storage]
+
+
 class Saves:
     """See the module."""
 
@@ -70,6 +84,7 @@ class Saves:
         self._blob = context.blob
         self._saves: dict[tuple[int, int], _Save] = {}
         self._waiting: list[_Version] = []
+        self._weights: list[_Weights] = []
         self._told: dict[int, int] = {}
         """Process → time (ns) up to which it has told of its saves."""
         self._held = 0
@@ -89,6 +104,9 @@ class Saves:
     def end(self) -> Iterator[Finding | LinkState]:
         yield from self._judge_waiting()
         for version in self._waiting:
+            if version.prints.form != "torch":
+                self._blind[f"{version.path}: written natively, and no process told of its weights then"] = None
+                continue
             why = (
                 "no process told of saving it"
                 if self._save_of(version) is None
@@ -113,6 +131,9 @@ class Saves:
         told = body.get("told_ns")
         if type(told) is int and process is not None:
             self._told[process] = told
+        if isinstance(body.get("weights"), list):
+            self._take_weights(evidence)
+            return
         if type(number) is not int or process is None or len(self._saves) >= SAVES_LIMIT:
             return
         known = self._saves.get((process, number))
@@ -138,6 +159,19 @@ class Saves:
             if isinstance(row, list) and len(row) == 5 and isinstance(row[0], str) and isinstance(row[4], str):
                 known.weights[row[0]] = row[4]
 
+    def _take_weights(self, evidence: Evidence) -> None:
+        body = evidence.body
+        files, since, at = body.get("files"), body.get("since_ns"), body.get("at_ns")
+        if not isinstance(files, list) or type(since) is not int or type(at) is not int:
+            return
+        told = frozenset(path for path in files if isinstance(path, str))
+        known = self._weights[-1] if self._weights else None
+        if known is not None and (known.record.process, known.at_ns) == (evidence.process, at):
+            known.weights.update(_storages(body["weights"]))
+            return
+        self._weights = self._weights[-WEIGHTS_LIMIT:]
+        self._weights.append(_Weights(told, since, at, evidence, _storages(body["weights"])))
+
     def _sealed(self, evidence: Evidence) -> None:
         path, blob = evidence.body.get("path"), evidence.body.get("prints")
         if not isinstance(path, str) or not isinstance(blob, str):
@@ -155,6 +189,9 @@ class Saves:
     def _judge_waiting(self) -> Iterator[Finding]:
         waiting, self._waiting = self._waiting, []
         for version in waiting:
+            if version.prints.form != "torch":
+                yield from self._judge_native(version)
+                continue
             same = next((save for save in reversed(self._saves.values()) if _agree(save, version)), None)
             save = same or self._save_of(version)
             if save is None or self._told.get(save.process, 0) <= version.prints.mtime_ns + SLACK_NS:
@@ -163,6 +200,41 @@ class Saves:
                 yield from self._replaced(version, same)
             else:
                 yield from self._differ(version, save)
+
+    def _judge_native(self, version: _Version) -> Iterator[Finding]:
+        """A file whose writer told nobody, against the weights as they were at the next step."""
+        written = version.prints.mtime_ns
+        told = next(
+            (
+                weights
+                for weights in reversed(self._weights)
+                if version.path in weights.files and weights.since_ns - SLACK_NS <= written <= weights.at_ns
+            ),
+            None,
+        )
+        if told is None:
+            self._waiting.append(version)
+            return
+        own = {
+            t: w for t, w in _by_suffix(version.storages, told.weights) if _equal(told.weights[w], version.storages[t])
+        }
+        prefixes = {tensor.removesuffix(weight) for tensor, weight in own.items()}
+        others = [
+            tensor
+            for tensor, weight in _by_suffix(version.storages, told.weights)
+            if tensor not in own
+            and tensor.removesuffix(weight) in prefixes
+            and version.storages[tensor][0] == told.weights[weight][0]
+        ]
+        if len(own) < MAJORITY or len(others) > len(own):
+            self._blind[
+                f"{version.path}: does not hold the weights as they were in memory: an average, say, or another step"
+            ] = None
+        elif not others or self._policy.approves(self.name, version.path):
+            self._held += 1
+        else:
+            self._broken += 1
+            yield self._others(version, told.record, others, len(own))
 
     def _save_of(self, version: _Version) -> _Save | None:
         """The save that made the file: the last to its path before it was written, else the last like it in memory."""
@@ -194,18 +266,21 @@ class Saves:
             self._held += 1
             return
         self._broken += 1
-        yield finding_from(
+        yield self._others(version, save.record, others, len(own))
+
+    def _others(self, version: _Version, told: Evidence, others: list[str], own: int) -> Finding:
+        return finding_from(
             self.name,
             "suspicious",
             f"{version.path} holds other values for {_listed(others)} than the weights had, and the weights themselves"
-            f" for {len(own)} others; or the script replaces them on purpose",
-            save.record,
+            f" for {own} others; or the script replaces them on purpose",
+            told,
             version.record,
             run=self._run,
             techniques=("E9",),
             tensor=others[0],
             path=version.path,
-            step=save.record.step,
+            step=told.step,
         )
 
     def _differ(self, version: _Version, save: _Save) -> Iterator[Finding]:
@@ -240,6 +315,18 @@ class Saves:
             expected=f"{len(save.storages)} storages as they were in memory",
             found=f"{len(changed)} of them otherwise in the file",
         )
+
+
+def _by_suffix(tensors: Iterable[str], weights: Iterable[str]) -> list[tuple[str, str]]:
+    """(tensor of a file, weight) of one name, but for what a container puts before it; the longest such weight."""
+    known = set(weights)
+    found = []
+    for tensor in tensors:
+        parts = tensor.split(".")
+        weight = next((w for i in range(len(parts)) if (w := ".".join(parts[i:])) in known), None)
+        if weight is not None:
+            found.append((tensor, weight))
+    return found
 
 
 def _alternatives(save: _Save, same_shape: bool) -> str:

@@ -20,7 +20,7 @@ import msgspec
 
 from trainguard.errors import MalformedEvidence
 from trainguard.seal.skeleton import flatten, read_skeleton
-from trainguard.seal.tensors import PICKLE_LIMIT_BYTES, torch_records
+from trainguard.seal.tensors import PICKLE_LIMIT_BYTES, read_layout, torch_records
 
 STORAGES_LIMIT = 20_000
 WHOLE_BYTES = 256 << 20
@@ -37,6 +37,8 @@ RECORD = re.compile(r"[^/]+/data/([A-Za-z0-9_]{1,64})\Z")
 class Prints(msgspec.Struct, frozen=True, kw_only=True):
     """The storages of one file as it was when it was read."""
 
+    form: str = "torch"
+    """`torch`: of storages, by record; `safetensors`: of tensors, by name."""
     mtime_ns: int
     """When the file was last written."""
     storages: tuple[tuple[str, int, str, str | None, str], ...]
@@ -65,12 +67,14 @@ def read_prints(path: Path, key: str) -> Prints | None:
         return None
     try:
         before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode) or os.pread(descriptor, 4, 0) != b"PK\x03\x04":
+        if not stat.S_ISREG(before.st_mode):
             return None
-        storages = _storages(descriptor, before.st_size, key)
+        zipped = os.pread(descriptor, 4, 0) == b"PK\x03\x04"
+        storages = (_storages if zipped else _tensors)(descriptor, before.st_size, key)
+        form = "torch" if zipped else "safetensors"
         after = os.fstat(descriptor)
         same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-        return Prints(mtime_ns=before.st_mtime_ns, storages=storages) if storages and same else None
+        return Prints(form=form, mtime_ns=before.st_mtime_ns, storages=storages) if storages and same else None
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, struct.error, OverflowError):
         return None
     finally:
@@ -93,6 +97,24 @@ def _storages(descriptor: int, size: int, key: str) -> tuple[tuple[str, int, str
             whole += length
             everything = _digest(descriptor, [(start, length)]) if whole <= WHOLE_BYTES else None
         found.append((name, length, sampled, everything, names.get(name, "")))
+    return tuple(found)
+
+
+def _tensors(descriptor: int, size: int, key: str) -> tuple[tuple[str, int, str, str | None, str], ...]:
+    """As _storages, for the tensors of a safetensors file."""
+    layout = read_layout(descriptor, size)
+    found: list[tuple[str, int, str, str | None, str]] = []
+    whole = 0
+    for part in layout.ranges[:STORAGES_LIMIT] if layout is not None else ():
+        length = part.end - part.start
+        if not length:
+            continue
+        sampled = _digest(descriptor, [(part.start + at, n) for at, n in pieces(key, length)])
+        whole += length if length > SAMPLED_BYTES else 0
+        everything = sampled if length <= SAMPLED_BYTES else None
+        if everything is None and whole <= WHOLE_BYTES:
+            everything = _digest(descriptor, [(part.start, length)])
+        found.append((part.name, length, sampled, everything, part.name))
     return tuple(found)
 
 

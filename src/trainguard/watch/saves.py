@@ -11,12 +11,18 @@ Frames (spec/evidence.md "save"):
     kind "save", body {"save": n, "left": [[weight, bytes, digest of samples, digest of all or null], …]}
     kind "save", body {"save": n, "renamed": path}
 
+    kind "save", body {"files": [path, …], "weights": [[weight, bytes, digest of samples, digest of all or null], …],
+                       "since_ns", "at_ns"}
     kind "save", body {"told_ns": time}          everything saved up to then has been told
 
 A save can be told in several frames of one number. `sure` is false where the storages may honestly change while they
 are written: shared memory, another thread that trains, a device. Digests are the first 32 hex digits of SHA-256.
 
-Not seen: what other libraries write (safetensors writes natively); torch's old format.
+safetensors writes natively and tells nobody. But a step begins with the weights the one before it left: so before a
+step the weights are digested, if safetensors files were written since the last one into a folder where Python code of
+the job wrote too (a config beside them, say). Told as `weights`; what is not in the file, or renamed, is no matter.
+
+Not seen: safetensors files written alone; torch's old format.
 """
 
 from __future__ import annotations
@@ -48,6 +54,10 @@ STORAGES_LIMIT = 20_000
 SAVES_REMEMBERED = 64
 DIGEST_DIGITS = 32
 FRAMES = 12
+FOLDERS_LIMIT = 8
+FILES_LIMIT = 64
+COARSE_NS = 20_000_000
+"""Times of files are this coarse on Linux's own file systems."""
 WEIGHTS_LIMIT = 5_000
 KEPT_LEAST = 3
 LEFT_LIMIT = 64
@@ -94,6 +104,10 @@ class Saves:
         """Address of a weight's storage → its name and a function that gives the weight, for the save under way."""
         self._kept = 0
         """How many of `_live` the save under way holds itself."""
+        self._folders: Set[str] = set()
+        """Where the job wrote or made something since the last step began."""
+        self._since_ns = time.time_ns()
+        """When the last step began."""
         self._owed = False
         """Whether it has not been said yet that the last save was told."""
 
@@ -207,6 +221,8 @@ class Saves:
 
         between: no save of this thread can be under way, and the weights are still as they were.
         """
+        if between:
+            self._look()
         if not self._owed:
             return
         with self._lock:
@@ -217,6 +233,47 @@ class Saves:
             if last or now > self._frame.get("ended_ns", 0) + TOLD_AFTER_NS:
                 self._owed = False
                 self.client.send("save", {"told_ns": now + (TOLD_AFTER_NS if last else 0)}, _step())
+
+    def on_write(self, args: Tuple[Any, ...]) -> None:
+        """Audit events `open` and `os.mkdir`."""
+        self.flush()
+        target, mode = args[0], args[1]
+        writes = not isinstance(mode, str) or bool(set(mode) & set("wax+"))
+        if writes and len(self._folders) < FOLDERS_LIMIT and isinstance(target, (str, bytes, os.PathLike)):
+            path = os.path.abspath(os.fsdecode(target))
+            self._folders.add(path if isinstance(mode, int) else os.path.dirname(path))
+
+    def _look(self) -> None:
+        """Digest the weights if safetensors files were written since the last step began."""
+        since, self._since_ns = self._since_ns, time.time_ns()
+        if not self._folders:
+            return
+        folders, self._folders = self._folders, set()
+        inside = audit.entered()
+        began = time.monotonic()
+        try:
+            files = [path for folder in folders for path in _written(folder, since - COARSE_NS)]
+            if files and self.steppers:
+                self._whole = 0
+                self._tell_weights(files, since)
+        except Exception as error:
+            self.client.fault("saves.look", error)
+        finally:
+            self.spent += time.monotonic() - began
+            audit.left(inside)
+
+    def _tell_weights(self, files: List[str], since: int) -> None:
+        lines = []
+        for name, give in list(_weights().values()):
+            weight = give()
+            if weight is None or weight.device.type != "cpu" or not weight.is_contiguous():
+                continue
+            storage = weight.detach().untyped_storage()
+            if storage.nbytes() == weight.numel() * weight.element_size():
+                lines.append(self._digest(storage, name))
+        about = {"files": files[:FILES_LIMIT], "since_ns": since, "at_ns": time.time_ns()}
+        for start in range(0, len(lines), FRAME_STORAGES):
+            self.client.send("save", {**about, "weights": lines[start : start + FRAME_STORAGES]}, _step())
 
     def _tell_left(self) -> None:
         """Weights that the save does not hold itself, where it holds most: it may have been given others instead."""
@@ -257,6 +314,7 @@ class Saves:
         self._id_map = None
         self._paths = {}
         self._live = {}
+        self._folders = set()
         self._owed = False
         self.number = 0
 
@@ -270,6 +328,19 @@ def _weights() -> Dict[int, Tuple[str, Any]]:
         for entry in track.entries[:WEIGHTS_LIMIT]:
             if "[" not in entry.name:
                 found[entry.param.untyped_storage().data_ptr()] = (entry.name, weakref.ref(entry.param))
+    return found
+
+
+def _written(folder: str, since_ns: int) -> List[str]:
+    """safetensors files in `folder` that were written since."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".safetensors") and entry.stat().st_mtime_ns >= since_ns:
+                    found.append(entry.path)
+    except OSError:
+        return []
     return found
 
 
@@ -323,7 +394,8 @@ def install(client: Client, torch: Any) -> None:
         return
     state = _saves = Saves(client, torch)
     torch.serialization.register_package(PRIORITY, state.tag, lambda storage, location: None)
-    audit.on("open", lambda args: state.flush())
+    audit.on("open", state.on_write)
+    audit.on("os.mkdir", state.on_write)
     audit.on("os.rename", state.on_rename)
     os.register_at_fork(after_in_child=state.forked)
     atexit.register(lambda: state.flush(between=True, last=True))

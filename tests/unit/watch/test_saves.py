@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,54 @@ def test_where_values_may_honestly_change_meanwhile_a_difference_is_only_suspici
         assert client.sent[0]["sure"] is sure
 
 
+@pytest.mark.parametrize(("change", "found"), [("nothing", 0), ("one", 1), ("all", 0), ("half", 0)])
+def test_a_safetensors_file_is_compared_with_the_weights_of_the_next_step(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, change: str, found: int
+) -> None:
+    """One layer otherwise is suspicious; an average, or a file with other types, is no finding."""
+    from safetensors.torch import save_file
+
+    model = Model()
+    weights = {p.untyped_storage().data_ptr(): (n, weakref.ref(p)) for n, p in model.named_parameters()}
+    monkeypatch.setattr(saves, "_weights", lambda: dict(weights))
+    state = client.state  # type: ignore[attr-defined]
+    state.steppers.add(threading.get_ident())
+    state.on_write((str(tmp_path / "config.json"), "w", os.O_WRONLY))
+    saved = {f"base.{name}": tensor.detach().clone() for name, tensor in model.named_parameters()}
+    if change == "one":
+        saved["base.layers.3.weight"] *= 1.01
+    elif change == "all":
+        saved = {name: tensor * 0.999 for name, tensor in saved.items()}
+    elif change == "half":
+        saved = {name: tensor.half() for name, tensor in saved.items()}
+    save_file(saved, tmp_path / "model.safetensors")
+    save_file(saved, tmp_path / "alone.safetensors.tmp")
+    findings, link = judge(client, tmp_path / "model.safetensors")
+    assert [(f.outcome, f.techniques, f.subject.tensor) for f in findings] == [
+        ("suspicious", ("E9",), "base.layers.3.weight")
+    ] * found
+    assert link.held == (change == "nothing")
+    assert bool(link.blind) == (change in ("all", "half"))
+
+
+def test_weights_are_digested_only_where_something_was_saved(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cost in steps that save nothing; a read is no write; an old file is no news."""
+    from safetensors.torch import save_file
+
+    state = client.state  # type: ignore[attr-defined]
+    state.steppers.add(threading.get_ident())
+    monkeypatch.setattr(saves, "_weights", lambda: 1 / 0)
+    save_file({"w": torch.ones(2)}, tmp_path / "old.safetensors")
+    os.utime(tmp_path / "old.safetensors", (1, 1))
+    state.on_write((str(tmp_path / "a"), "r", os.O_RDONLY))
+    state.flush(between=True)
+    state.on_write((str(tmp_path / "log.txt"), "a", os.O_WRONLY))
+    state.flush(between=True)
+    assert not client.sent
+
+
 def test_a_storage_on_a_device_is_sampled_at_the_same_places(client: Client) -> None:
     """Piece by piece, never copied whole; a storage of the processor stands in for one of a device."""
     for size in (100, 3 << 20):
@@ -192,7 +241,6 @@ def test_a_copy_given_in_place_of_one_weight_is_suspicious(
 ) -> None:
     """A patched torch.save, or a state dict hook, scales one layer on the way; all others are the weights."""
     model = Model()
-    import weakref
 
     def weights() -> dict[int, tuple[str, Any]]:
         return {p.untyped_storage().data_ptr(): (n, weakref.ref(p)) for n, p in model.named_parameters()}
