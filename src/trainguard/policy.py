@@ -38,7 +38,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     links: str = "governed"
     """governed: within the budget; all: every check on every step; none: only start, end and seals."""
     budget_percent: float = 1.0
-    """Guard's own time in the training process, percent of wall time, once the credit is used up."""
+    """Guard's own time in the training process, commits included, percent of wall time, once the credit is used up."""
     credit_seconds: float = 1.0
     """Own time each process may use before the budget binds, so short runs are watched whole (docs/adr/0002)."""
     kills: str = "ledger"
@@ -52,8 +52,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Programs of the job, by base name, that deny-signals lets signal others."""
     commits: bool = True
     """Commit to every step, so that the run can be replayed (spec/replay.md); also with links = "none"."""
-    commit_percent: float = 1.0
-    """Percent of a step's time for fingerprints; beyond it steps commit to less, and then not every step does."""
+    commit_percent: float = 0.4
+    """Percent of a step's time for fingerprints: part of budget_percent, at most half of it. Where it is short, steps
+    commit to less, and then not every step does."""
     points_percent: float = 0.5
     """Percent of the run's time for writing replay points."""
     points_mb: float = 512.0

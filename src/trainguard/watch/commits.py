@@ -55,8 +55,13 @@ TRIAL_STEPS = 20
 NOTHING, LEAN, EVERYTHING = 0, 1, 2
 """What a step commits to."""
 
-FULL_LEVEL_LIMIT, LEAN_LEVEL_LIMIT = 7, 4
-GLANCE_LIMIT = 64
+TRIALS_LIMIT = 8
+"""Optimizers that have such first steps: a script may make one every few steps."""
+
+FULL_LEVEL_LIMIT, LEAN_LEVEL_LIMIT = 9, 6
+ASKED = 3
+"""A step that commits is not taken at a glance, nor is the one before it: that costs about three times what asking the
+links before the update does, and is counted as a cost of committing."""
 VIEWS_LIMIT = 20_000
 
 clock = time.thread_time_ns
@@ -71,7 +76,9 @@ class Commits:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.on = client.settings.get("commits") is True
-        self.percent = float(client.settings.get("commit_percent", 1.0))
+        percent = float(client.settings.get("commit_percent", 0.4))
+        self.percent = min(percent, float(client.settings.get("budget_percent", 1.0)) / 2)
+        """A part of the guard's budget, at most half of it: the governor's account pays (Step.aside_ns)."""
         self.thorough = client.settings.get("links") == "none"
         self.seed = hashlib.blake2b(b"commits", key=bytes.fromhex(client.settings["key"])[:64]).digest()
         self.keys: Dict[str, Any] = {}
@@ -83,9 +90,11 @@ class Commits:
         self.looked = 0
         self.full_ns = self.lean_ns = self.wall_ns = 0.0
         self.full_level = self.lean_level = 0
-        """One step in 2**level commits to everything, or to what is lean."""
-        self.steps: Any = None
+        """One step of an optimizer in 2**level commits to everything, or to what is lean."""
+        self.tally: Any = None
         """The engine's tally, once there was a step."""
+        self.live = 1
+        """Optimizers that are in use."""
         self.raw: Dict[int, "_Raw"] = {}
         self.told = False
         self.views: Dict[int, Tuple[int, Any, Any]] = {}
@@ -94,42 +103,56 @@ class Commits:
 
     def before(self, step: Step) -> None:
         """Streams, modes, weights and gradients that the update will be made from."""
-        if not self.on or self._share(step.number) == NOTHING:
-            return
+        if not self.on or step.late or self._share(step.index, step.opt) == NOTHING:
+            return  # late: what the update was made from is no longer there to be read
         start = clock()
         with step.torch.no_grad():
-            self.steps = step.engine.tally
             self._look(step)
             step.scratch[self.name] = self._take_before(step)
-        step.own_ns -= clock() - start
-        step.scratch["commits_ns"] = clock() - start
+        spent = clock() - start + step.scratch.get("raw_ns", 0)
+        step.scratch["commits_ns"] = spent
+        step.aside_ns += spent
 
     def after(self, step: Step) -> Any:
         """What the update left; a point when one is due."""
         found = step.scratch.get(self.name)
+        if not self.on:
+            return None
         start = clock()
         if found is None:
-            if self.on:
-                self._book(step, 0, NOTHING)
-                self.points.offer(step, 0)
-                step.own_ns -= clock() - start
+            self._book(step, 0, NOTHING)
+            self._offer(step, 0)
             return None
         with step.torch.no_grad():
             value = self._take_after(step, *found)
-            spent = clock() - start + step.scratch["commits_ns"]
+            after_ns = clock() - start
+            step.aside_ns += after_ns
+            spent = after_ns + step.scratch["commits_ns"]
             self._book(step, spent, LEAN if "lean" in value else EVERYTHING)
-            self.points.offer(step, spent)
-        step.own_ns -= clock() - start
+            self._offer(step, spent)
         return value
 
+    def _offer(self, step: Step, spent: int) -> None:
+        """Points have a budget of their own (`points_percent`)."""
+        start = clock()
+        self.points.offer(step, spent)
+        step.own_ns -= clock() - start
+
     def still(self, track: Track, optimizer: Any, still: Any) -> bool:
-        """Steps that are not committed to may be taken at a glance."""
+        """Steps that are not committed to may be taken at a glance, until the one before the next that is."""
         if not self.on:
             return True
-        steps = self.steps.steps if self.steps is not None else 0
-        ahead = next((n for n in range(1, GLANCE_LIMIT) if self._share(steps + n) != NOTHING), GLANCE_LIMIT)
-        still.until = min(still.until, track.count + ahead - 1)
-        return ahead > 1
+        if self._share(track.count + 1, track.opt) != NOTHING:
+            return False
+        last = track.count | ((1 << self.lean_level) - 1)
+        still.until = min(still.until, last, track.count + self._points_ahead())
+        return True
+
+    def _points_ahead(self) -> int:
+        """Steps of one optimizer until a point may be due; optimizers are taken to step by turns."""
+        if self.tally is None:
+            return 1
+        return self.points.ahead(self.tally.steps) // max(1, self.live)
 
     def forked(self) -> None:
         """Hooks on the parent's parameters say nothing here."""
@@ -150,13 +173,16 @@ class Commits:
         self._header(step, track, value)
         self._groups(step, track, value)
         sums: Dict[str, List[Any]] = {}
-        if step.late or self._share(step.number) == LEAN:
+        if self._share(step.index, step.opt) == LEAN:
             value["lean"] = True
             return value, sums
         sums["before"] = [total(self._words(torch, entry.param)) for entry in track.entries]
         raw = self.raw.get(step.opt)
         if raw is not None:
             raw.seen = raw.passes
+            raw.inside = True
+            step.own_ns += raw.own_ns  # within backward
+            step.scratch["raw_ns"], raw.own_ns = raw.own_ns, 0
             if raw.values is not None and len(raw.values) == len(track.entries):
                 sums["raw"] = raw.values
             raw.values = None
@@ -189,8 +215,9 @@ class Commits:
         self.forget(step.opt)
         self.raw[step.opt] = _Raw(step.torch, track.entries, self._fault, self._wants_raw, step)
 
-    def _wants_raw(self, number: int) -> bool:
-        return self._share(number) == EVERYTHING
+    def _wants_raw(self, track: Track) -> bool:
+        """Whether the next step of an optimizer commits to everything."""
+        return self._share(track.count + 1, track.opt) == EVERYTHING
 
     def _fault(self, place: str, error: BaseException) -> None:
         self.client.fault(place, error)
@@ -226,6 +253,7 @@ class Commits:
     def _look(self, step: Step) -> None:
         """Modules and buffers of the models that are trained; others may be waiting for the garbage collector."""
         tracks = list(step.engine.tracks.values())
+        self.live = len(tracks)
         if self.looked == len(tracks) and step.number % MODES_EVERY:
             return
         self.looked = len(tracks)
@@ -315,22 +343,31 @@ class Commits:
     # -- the budget -----------------------------------------------------------------------------------------------
 
     def _book(self, step: Step, spent: int, share: int) -> None:
+        self.tally, self.live = step.engine.tally, len(step.engine.tracks)
+        raw = self.raw.get(step.opt)
+        if raw is not None:
+            raw.inside = False
+        if share != NOTHING and not step.full:
+            spent += ASKED * max(0, step.own_ns - step.scratch["commits_ns"])
         if share == LEAN:
             self.lean_ns += (spent - self.lean_ns) * (0.1 if self.lean_ns else 1.0)
         elif share == EVERYTHING and step.number > 1:
             self.full_ns += (spent - self.full_ns) * (0.1 if self.full_ns else 1.0)
-        if step.wall_ns:
-            self.wall_ns += (step.wall_ns - self.wall_ns) * (0.1 if self.wall_ns else 1.0)
+        if step.wall_ns and step.number > 2:  # the first ones load and warm up
+            wall_ns = min(step.wall_ns, 4 * self.wall_ns) if self.wall_ns else step.wall_ns  # not an evaluation between
+            self.wall_ns += (wall_ns - self.wall_ns) * (0.1 if self.wall_ns else 1.0)
         spare = max(self.percent / 200.0 * self.wall_ns, 1.0)  # half of the budget for each kind of step
         lean_ns = self.lean_ns or self.full_ns / 3
         self.full_level = _level(self.full_ns, spare, FULL_LEVEL_LIMIT)
         self.lean_level = min(_level(lean_ns, spare, LEAN_LEVEL_LIMIT), self.full_level)
 
-    def _share(self, number: int) -> int:
-        """How much step `number` commits to."""
-        if self.thorough or number <= TRIAL_STEPS or number & ((1 << self.full_level) - 1) == 0:
+    def _share(self, index: int, opt: int) -> int:
+        """How much step `index` of optimizer `opt` commits to."""
+        if self.thorough or index & ((1 << self.full_level) - 1) == 0:
             return EVERYTHING
-        return LEAN if number & ((1 << self.lean_level) - 1) == 0 else NOTHING
+        if index <= TRIAL_STEPS and opt < TRIALS_LIMIT:
+            return EVERYTHING
+        return LEAN if index & ((1 << self.lean_level) - 1) == 0 else NOTHING
 
 
 def _level(cost: float, spare: float, limit: int) -> int:
@@ -350,6 +387,11 @@ class _Raw:
         self.fault = fault
         self.wanted = wanted
         self.engine = step.engine
+        self.track = step.track
+        self.optimizer = id(step.optimizer)
+        self.own_ns = 0
+        self.inside = False
+        """Whether a step that commits to everything is under way: a closure may run backward in it."""
         self.values: Optional[List[Any]] = None
         self.passes = self.seen = 0
         """Backward passes so far, and when a step last began."""
@@ -361,8 +403,7 @@ class _Raw:
     def arrived(self, param: Any) -> None:
         """A backward pass is under way: look when it is over."""
         try:
-            steps = self.engine.tally.steps  # within a closure its step is counted already
-            if self.wanted(steps + 1) or self.wanted(steps):
+            if self.inside or (self.optimizer not in self.engine.glances and self.wanted(self.track)):
                 self.torch.autograd.Variable._execution_engine.queue_callback(self.over)
         except Exception as error:
             self.fault("commits.arrived", error)
@@ -370,11 +411,13 @@ class _Raw:
     def over(self) -> None:
         """The gradients are complete: before clipping, before a scaler undoes its scale."""
         self.passes += 1
+        start = clock()
         try:
             with self.torch.no_grad():
                 self.values = _gradients(self.torch, self.entries)
         except Exception as error:
             self.fault("commits.over", error)
+        self.own_ns += clock() - start
 
     def remove(self) -> None:
         """Take the hook off."""

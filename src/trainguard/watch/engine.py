@@ -246,6 +246,7 @@ class Step:
     """What a link is given: before the update, when the gradients are final, and after the update."""
 
     __slots__ = (
+        "aside_ns",
         "called",
         "calls",
         "depth",
@@ -301,6 +302,9 @@ class Step:
         self.value: Any = None
         """What it returned last; kept while `ready` is called, no longer."""
         self.own_ns = 0
+        self.aside_ns = 0
+        """Part of `own_ns` that is no matter of whether this step is checked (commits, what loaders delivered before):
+        paid from the same account, but no part of what a checked or an unchecked step is taken to cost."""
         self.wall_ns = 0
         self.depth = 0
         """Steps of the same optimizer that began inside this one and have not ended."""
@@ -434,11 +438,12 @@ class Engine:
         else:
             if self._keep(step.number, step.track, step.wall_ns, step.own_ns, values):
                 self.flush()
-        self.governor.spend(step.own_ns, step.wall_ns, step.full)
+        starting = step.number <= self.governor.always
+        aside_ns = 0 if starting else step.aside_ns
+        self.governor.spend(step.own_ns - step.aside_ns, step.wall_ns, step.full, aside_ns)
         if not step.track.next_full:
             self.look_away(step.track, step.optimizer)
         balance = self._balance(wall_clock())
-        starting = step.number <= self.governor.always
         if self.idlers and (starting or self.governor.everything or balance > 0):
             self._idle(step)
         # The first pass over all code, hooks and kernels is part of starting up and is not taken from the credit,

@@ -28,6 +28,9 @@ class Governor:
         self.everything = settings.get("links") == "all"
         self.share = float(settings.get("budget_percent", 1.0)) / 100.0
         self.credit_ns = float(settings.get("credit_seconds", 1.0)) * 1e9
+        commits = float(settings.get("commit_percent", 0.4)) if settings.get("commits") is True else 0.0
+        self.reserved = min(commits / 100.0, self.share / 2)
+        """Part of the share that commits may take (watch/commits.py); what they leave is the links'."""
         self.began_ns = began_ns
         self.own_ns = 0
         self.level = 0
@@ -41,9 +44,12 @@ class Governor:
         self.wall_ns = 0.0
         """Running mean of the time between steps."""
 
-    def spend(self, own_ns: int, wall_ns: int, full: bool) -> None:
-        """Book one step: our own time, time since the previous step began, and whether it was checked."""
-        self.own_ns += own_ns
+    def spend(self, own_ns: int, wall_ns: int, full: bool, aside_ns: int = 0) -> None:
+        """Book one step: our own time, time since the previous step began, and whether it was checked.
+
+        aside_ns: further time that is no matter of whether it was.
+        """
+        self.own_ns += own_ns + aside_ns
         if full:
             self.full_ns += (own_ns - self.full_ns) * (0.1 if self.full_ns else 1.0)
         else:
@@ -115,7 +121,7 @@ class Governor:
             self.level = max(self.level - 1, 0)
 
     def _affordable(self) -> int:
-        spare = self.share * self.wall_ns - self.idle_ns
+        spare = (self.share - self.reserved) * self.wall_ns - self.idle_ns
         level = 0
         while level < TOP_LEVEL and spare * (1 << level) < self.full_ns:
             level += 1

@@ -37,11 +37,13 @@ LOADERS_LIMIT = 1024
 MARKS_LIMIT = 4 * 4096
 ROWS_LIMIT = 64
 ALWAYS = 12
-"""First batches of a pass that are looked at."""
+"""First batches of a pass that are looked at,"""
+ALWAYS_PASSES = 4
+"""in the first passes of a process. A script may make one every few steps."""
 ONE_IN = 16
-SHARE = 0.005
-"""Part of the time since the start that looking at batches may take in a process, beyond a quarter of a second."""
-CREDIT_NS = 250_000_000
+SHARE = 0.001
+"""Part of the time since the start that looking at other batches may take in a process, beyond 0.05 seconds."""
+CREDIT_NS = 50_000_000
 WHOLE_ELEMENTS = 4096
 SAMPLE_ELEMENTS = 64
 RING = 3
@@ -54,9 +56,11 @@ clock = time.thread_time_ns
 class Pass:
     """One pass of one loader over its data."""
 
-    __slots__ = ("chain", "chains", "delivered", "digests", "epoch", "fetched", "loader", "marks")
+    __slots__ = ("base", "chain", "chains", "delivered", "digests", "epoch", "fetched", "loader", "marks")
 
-    def __init__(self, loader: int, epoch: int) -> None:
+    def __init__(self, loader: int, epoch: int, base: int = 0) -> None:
+        self.base = base
+        """The base seed of its iterator, another one for every pass."""
         self.loader = loader
         self.epoch = epoch
         self.marks = ""
@@ -125,11 +129,22 @@ class Observer:
         self.wanted = False
         """Whether a step is coming up that compares the batch with what reaches the model and the loss."""
         self.worker_seed: Optional[int] = None
+        self.before = _earlier
+        """Passes of the parent before this process was forked off."""
+        self.block = (-1, -1, -1)
+        """Base seed of a pass, number of a block of its batches, and the one of it that is looked at."""
 
     # -- order ------------------------------------------------------------------------------------------------
 
     def begin(self, sampler: Any, owner: Any, made: Dict[str, Any]) -> Optional[Pass]:
         """A pass begins: its sampler is about to be asked for the first time. Sends kind `loader`."""
+        start = clock()
+        try:
+            return self._begin(sampler, owner, made)
+        finally:
+            self.own_ns += clock() - start
+
+    def _begin(self, sampler: Any, owner: Any, made: Dict[str, Any]) -> Pass:
         loader, epoch = self._number(sampler)
         body: Dict[str, Any] = {"loader": loader, "epoch": epoch}
         whole = self.passes < BLOCKS_LIMIT or self.passes % ONE_IN == 0
@@ -151,7 +166,7 @@ class Observer:
             if whole:
                 body["block"] = base64.b64encode(words).decode("ascii")
         self.client.send("loader", body)
-        return Pass(loader, epoch)
+        return Pass(loader, epoch, body.get("base_seed") or 0)
 
     def _number(self, sampler: Any) -> Tuple[int, int]:
         """Number of the loader that has this index sampler, and how many passes it made."""
@@ -171,23 +186,30 @@ class Observer:
 
     def end(self, done: Pass) -> None:
         """The sampler has nothing more."""
+        start = clock()
         body = {"loader": done.loader, "epoch": done.epoch, "end": done.fetched, "chain": done.chain.hex()}
         self.client.send("loader", body)
+        self.own_ns += clock() - start
 
     # -- batches ----------------------------------------------------------------------------------------------
 
-    def looks(self, task: int) -> bool:
+    def looks(self, task: int, base: int) -> bool:
         """Whether batch `task` of a pass is looked at: one answer in the process that makes it and where it is used."""
-        if self.everything or task < ALWAYS:
+        if self.everything or (task < ALWAYS and max(self.before, self.passes - 1) < ALWAYS_PASSES):
             return True
-        data = b"batch" + struct.pack("<q", task)
-        if hashlib.blake2b(data, key=self.key, digest_size=4).digest()[0] % ONE_IN:
+        number = task // ONE_IN
+        known = self.block
+        if known[0] != base or known[1] != number:
+            data = b"batch %d %d" % (base, number)
+            turn = hashlib.blake2b(data, key=self.key, digest_size=4).digest()[0] % ONE_IN
+            known = self.block = (base, number, number * ONE_IN + turn)
+        if task != known[2]:
             return False
         spent = time.perf_counter_ns() - self.began_ns
         return self.own_ns < CREDIT_NS + SHARE * spent
 
-    def delivered(self, done: Pass, count: int, data: Any) -> None:
-        """The job is given batch `count` (from 1) of a pass."""
+    def delivered(self, done: Pass, count: int, frame: Any) -> None:
+        """The job is given batch `count` (from 1) of a pass: `data` of the frame."""
         digest = done.digests.get(count - 1)
         done.deliver(count)
         self.moved[id(done)] = done
@@ -196,9 +218,10 @@ class Observer:
         if not self.wanted and digest is None:
             return
         start = clock()
+        data = frame.f_locals.get("data")
         if self.wanted:
             self._keep(delivery, leaves(data))
-        if digest is not None and self.looks(count - 1) and len(self.sums) < 64:
+        if digest is not None and len(self.sums) < 64:
             self.sums.append([*delivery.line, digest, *self.sums_of(data, count - 1)])
         self.own_ns += clock() - start
 
@@ -249,7 +272,7 @@ class Observer:
         if frame.f_code.co_name != "fetch":
             return function
         facts = _task(frame.f_back)
-        if facts is None or not self.looks(facts["task"]):
+        if facts is None or not self.looks(facts["task"], facts["base_seed"]):
             return function
         indices = frame.f_locals.get("possibly_batched_index")
         samples = frame.f_locals.get("data")
@@ -526,7 +549,7 @@ class _Indices:
             raise
         if self.done is not None:
             try:
-                self.done.add(batch, observer.looks(self.done.fetched))
+                self.done.add(batch, observer.looks(self.done.fetched, self.done.base))
             except Exception as error:
                 observer.client.fault("loaders.add", error)
         return batch
@@ -593,11 +616,13 @@ def _put_count(observer: Observer, instance: Any, value: Any, frame: Any) -> Any
         indices = instance.__dict__.get("_sampler_iter")
         done = indices.done if isinstance(indices, _Indices) else None
         if done is not None:
-            observer.delivered(done, value, frame.f_locals.get("data"))
+            observer.delivered(done, value, frame)
     return value
 
 
 _observer: Optional[Observer] = None
+_earlier = 0
+"""Passes that were seen before `remove`: a worker that is forked off later belongs to a later one."""
 _installed = False
 
 
@@ -626,5 +651,7 @@ def install(client: Client) -> Optional[Observer]:
 
 def remove() -> None:
     """See nothing any more; what is under way goes on."""
-    global _observer
+    global _observer, _earlier
+    if _observer is not None:
+        _earlier = max(_observer.before, _observer.passes)
     _observer = None

@@ -42,6 +42,7 @@ class Order:
         if observer is None or not observer.moved:
             return
         step.own_ns += observer.own_ns - self.booked_ns
+        step.aside_ns += observer.own_ns - self.booked_ns
         self.booked_ns = observer.own_ns
         moved, observer.moved = observer.moved, {}
         lines = []

@@ -52,6 +52,14 @@ class Writer:
         self.kept: List[Tuple[int, str, int]] = []
         """(step, folder, bytes) of every point that is still there."""
 
+    def ahead(self, number: int) -> int:
+        """Steps from step `number` on until one that a point may be due at; 1 where the very next may be."""
+        if not self.folder:
+            return 1 << 30
+        if self.at or not self.every:
+            return 1
+        return self.every - number % self.every
+
     def offer(self, step: Step, spent_ns: int) -> None:
         """A step has ended: write a point if one is due."""
         if not self.folder:

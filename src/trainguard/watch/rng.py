@@ -129,8 +129,9 @@ class Rng:
         if self.trackers is None:
             modules = [sys.modules.get("torch." + name) for name in ("cuda", "xpu")]
             found = [getattr(module, "_lazy_seed_tracker", None) for module in modules]
-            self.trackers = [tracker for tracker in found if hasattr(tracker, "manual_seed_all_cb")]
-            self.calls = [None] * len(self.trackers)
+            trackers = [tracker for tracker in found if hasattr(tracker, "manual_seed_all_cb")]
+            self.calls = [None] * len(trackers)
+            self.trackers = trackers  # last: another thread that finds them finds the calls too
         place = None
         for number, tracker in enumerate(self.trackers):
             call = tracker.manual_seed_all_cb

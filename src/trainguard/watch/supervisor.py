@@ -122,7 +122,7 @@ class Settings:
     """ledger: name the sender of every signal in the job (docs/checks/kills.md); off: put no filter on it."""
     commits: bool = False
     """Whether every step is committed to, so that it can be replayed (watch/commits.py)."""
-    commit_percent: float = 1.0
+    commit_percent: float = 0.4
     """Share of a step's time beyond which a step commits less."""
     points: str = ""
     """Folder for replay points (watch/points.py); empty for none."""

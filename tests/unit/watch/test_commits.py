@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import types
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from trainguard.watch.commits import KEY_LENGTH, Commits, total, words
+from trainguard.watch.commits import EVERYTHING, KEY_LENGTH, LEAN, NOTHING, Commits, total, words
+from trainguard.watch.engine import NEVER, Still, Tally
+from trainguard.watch.governor import Governor
+from trainguard.watch.loaders import ONE_IN, Observer
 from trainguard.watch.warp import distance, draw
 
 pytestmark = pytest.mark.torch
@@ -128,3 +132,72 @@ def test_what_dropout_draws_is_measured() -> None:
         assert torch.equal(torch.get_rng_state(), after)
     finally:
         torch.set_rng_state(state)
+
+
+# -- the budget -------------------------------------------------------------------------------------------------------
+
+
+class Governed(Client):
+    settings: ClassVar[dict[str, object]] = Client.settings | {"links": "governed", "commit_percent": 0.4}
+
+
+def test_steps_between_two_commits_are_taken_at_a_glance() -> None:
+    """Until the one before the next that commits, which must be asked about before its update."""
+    commits = Commits(Governed())  # type: ignore[arg-type]
+    commits.tally = Tally()
+    commits.full_level, commits.lean_level = 9, 4
+    for count, until in ((20, 31), (32, 47), (46, 47), (511, None), (47, None), (4, None)):
+        still, track = Still(), types.SimpleNamespace(count=count, opt=0)
+        assert commits.still(track, None, still) is (until is not None)  # type: ignore[arg-type]
+        assert still.until == (until or NEVER)
+    shares = [commits._share(index, 0) for index in (20, 21, 48, 512)]
+    assert shares == [EVERYTHING, NOTHING, LEAN, EVERYTHING]
+
+
+def test_a_step_that_is_due_for_a_point_is_not_taken_at_a_glance() -> None:
+    """Points are written where the links are asked."""
+    commits = Commits(Governed())  # type: ignore[arg-type]
+    commits.tally, commits.full_level, commits.lean_level = Tally(), 9, 6
+    commits.tally.steps = 25
+    commits.points.folder, commits.points.every = "somewhere", 10
+    still = Still()
+    assert commits.still(types.SimpleNamespace(count=25, opt=0), None, still)  # type: ignore[arg-type]
+    assert still.until == 30
+
+
+def test_a_script_of_many_optimizers_is_not_committed_to_for_ever() -> None:
+    """The first steps of the first optimizers commit to everything; those of a thousandth do not."""
+    commits = Commits(Governed())  # type: ignore[arg-type]
+    commits.full_level, commits.lean_level = 9, 6
+    assert [commits._share(3, opt) for opt in (0, 7, 8, 1000)] == [EVERYTHING, EVERYTHING, NOTHING, NOTHING]
+
+
+def test_commits_and_checks_are_paid_from_one_account() -> None:
+    """What commits take the checks do not get; and commits never take more than half."""
+    settings: dict[str, Any] = {"key": "11" * 32, "credit_seconds": 0.0, "budget_percent": 1.0}
+    governor = Governor(settings, 0)
+    governor.spend(1_000, 10**6, False, 8_000)
+    assert governor.balance_ns(10**6) == 10_000 - 9_000
+    assert governor.idle_ns == 1_000
+    assert Governor(settings | {"commits": True}, 0).reserved == 0.004
+    greedy = settings | {"commits": True, "commit_percent": 5.0}
+    assert Governor(greedy, 0).reserved == 0.005
+
+    class Greedy(Client):
+        settings: ClassVar[dict[str, object]] = {**greedy}
+
+    assert Commits(Greedy()).percent == 0.5  # type: ignore[arg-type]
+
+
+def test_of_later_passes_one_batch_in_sixteen_is_looked_at_while_the_account_has_room() -> None:
+    """Another one in every pass, also where a pass is only some batches long; the first passes as before."""
+    observer = Observer(Governed())  # type: ignore[arg-type]
+    observer.passes = 1
+    assert all(observer.looks(task, 7) for task in range(12))
+    observer.passes = 100
+    looked = [task for task in range(ONE_IN * 20) if observer.looks(task, 7)]
+    assert [task // ONE_IN for task in looked] == list(range(20))
+    firsts = {next((task for task in range(ONE_IN) if observer.looks(task, base)), None) for base in range(200)}
+    assert firsts == set(range(ONE_IN))
+    observer.own_ns = 10**12
+    assert not any(observer.looks(task, 7) for task in range(200))
