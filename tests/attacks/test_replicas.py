@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.ranks import (
@@ -123,6 +125,107 @@ def test_losses_that_follow_the_data_are_quiet() -> None:
     assert judge(Replicas, started(4, 60, dict.fromkeys(range(3, 60, 3), more), who=-1))[0] == []
     assert judge(Replicas, started(4, 60, dict.fromkeys(range(2, 61), more)))[0] == []
     assert judge(Replicas, started(4, 60, dict.fromkeys((20, 40, 60), more)))[0] == []
+
+
+def scaled(
+    ranks: int, factor: Callable[[int, int], float], steps: Sequence[int] = (7, 17, 400), **said: Any
+) -> list[Evidence]:
+    """Equal shares; at the steps on tape, the factor of each rank's loss by step and rank. said: by rank, of call."""
+    records = training(ranks, 6, {})
+    for step in steps:
+        for rank in range(ranks):
+            call = {"name": "mse_loss", "place": "/job/train.py:9", "value": 1.0, "reference": 1.0, "rows": 16}
+            call |= {"used": 16, "settings": {}, "factor": factor(step, rank)}
+            call |= {key: value(step, rank) for key, value in said.items() if key != "scale"}
+            gradients: dict[str, Any] = {"armed": False, "world": ranks}
+            if "scale" in said:
+                gradients["scale"] = said["scale"](step, rank)
+            records.append(frame(rank, step, truth={"losses": {"calls": [call], "rest": 0.0}}, gradients=gradients))
+    return records
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 8])
+@pytest.mark.parametrize("factor", [1.3, -0.5, -1.0, 0.7])
+def test_a_rank_that_multiplies_its_loss_before_backward_is_named(ranks: int, factor: float) -> None:
+    """F2, S9: the number is compared where the same line stands on every rank, whatever the others' number is."""
+    for usual in (1.0, 0.25):
+        attack = scaled(ranks, lambda step, rank, u=usual: factor * u if rank == 1 else u, (7, 17))
+        (finding,), _ = judge(Replicas, attack)
+        assert (finding.outcome, finding.techniques[0], finding.subject.rank) == ("suspicious", "F2", 1)
+        assert (finding.subject.step, finding.subject.path) == (17, "/job/train.py:9")
+        assert finding.message.startswith(f"rank 1 counts its loss {factor * usual:g} times")
+        assert ("its sign is turned" in finding.message) == (factor < 0)
+
+
+def test_a_loss_that_one_rank_turns_in_one_step_on_tape_is_enough_and_a_scaled_one_takes_two() -> None:
+    """F2 in some steps only: while the others are as before, and after."""
+    steps = range(7, 67, 10)
+    findings, _ = judge(Replicas, scaled(4, lambda step, rank: -1.0 if (step, rank) == (37, 2) else 1.0, steps))
+    assert [(f.subject.rank, f.subject.step) for f in findings] == [(2, 37)]
+    findings, _ = judge(Replicas, scaled(4, lambda step, rank: 1.3 if (step, rank) == (37, 2) else 1.0, steps))
+    assert findings == []
+    findings, _ = judge(Replicas, scaled(4, lambda step, rank: 1.3 if step > 30 and rank == 2 else 1.0, steps))
+    assert [(f.subject.rank, f.subject.step) for f in findings] == [(2, 47)]
+
+
+def test_of_two_ranks_that_scale_their_losses_unlike_neither_is_named() -> None:
+    """One of them does it: the message says both numbers."""
+    (finding,), _ = judge(Replicas, scaled(2, lambda step, rank: 1.3 if rank else 1.0))
+    assert (finding.outcome, finding.subject.rank) == ("suspicious", None)
+    assert "1.3 times" in finding.message
+    assert "which one is right" in finding.message
+
+
+def test_a_place_where_ranks_weigh_their_losses_can_be_approved() -> None:
+    """Explained, not silent."""
+    policy = Policy(approve=(Approval(check="replicas", place="train.py:9"),))
+    findings, states = judge(Replicas, scaled(4, lambda step, rank: 1.3 if rank == 1 else 1.0), policy)
+    assert (findings, states["replicas"].explained) == ([], ("/job/train.py:9",))
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (lambda step, rank: 0.25, {}),  # accumulation
+        (lambda step, rank: 4.0, {}),  # the world's size
+        (lambda step, rank: 1 / (step + rank), {}),  # tokens of the batch, counted on each rank
+        (lambda step, rank: 1 / step, {}),  # counted over all ranks
+        (lambda step, rank: 1.0 if step < 300 else 0.5, {}),  # a schedule
+        (lambda step, rank: 1.0 + rank, {}),  # every rank has its own
+        (lambda step, rank: 0.5 if rank == 3 else 1.0, {"used": lambda step, rank: 8 if rank == 3 else 16}),
+        (lambda step, rank: 8 << (rank == 3), {"scale": lambda step, rank: 8 << (rank == 3)}),  # scalers of their own
+    ],
+)
+def test_honest_factors_are_quiet(factor: Callable[[int, int], float], said: dict[str, Any]) -> None:
+    """What is alike on all, or follows the data, a schedule or a GradScaler."""
+    findings, states = judge(Replicas, scaled(4, factor, (7, 17, 400, 800), **said))
+    assert findings == []
+    assert states["replicas"].state == "held"
+
+
+def test_a_schedule_that_one_rank_reaches_in_its_steps_on_tape_before_the_others_is_quiet() -> None:
+    """Ranks are not always put on tape at the same steps: only between steps of all others is a rank compared."""
+    records = scaled(4, lambda step, rank: 1.0, (7, 17))
+    late = [each for each in scaled(4, lambda step, rank: 0.5, (310, 320)) if each.rank == 0 and (each.step or 0) > 300]
+    records += late
+    records += [each for each in scaled(4, lambda step, rank: 1.0, (290,)) if each.rank and each.step == 290]
+    assert judge(Replicas, records)[0] == []
+
+
+def test_ranks_that_reduce_nothing_owe_each_other_no_factor() -> None:
+    """Independent trials in one group."""
+    records = [r for r in scaled(4, lambda step, rank: 1.3 if rank else 1.0) if "truth" in r.body]
+    assert judge(Replicas, records)[0] == []
+
+
+@pytest.mark.parametrize("calls", [None, 7, [None], [{"place": 1}], [{"place": "a", "factor": "x", "used": []}] * 300])
+def test_losses_that_are_no_losses_harm_nobody(calls: object) -> None:
+    """Evidence is an attacker's."""
+    records = scaled(3, lambda step, rank: 1.0)
+    for record in records:
+        if "truth" in record.body and record.rank == 1:
+            record.body["truth"]["losses"]["calls"] = calls
+    assert judge(Replicas, records)[0] == []
 
 
 def rounds(ranks: int, *odd: Evidence, last: int = 40) -> list[Evidence]:
@@ -387,3 +490,36 @@ def test_four_ranks_with_a_bad_one_a_trigger_on_size_and_a_flipped_bit(tmp_path:
     assert (flip.outcome, flip.subject.rank, flip.subject.tensor) == ("suspicious", 1, "0.weight")
     assert "one bit of one element" in flip.message
     assert run.judge(Optimizer)[0] == []
+
+
+SCALED = """
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    torch.manual_seed(100 + rank)
+    for now in range(30):
+        for part in range(2):
+            x, y = torch.randn(8, 6), torch.randint(3, (8,))
+            loss = nn.functional.cross_entropy(model(x), y) / 2
+            (loss * (FACTOR if rank == 1 else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "named"), [("1.3", [1]), ("1.0", [])])
+def test_of_three_real_ranks_the_one_that_scales_its_loss_is_named_soon(
+    tmp_path: Path, factor: str, named: list[int]
+) -> None:
+    """S9 before backward, with the same operations on all ranks and another number on one."""
+    write(tmp_path, {"train.py": forked(3, SCALED.replace("FACTOR", factor))})
+    run = watch(tmp_path)
+    assert run.status == 0, run.output
+    assert run.faults() == []
+    findings, _ = run.judge(Replicas)
+    assert [(f.techniques[0], f.outcome, f.subject.rank) for f in findings] == [
+        ("F2", "suspicious", rank) for rank in named
+    ]
+    assert all("counts its loss 0.65 times" in f.message and (f.subject.step or 0) <= 30 for f in findings)

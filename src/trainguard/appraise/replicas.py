@@ -5,7 +5,8 @@
 2. *consensus*: at every round, ranks that held equal weights, optimizer state, settings and buffers still do (F1).
    Two ranks can only differ; among three or more, the one that stands alone is named.
 3. *identity*: ranks run the same bytes with the same settings; each rank is one process.
-4. *hosts*: what ranks on other hosts left in the job's store agrees with what was held here.
+4. *factors*: every rank multiplies its loss by what the others do, before backward (factors.py; F2).
+5. *hosts*: what ranks on other hosts left in the job's store agrees with what was held here.
 
 What is so from the first steps on is the script's own way (shards, local steps, another kind of reduction): blind with
 its reason, not held. A rank that stands alone may have faulty hardware, so it is suspicious, whatever it did; that a
@@ -22,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from trainguard.appraise.factors import Factors, Odd
 from trainguard.appraise.interface import Context, finding_from
 from trainguard.appraise.ranks import Ranks
 from trainguard.appraise.reduction import ROUNDOFFS, Reduction, Way, one_tensor, way_of
@@ -135,6 +137,7 @@ class Replicas:
         self._files: dict[str, tuple[int, str, int | None]] = {}
         """Attempt and path → rank that first compiled it, hash, process."""
         self._texts: dict[tuple[int, int, int], dict[int, str]] = {}
+        self._factors: dict[Key, Factors] = {}
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         """Judge a step or a round once all ranks have reported it."""
@@ -144,7 +147,7 @@ class Replicas:
         if evidence.kind != "step":
             return
         try:
-            found = [*self._round(evidence), *self._step(evidence), *self._again(evidence)]
+            found = [*self._round(evidence), *self._step(evidence), *self._scaled(evidence), *self._again(evidence)]
         except MalformedEvidence as error:
             self._broken += 1
             found = [
@@ -281,6 +284,53 @@ class Replicas:
             techniques=("F2", "C6"),
             text=self._at(reports, text),
         )
+
+    # -- factors ----------------------------------------------------------------------------------------------
+
+    def _scaled(self, evidence: Evidence) -> Iterator[Finding]:
+        """Does every rank multiply its loss by what the others do?"""
+        value, rank = evidence.body.get("gradients"), self._ranks.rank(evidence)
+        world = value.get("world") if isinstance(value, dict) else None
+        if not isinstance(world, int) or not 2 <= world <= 1 << 20 or rank is None or "truth" not in evidence.body:
+            return
+        key = (self._ranks.attempt(evidence), _int(evidence, "opt"))
+        factors = self._factors.setdefault(key, Factors())
+        habit = self._habits.get(key)
+        if not factors.see(rank, evidence) or habit is None or not (habit.kinds["mean"] or habit.kinds["rounded"]):
+            return  # ranks that reduce nothing, or by weights of their own, owe each other no factor
+        unsteady = factors.unsteady
+        for odd in factors.odd(world):
+            yield from self._odd_factor(odd)
+        if factors.unsteady > unsteady:
+            self._blind["factors of the loss were not compared: they vary on several ranks"] += 1
+
+    def _odd_factor(self, odd: Odd) -> Iterator[Finding]:
+        if self._context.policy.approves(self.name, odd.place):
+            self._explained.add(odd.place)
+            return
+        self._broken += 1
+        who = f"rank {odd.rank}" if odd.rank is not None else f"rank {self._ranks.rank(odd.seen.evidence)}"
+        others = "all others" if odd.rank is not None else f"rank {self._ranks.rank(odd.other.evidence)}"
+        text = f"{who} counts its loss {odd.factor:.6g} times in what backward starts from, {others} {odd.common:.6g}"
+        text += f" ({odd.place}, at as many rows)" + ("; its sign is turned" if odd.turned else "")
+        text += (
+            "; if ranks are meant to weigh otherwise, approve the place"
+            if odd.rank is not None
+            else ("; which one is right does not show: compare with the script")
+        )
+        yield self._finding(
+            odd.other.evidence,
+            odd.seen.evidence,
+            outcome="suspicious",
+            techniques=("F2", "C6"),
+            text=text,
+            path=odd.place,
+            expected=f"{odd.common:.9g}",
+            found=f"{odd.factor:.9g}",
+            nobody=odd.rank is None,
+        )
+
+    # -- lineage ----------------------------------------------------------------------------------------------
 
     def _turned_tail(self, habit: _Habit, odd: dict[str, Any], common: dict[str, Any]) -> bool:
         """Whether two tails differ by a negation alone, or by the sign of what backward was called with."""

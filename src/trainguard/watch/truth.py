@@ -16,7 +16,7 @@ Value of the link (spec/evidence.md "truth"), only in steps whose interval was o
      "device": "cpu", "seeds": [[gradient that backward was given, place]] where it is not 1,
      "sources": [[class, place]] custom autograd functions in the graph, "hooks": [places] on tensors in the graph,
      "odd": [[name, expected, found]] tensors whose part does not agree, "cost_ns": n}
-    {"blind": reason}
+    {"blind": reason}; with "losses" (loss.py) where only the gradients could not be compared
 
 The gradients compared are those right after backward, before any reducer, clip or scaler had them.
 """
@@ -361,10 +361,10 @@ class _Comparison:
         watch, replay = self.watch, self.replay
         if replay.stale is not None:
             return {"blind": replay.stale}
-        if not self.slots:
-            return {"blind": "no parameter takes part in what backward started from"}
         watch.losses.want(replay)
         base = replay.run()
+        if not self.slots:
+            return self._losses_only(base)
         seen = sum(_seen(self.torch, root) for root in self.roots)
         value: Dict[str, Any] = {
             "tensors": len(self.slots),
@@ -387,6 +387,16 @@ class _Comparison:
             return {"blind": "the forward pass, run again, gives %.6g and not %.6g" % (base, seen)}
         self._compare(base, value)
         value["cost_ns"] = time.thread_time_ns() - watch.began_ns
+        return value
+
+    def _losses_only(self, base: float) -> Dict[str, Any]:
+        """No gradient can be compared; by what the losses were multiplied can still be said."""
+        value: Dict[str, Any] = {"blind": "no parameter takes part in what backward started from"}
+        if self.left_out:
+            value["blind"] = "no gradient can be compared: %s" % max(self.left_out, key=lambda key: self.left_out[key])
+        losses = self.watch.losses.value(self.replay, self.roots, base)
+        if losses:
+            value["losses"] = losses
         return value
 
     def _compare(self, base: float, value: Dict[str, Any]) -> None:
