@@ -27,7 +27,7 @@ BODY = """
         for now in range(1, {steps}):
             size = 16 if now % 8 else 5 + rank
             x = torch.randn(size, 8)
-            loss = (model(x) - teacher(x).detach()).pow(2).mean()
+            loss = {loss}
             loss.backward()
             {reduce}
             optimizer.step()
@@ -56,6 +56,8 @@ WAYS: dict[str, dict[str, str]] = {
         "reduce": "total = torch.tensor(float(size)); dist.all_reduce(total); "
         "[dist.all_reduce(p.grad.mul_(size / total)) for p in net.parameters()]",
     },
+    "by its own count": {"loss": "nn.functional.mse_loss(model(x), teacher(x).detach(), reduction='sum') / (3 * size)"},
+    "by the size of a full batch": {"loss": "nn.functional.mse_loss(model(x), teacher(x).detach()) * (size / 16)"},
     "shards": {"model": "__import__('torch.distributed.fsdp').distributed.fsdp.fully_shard(net)"},
     "low rank hook": {
         "prepare": f"import {HOOKS}.powerSGD_hook as p; "
@@ -70,6 +72,7 @@ WAYS: dict[str, dict[str, str]] = {
 def test_an_honest_way_to_train_on_three_ranks_is_quiet(tmp_path: Path, way: str) -> None:
     """No finding of the checks that compare ranks, and no fault inside the guard."""
     parts = {"model": DDP.format(""), "prepare": "pass", "around": "nullcontext()", "steps": "24", "reduce": "pass"}
+    parts["loss"] = "(model(x) - teacher(x).detach()).pow(2).mean()"
     write(tmp_path, {"train.py": forked(3, BODY.format(**parts | WAYS[way]))})
     run = watch(tmp_path)
     assert run.status == 0, run.output
