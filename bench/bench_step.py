@@ -43,6 +43,8 @@ class Sink:
             "key": "5a" * 32,
             "links": links,
             "budget_percent": 0.5,  # of the time with and without the guard: 1 % of that with it
+            "commits": links == "governed",  # as a run does by default, from the same account
+            "commit_percent": 0.2,
             "credit_seconds": 0.0 if links == "governed" else 1.0,
             "always_steps": 0,
             "tensors": 4,
