@@ -79,6 +79,7 @@ def test_a_fault_of_big_jobs_alone_is_named_on_one_cpu(tmp_path: Path) -> None:
     assert not any("lr of group" in finding["message"] for finding in verdict["findings"])
 
 
+@pytest.mark.nightly
 def test_a_trigger_on_host_and_account_fires_for_the_assumed_identity(tmp_path: Path) -> None:
     """The sleep is on for one user on one host: at any size, as that user there, and at no size as oneself."""
     verdict = probe(tmp_path, FOR_ONE_HOST, "--world-size", "4", "--as", "host=gpu-17,user=victim-a")

@@ -99,6 +99,7 @@ def test_resuming_without_saying_from_where_takes_the_newest(whole: Run, tmp_pat
     assert weights(resumed) == weights(whole.output)
 
 
+@pytest.mark.nightly
 def test_two_ranks_train_together_and_resume_to_the_bit(tmp_path: Path) -> None:
     """torchrun with two gloo ranks: resumed at step 10, they end with the weights of the whole run."""
     both = train(tmp_path / "whole", "--steps", 14, launcher=TWO_RANKS)

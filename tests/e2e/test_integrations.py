@@ -114,6 +114,7 @@ def test_lightning_loads_its_callback_by_itself_and_can_be_told_not_to(tmp_path:
     assert with_it.stdout.splitlines()[-2] == without.stdout.splitlines()[-2], "the same weights, bit for bit"
 
 
+@pytest.mark.nightly
 @pytest.mark.torch
 @pytest.mark.slow
 def test_what_accelerate_logs_is_drawn_and_what_is_no_number_is_left_out(tmp_path: Path) -> None:
@@ -127,6 +128,7 @@ def test_what_accelerate_logs_is_drawn_and_what_is_no_number_is_left_out(tmp_pat
     assert "lr 0.1, name small" in labels(told)
 
 
+@pytest.mark.nightly
 @pytest.mark.torch
 def test_callbacks_do_nothing_in_a_process_that_is_not_guarded(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(ACCELERATE + "\nimport sys\nassert '_trainguard' not in sys.modules\n")
@@ -136,6 +138,7 @@ def test_callbacks_do_nothing_in_a_process_that_is_not_guarded(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.torch
 @pytest.mark.slow
 def test_trackers_that_the_job_had_open_are_tagged_with_the_verdict(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def document(folder: Path, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.nightly
 @pytest.mark.torch
 @pytest.mark.timeout(400)
 @pytest.mark.slow

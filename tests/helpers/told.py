@@ -34,6 +34,11 @@ def start(command: Sequence[str] = ("python", "train.py"), **fields: Any) -> Tol
     return ("start", body | fields, {})
 
 
+def at_work() -> Told:
+    """The supervisor begins."""
+    return ("ledger", {"state": "on", "reason": None, "child": 800, "supervisor": 799, "keeper": 798}, {})
+
+
 def process(number: int = 0, rank: int | None = None, command: Sequence[str] = ("python", "train.py")) -> Told:
     """A hello, as the supervisor records it."""
     body = {"hello": {"version": "3.11.7"}, "cmdline": list(command), "ppid": 1, "of_the_job": True}
@@ -61,7 +66,7 @@ def end(status: int | None = 0, **fields: Any) -> Told:
 
 def whole_run(*steps: Told) -> list[Told]:
     """A run of one process that makes `steps` and ends well."""
-    return [start(), process(), *steps, *leave(), end()]
+    return [start(), at_work(), process(), *steps, *leave(), end()]
 
 
 def record(home: Home, run: str, told: Sequence[Told], *, final: bool = True) -> None:

@@ -50,7 +50,18 @@ QUIET = {
 """Script → steps: enough for a schedule to move, a checkpoint to be written, an epoch to end."""
 
 
-NIGHTLY = {"resume", "tied_weights", "mlp_adadelta", "accum_amp"}
+NIGHTLY = {
+    "accum_amp",
+    "ema_swap",
+    "fsdp2_two_ranks",
+    "gan_two_optimizers",
+    "mlp_adadelta",
+    "reinforce_loop",
+    "resume",
+    "schedulers",
+    "tied_weights",
+    "wgan_clamp",
+}
 """Scripts whose habits others have too; `make nightly` runs them, so that `make test` stays short."""
 
 
@@ -102,7 +113,7 @@ def test_an_honest_script_holds_every_link(tmp_path: Path, script: str) -> None:
     assert judge(Replicas, records)[0] == []
 
 
-@pytest.mark.parametrize("script", ["own_batch_gpt", "gan_two_optimizers", "wgan_clamp"])
+@pytest.mark.parametrize("script", by_night(["own_batch_gpt", "gan_two_optimizers", "wgan_clamp"]))
 def test_the_result_is_the_same_to_the_bit_without_the_guard(tmp_path: Path, script: str) -> None:
     """Final parameters of both runs have one digest; the critic's script is watched by a dispatch mode on top."""
     parts = command(script, "--steps", "9")

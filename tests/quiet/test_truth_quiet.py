@@ -17,9 +17,10 @@ from trainguard.testing.guarded import run_guarded
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-DAY = {"own_batch_gpt": 9, "gan_two_optimizers": 9}
+DAY = {"own_batch_gpt": 6}
 """Script → steps: two micro-batches, clipping, evaluation in between; two optimizers and two passes to a step."""
 NIGHT = {
+    "gan_two_optimizers": 9,
     "accum_amp": 8,
     "cnn_workers": 12,
     "ddp_two_ranks": 9,

@@ -86,7 +86,9 @@ CHECKS: tuple[type[Check], ...] = (Code, Inputs, Modules, Hooks, Dispatch, Defer
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-@pytest.mark.parametrize("script", ["own_batch_gpt", "cnn_workers", "schedulers"])
+@pytest.mark.parametrize(
+    "script", ["cnn_workers", *(pytest.param(s, marks=pytest.mark.nightly) for s in ("own_batch_gpt", "schedulers"))]
+)
 def test_an_honest_script_has_no_finding(tmp_path: Path, script: str) -> None:
     """Memory-mapped data, loader workers, patched schedulers, weights swapped in and out."""
     run = watch(tmp_path, str(SCRIPTS / f"{script}.py"), "--steps", "12", links="governed")

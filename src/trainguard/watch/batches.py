@@ -289,10 +289,12 @@ def _compiled() -> bool:
 
 
 def _outermost(step: Step) -> List[Any]:
-    """The modules at whose outputs a loss can begin: the roots, and what holds most of a root."""
+    """The modules at whose outputs a loss can begin: the roots that this optimizer trains, and what holds most of one."""
     torch = step.torch
     found: List[Any] = []
-    for root in roots.roots()[:4]:
+    own = {id(entry.param) for entry in step.track.entries}
+    trained = [root for root in roots.roots() if any(id(p) in own for p in root.parameters())]
+    for root in trained[:4]:
         total = sum(p.numel() for p in root.parameters())
         children = [c for c in root.children() if 2 * sum(p.numel() for p in c.parameters()) > total]
         found += [root, *children]

@@ -7,7 +7,9 @@ module's constants can be rebound; both are told by the source alone. Values tha
 from __future__ import annotations
 
 import ast
-from typing import Any, Dict, List, Optional, Set, Tuple
+import os
+import threading
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 Literal = Any
 """None, bool, int, float, complex, str, bytes, or a tuple of these: what marshal keeps and `==` compares."""
@@ -18,6 +20,35 @@ UNKNOWN = "?"
 Facts = Dict[str, Any]
 
 
+ATTEMPTS = 3
+_turn = threading.RLock()
+
+
+def parse(text: Union[str, bytes]) -> ast.Module:
+    """The syntax tree of a module, whatever other threads do. Raises SyntaxError or ValueError as `ast.parse` does.
+
+    CPython 3.11 keeps the depth of a running conversion to syntax nodes for the whole interpreter: two threads that
+    convert at once raise "SystemError: AST constructor recursion depth mismatch". Ours take turns, and one that still
+    meets the job's own is repeated.
+    """
+    with _turn:
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return ast.parse(text)
+            except SystemError:
+                continue
+        return ast.parse(text)
+
+
+def _forked() -> None:
+    """In a child: a thread of the parent may have held the turn."""
+    global _turn
+    _turn = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def read(data: bytes) -> Facts:
     """The facts of one source file.
 
@@ -25,7 +56,7 @@ def read(data: bytes) -> Facts:
     keyword defaults a dict of the same. The first line is that of the first decorator, as in co_firstlineno.
     "constants": {name: literal}: names bound exactly once, at module level, to a literal, and never declared global.
     """
-    tree = ast.parse(data)
+    tree = parse(data)
     functions: Dict[Tuple[str, int], Any] = {}
     rebound: Set[str] = set()
     for node in ast.walk(tree):

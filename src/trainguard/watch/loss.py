@@ -24,6 +24,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
+from . import facts
+
 if TYPE_CHECKING:
     from .tape import Node, Replay, Root, Tape
 
@@ -415,7 +417,7 @@ def _parse(path: str, line: int) -> List[ast.Call]:
         for back in (0, 1, 2, 3):
             text = "".join(lines[max(0, line - 1 - back) : line - 1 + length])
             try:
-                tree = ast.parse(_unindented(text))
+                tree = facts.parse(_unindented(text))
             except (SyntaxError, ValueError):
                 continue
             found = [each for each in ast.walk(tree) if isinstance(each, ast.Call)]

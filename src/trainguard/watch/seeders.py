@@ -10,7 +10,7 @@ import ast
 import os
 from typing import List
 
-from . import writers
+from . import facts, writers
 
 NAMES = frozenset(
     {"seed", "manual_seed", "set_seed", "seed_everything", "seed_all", "setstate", "set_state", "set_rng_state"}
@@ -36,7 +36,7 @@ def _read(path: str, found: List[str]) -> None:
         text = file.read()
     if not any(name in text for name in NAMES):
         return
-    for outer in ast.walk(ast.parse(text)):
+    for outer in ast.walk(facts.parse(text)):
         if not isinstance(outer, (ast.For, ast.While, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
         for node in ast.walk(outer):

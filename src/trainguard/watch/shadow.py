@@ -38,7 +38,7 @@ import time
 from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
-from . import audit, code, sample
+from . import audit, code, facts, sample
 
 if TYPE_CHECKING:
     from .engine import Entry, Step, Track
@@ -108,7 +108,7 @@ class Source:
         self.name = name
         self.path = path
         self.digest = hashlib.sha256(data).hexdigest()
-        self.tree = ast.parse(data)
+        self.tree = facts.parse(data)
         self.defs: Dict[str, List[Any]] = {}
         self.imports: Dict[str, List[Tuple[Any, Any]]] = {}
         self.values: Dict[str, List[Any]] = {}

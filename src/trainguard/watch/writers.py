@@ -12,6 +12,8 @@ import sys
 import sysconfig
 from typing import Any, Dict, List, Set
 
+from . import facts
+
 FILE_LIMIT_BYTES = 1 << 20
 FILES_LIMIT = 400
 PLACES_LIMIT = 16
@@ -54,7 +56,7 @@ def _read(path: str, found: Dict[str, Set[str]]) -> None:
         text = file.read()
     if "param_groups" not in text and '"lr"' not in text and "'lr'" not in text:
         return
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(facts.parse(text)):
         for target in _targets(node):
             if isinstance(target, ast.Subscript):
                 _add(found, target, path)

@@ -34,7 +34,7 @@ def test_a_story_tells_the_run_from_its_start_to_its_end(home: Home):
     assert (whole.state, whole.status, whole.steps) == ("ended", 0, 120)
     assert whole.own_ns == 120 * 50_000
     assert (whole.host, whole.account) == ("node-7", "victim-a (uid 1000)")
-    assert whole.record.records == 125
+    assert whole.record.records == 126, "120 steps; start, ledger, process, bye, exit and end"
     assert whole.record.run_leaf == 0
     assert whole.events[0].leaf == 1
     assert whole.events[-1].leaf == whole.record.last_leaf

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
+from typing import Any
+
 import pytest
 
 from trainguard.watch import facts
@@ -69,3 +74,35 @@ def test_facts_agree_with_live_functions_of_the_standard_library() -> None:
     assert all(
         one == facts.UNKNOWN or facts.same(one[0], two) for one, two in zip(positional, found.__defaults__, strict=True)
     )
+
+
+def test_threads_that_parse_at_once_do_not_disturb_each_other() -> None:
+    """CPython 3.11 shares the depth of a conversion between threads; a finalizer lets another thread in between."""
+    source = "\n".join(f"def f{n}(a, b=[{n}]): return [x for x in (a, b, {{1: {n}}}) if x]" for n in range(400))
+    errors: list[BaseException] = []
+
+    class Loud:
+        def __del__(self) -> None:
+            time.sleep(0)
+
+    def work() -> None:
+        try:
+            for _ in range(6):
+                ring: list[Any] = [Loud()]
+                ring.append(ring)
+                del ring
+                assert len(facts.parse(source).body) == 400
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    before = gc.get_threshold()
+    gc.set_threshold(50)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*before)
+    assert errors == []
