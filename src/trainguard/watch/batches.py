@@ -289,7 +289,7 @@ def _compiled() -> bool:
 
 
 def _outermost(step: Step) -> List[Any]:
-    """The modules at whose outputs a loss can begin: the roots that this optimizer trains, and what holds most of one."""
+    """Modules at whose outputs a loss can begin: roots that this optimizer trains, and what holds most of one."""
     torch = step.torch
     found: List[Any] = []
     own = {id(entry.param) for entry in step.track.entries}
