@@ -55,6 +55,7 @@ NIGHTLY = {
     "ema_swap",
     "fsdp2_two_ranks",
     "gan_two_optimizers",
+    "lightning_fit",
     "mlp_adadelta",
     "reinforce_loop",
     "resume",

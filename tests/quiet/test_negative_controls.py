@@ -59,6 +59,7 @@ def test_an_honest_bug_in_approved_code_is_no_finding(tmp_path: Path) -> None:
     assert done.verdict["verdict"] == "VERIFIED", done.verdict["reasons"]
 
 
+@pytest.mark.nightly
 def test_noise_of_kernels_is_no_finding(tmp_path: Path) -> None:
     """N7: results that differ in the seventh digit from call to call, as on a device whose sums have no order."""
     done = job(tmp_path, noise=1e-7)
@@ -66,6 +67,7 @@ def test_noise_of_kernels_is_no_finding(tmp_path: Path) -> None:
     assert done.verdict["verdict"] == "VERIFIED", done.verdict["reasons"]
 
 
+@pytest.mark.nightly
 def test_a_config_edited_in_mid_run_names_file_and_step_and_nobody(tmp_path: Path) -> None:
     """N6 without approval: an input changed while the run read it. Suspicion about a file, at most; no account."""
     done = job(tmp_path, edit=12)

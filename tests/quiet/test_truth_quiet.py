@@ -17,7 +17,7 @@ from trainguard.testing.guarded import run_guarded
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-DAY = {"own_batch_gpt": 6}
+DAY = {"tied_weights": 9}
 """Script → steps: two micro-batches, clipping, evaluation in between; two optimizers and two passes to a step."""
 NIGHT = {
     "gan_two_optimizers": 9,
@@ -31,7 +31,7 @@ NIGHT = {
     "reinforce_loop": 10,
     "resume": 12,
     "schedulers": 20,
-    "tied_weights": 12,
+    "own_batch_gpt": 9,
 }
 BLIND = {"compile_inductor": 8, "fsdp2_two_ranks": 8, "wgan_clamp": 8}
 """Compiled code; shards; a critic whose loss has kinks at its clamped weights."""

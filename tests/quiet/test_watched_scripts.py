@@ -100,6 +100,7 @@ def test_an_honest_script_has_no_finding(tmp_path: Path, script: str) -> None:
         assert link.broken == 0
 
 
+@pytest.mark.nightly
 def test_training_is_bit_identical_with_and_without_the_guard(tmp_path: Path) -> None:
     """The same digest of the final weights, with every check in every step."""
     write(tmp_path, {"train.py": training(steps=12)})
