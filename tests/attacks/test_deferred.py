@@ -15,7 +15,10 @@ import _thread, builtins, gc, signal, sys, threading, time
 def nudge():
     time.sleep(60)
 
+begun = threading.Event()
+
 def unseen():
+    begun.set()
     time.sleep(60)
 
 def on_alarm(number, frame):
@@ -31,6 +34,7 @@ class Finder:
 def go():
     threading.Thread(target=nudge, name="logger", daemon=True).start()
     _thread.start_new_thread(unseen, ())
+    begun.wait()
     signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, 3600)
     gc.callbacks.append(collected)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from tests.helpers import optimizers as own
 from tests.helpers.recorded import judge, recording
+from tests.helpers.threads import alone
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -69,7 +69,7 @@ def run(name: str) -> Outcome:
     """Train one cell under watch and judge its records."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    with recording() as recorder:
+    with alone(), recording() as recorder:
         watching = engine.current()
         assert watching is not None
         watching.idlers = []  # inventories look at the whole process: their own tests are elsewhere
@@ -95,8 +95,6 @@ def agrees(name: str, outcome: Outcome) -> list[str]:
     wrong = list(outcome.findings)
     for link, said in outcome.states.items():
         reason = EXPECTED[name].get(link)
-        if threading.active_count() > 1 and "other threads or a closure may draw" in said:
-            continue  # honest here: a thread of another test lives on in this process
         held = said.startswith("held ")
         if held != (reason is None) or (reason is not None and reason not in said):
             wrong.append(f"{link}: expected {'held' if reason is None else '…' + reason}, found {said}")

@@ -117,6 +117,8 @@ class _Sent:
     kin: Kin
     sender: str
     """The sender in words."""
+    started: int
+    """When its target began (start ticks): a pid is given again, to a process that nobody signalled."""
 
 
 class Kills:
@@ -197,15 +199,19 @@ class Kills:
         world = env.get("WORLD_SIZE") if isinstance(env, dict) else None
         if isinstance(world, str) and world.isdigit() and len(world) < 8:
             self._world = max(self._world, int(world))
+        started = _number(evidence.body.get("start_ticks"))
         self._processes[evidence.pid] = _Process(
             number=evidence.process,
             pid=evidence.pid,
             rank=evidence.rank,
             parent=_number(evidence.body.get("ppid")),
-            start_ticks=_number(evidence.body.get("start_ticks")),
+            start_ticks=started,
             cmdline=_words(evidence.body.get("cmdline")),
         )
-        self._sent.pop(evidence.pid, None)
+        # A process may be signalled, and gone, before its hello is read. What an earlier owner of the pid was sent is
+        # forgotten.
+        sent = self._sent.get(evidence.pid, [])
+        self._sent[evidence.pid] = [each for each in sent if started in (None, each.started)]
         self._gone.pop(evidence.pid, None)
         yield from ()
 
@@ -274,8 +280,9 @@ class Kills:
         pid = target["pid"]
         kin = self._kin(sender, target)
         refused = evidence.body.get("denied") is True
-        if number is not None and target.get("start_ticks") is not None and not refused:
-            self._sent.setdefault(pid, []).append(_Sent(number, kin, self._who(sender)))
+        started = _number(target.get("start_ticks"))
+        if number is not None and started is not None and not refused:
+            self._sent.setdefault(pid, []).append(_Sent(number, kin, self._who(sender), started))
         guarded = self._guarded(target)
         if kin in ("itself", "descendant") or not (guarded or pid == self._child or pid in self._guard_pids()):
             self._held += 1

@@ -2,7 +2,8 @@
 
 Threads, signal handlers, interval timers, exit and garbage-collector callbacks, trace and profile functions, import
 hooks, exception hooks, Python functions in place of builtins, and a debugger that is attached. Each with the file and
-line of its code. Looked at in the first step, whenever the number of threads changes, and every 50 steps.
+line of its code. Looked at in the first step, whenever the number of running Python threads changes (also of those not
+started through threading), and every 50 steps.
 
 Frames (spec/evidence.md, "sweep"):
 
@@ -14,6 +15,7 @@ Not seen: threads that native code runs without Python, and signal handlers set 
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import builtins
 import gc
@@ -46,7 +48,7 @@ class Deferred:
 
     def after(self, step: Any) -> None:
         """Look when due; nothing for the step frame."""
-        threads = threading.active_count()
+        threads = _thread._count()
         if step.number == 1 or threads != self.threads or step.number % EVERY == 0:
             self.threads = threads
             self._sweep(step.number)

@@ -928,6 +928,10 @@ class Shadow:
         torch = step.torch
         run = Run(torch, self._twins(step), type(step.optimizer), before)
         now = [each.get_state() for each in before.generators]
+        shared = before.calls or threading.active_count() > 1
+        if shared and not all(torch.equal(*pair) for pair in zip(before.states, now)):
+            # Found out before the twin draws: putting a generator back would take from others what they drew meanwhile.
+            raise Refused("its step draws random numbers, and other threads or a closure may draw as well")
         others = _other_generators()
         local = step.engine.local
         try:
@@ -942,7 +946,7 @@ class Shadow:
             _put_back(others)
         if not any(drew):
             return run
-        if before.calls or threading.active_count() > 1:
+        if shared:
             raise Refused("its step draws random numbers, and other threads or a closure may draw as well")
         run = Run(torch, self._twins(step), type(step.optimizer), before)
         for each, state in zip(before.generators, before.states):

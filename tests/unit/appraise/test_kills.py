@@ -100,6 +100,28 @@ def test_messages_between_processes_are_no_finding(number: int) -> None:
     assert job.findings == []
 
 
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_process_may_be_ended_before_its_hello_is_read(reaped: bool) -> None:
+    """`Process.start(); terminate()`: the ledger tells of the signal first, and the process may be gone by then."""
+    job = Job()
+    job.parents[50] = RANK0
+    job.signal(job.facts(RANK0), 50, 15)
+    facts = {"ppid": RANK0, "start_ticks": None if reaped else 50 * 7, "cmdline": ["python", "train.py"]}
+    job.add("process", {"hello": {"env": {}}, **facts}, pid=50)
+    job.add("exit", {"said_bye": False, "greeted": True, "ended": {"status": None, "signal": 15}}, pid=50)
+    assert (job.findings, job.state().blind) == ([], ())
+
+
+def test_what_an_earlier_owner_of_a_pid_was_sent_explains_nothing() -> None:
+    """The kernel gives pids again."""
+    job = Job()
+    job.parents[50] = RANK0
+    job.signal(job.facts(RANK0), 50, 15)
+    job.add("process", {"hello": {"env": {}}, "ppid": RANK0, "start_ticks": 999, "cmdline": ["python"]}, pid=50)
+    job.add("exit", {"said_bye": False, "greeted": True, "ended": {"status": None, "signal": 15}}, pid=50)
+    assert any("whose sender is outside the job" in reason for reason in job.state().blind)
+
+
 @pytest.mark.parametrize(("sender", "target"), [(AGENT, RANK1), (AGENT, LOADER), (RANK0, LOADER), (RANK0, RANK0)])
 def test_whoever_started_a_process_may_end_it(sender: int, target: int) -> None:
     """The agent its workers and their helpers, a rank its loader, everyone itself."""
