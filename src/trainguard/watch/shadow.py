@@ -928,10 +928,10 @@ class Shadow:
         torch = step.torch
         run = Run(torch, self._twins(step), type(step.optimizer), before)
         now = [each.get_state() for each in before.generators]
-        shared = before.calls or threading.active_count() > 1
+        shared = threading.active_count() > 1
         if shared and not all(torch.equal(*pair) for pair in zip(before.states, now)):
             # Found out before the twin draws: putting a generator back would take from others what they drew meanwhile.
-            raise Refused("its step draws random numbers, and other threads or a closure may draw as well")
+            raise Refused("its step draws random numbers, and other threads may draw as well")
         others = _other_generators()
         local = step.engine.local
         try:
@@ -946,8 +946,8 @@ class Shadow:
             _put_back(others)
         if not any(drew):
             return run
-        if shared:
-            raise Refused("its step draws random numbers, and other threads or a closure may draw as well")
+        if shared or before.calls:
+            raise Refused("its step draws random numbers, and other threads or its closure may draw as well")
         run = Run(torch, self._twins(step), type(step.optimizer), before)
         for each, state in zip(before.generators, before.states):
             each.set_state(state)
