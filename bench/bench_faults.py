@@ -1,4 +1,4 @@
-"""How soon each of 42 faults is found: a table of fault, latency in optimizer steps, check and technique.
+"""How soon each of 42 faults is found: a table of fault, latency in steps and in checked steps, check and technique.
 
     python bench/bench_faults.py [--links all|governed] [--only TEXT] [--seeds 1] [--json FILE]
 
@@ -6,6 +6,9 @@ Each fault is one function in a side file of an otherwise honest training (27 te
 dropout, shuffled loader); it begins at step 60 of 140 and runs under the real supervisor, without a lock: what a lock
 would say of the side file does not count here. `clean` is the same training without a fault. Faults are harmless:
 signs, factors, sleeps of milliseconds, a signal of number 0 or SIGUSR1 to the own process.
+
+What is promised (`of`) counts checked steps, from the first that the fault could touch: every step with `--links all`;
+those that the budget allows otherwise.
 """
 
 from __future__ import annotations
@@ -333,6 +336,8 @@ class Result:
     seed: int
     found: bool
     latency: int | None
+    checked: int | None
+    """Checked steps that the fault outlived."""
     check: str | None
     outcome: str | None
     techniques: tuple[str, ...]
@@ -384,23 +389,26 @@ def judged(fault: Fault, records: list[Evidence], *, seed: int, status: int | No
     appraiser.see(
         Evidence(n=0, at=records[0].at, source="supervisor", kind="start", body={"lock": None, "settings": {}})
     )
-    first: tuple[int, Finding] | None = None
-    reached = 0
+    first: tuple[int, int, Finding] | None = None
+    reached = outlived = 0
     for record in records:
         if record.kind in ("step", "steps") and record.step is not None:
             reached = max(reached, record.step)
         for finding in appraiser.see(record):
             if first is None and finding.outcome != "not_checked":
-                first = (reached, finding)
+                first = (reached, outlived, finding)
+        if record.kind == "step" and record.body.get("checked") is True and reached >= BEGIN:
+            outlived += 1
     for finding in appraiser.verdict().findings:
         if first is None and finding.outcome != "not_checked":
-            first = (reached, finding)
-    at, found = first if first is not None else (None, None)
+            first = (reached, outlived, finding)
+    at, checked, found = first if first is not None else (None, None, None)
     return Result(
         fault=fault.name,
         seed=seed,
         found=found is not None,
         latency=max(0, at - BEGIN) if at is not None else None,
+        checked=checked,
         check=found.check if found else None,
         outcome=found.outcome if found else None,
         techniques=found.techniques if found else (),
@@ -420,18 +428,19 @@ def verdict_on(result: Result) -> str:
         return "found" if result.found else "open"
     if not result.found:
         return "MISSED"
-    return "ok" if result.latency is not None and result.latency <= result.within else "late"
+    return "ok" if result.checked is not None and result.checked <= result.within else "late"
 
 
 def rows(results: list[Result]) -> Iterator[str]:
     """The table."""
-    yield f"{'fault':56} {'':7} {'steps':>5} {'of':>4}  {'outcome':11} {'check':16} techniques"
+    yield f"{'fault':56} {'':7} {'steps':>5} {'checked':>7} {'of':>4}  {'outcome':11} {'check':16} techniques"
     for each in results:
         latency = "" if each.latency is None else str(each.latency)
+        checked = "" if each.checked is None else str(each.checked)
         within = "" if each.within is None else str(each.within)
         techniques = " ".join(each.techniques[:3])
         yield (
-            f"{each.fault[:56]:56} {verdict_on(each):7} {latency:>5} {within:>4}  {each.outcome or '':11} "
+            f"{each.fault[:56]:56} {verdict_on(each):7} {latency:>5} {checked:>7} {within:>4}  {each.outcome or '':11} "
             f"{each.check or '':16} {techniques}"
         )
 

@@ -17,7 +17,7 @@ taken before this attempt. Only where there is neither do the process's own clai
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from trainguard.appraise.interface import Context
 from trainguard.digest import HEX_SHA256_LENGTH, file_sha256
 from trainguard.errors import TrainguardError
 from trainguard.evidence import Evidence
-from trainguard.lockfile import Measurement, parse_lock, parse_measurement
+from trainguard.lockfile import Measurement, Tree, parse_lock, parse_measurement
 from trainguard.policy import Policy
 
 Standing = Literal["library", "approved", "own", "guard", "cache", "foreign", "planted", "generated"]
@@ -140,7 +140,9 @@ class Origins:
     def _rebuild(self) -> None:
         if self.measured is not None:
             self._areas = [
-                (self.normal(tree.root), _area(name), name) for name, tree in self.measured.trees.items() if tree.root
+                (self.normal(root), _area(name), name)
+                for name, tree in self.measured.trees.items()
+                for root in _roots(tree)
             ]
             if self.measured.interpreter is not None:
                 self._areas.append((self.normal(self.measured.interpreter.prefix + "/bin"), "program", ""))
@@ -298,6 +300,15 @@ def _area(tree: str) -> Area:
     if tree.startswith(("stdlib", "site-packages", "user-site")):
         return "library"
     return "data" if tree.startswith(("data:", "weights:")) else "code"
+
+
+def _roots(tree: Tree) -> Iterator[str]:
+    """The folder of a tree, and before it the file itself where the tree is one file: its folder may be another's."""
+    names = list(tree.files)
+    if tree.root and len(names) == 1 and _area(tree.name) == "data" and "/" not in names[0]:
+        yield f"{tree.root.rstrip('/')}/{names[0]}"
+    if tree.root:
+        yield tree.root
 
 
 def _digest(value: str | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -71,6 +72,20 @@ def with_lock(measured: Measurement, locked: Measurement, *records: tuple[str, d
     taken = "m" + measured.digest
     body = {"blob": taken, "lock": name, "attempt": 0}
     return origins(START, ("measurement", body), *records, **{taken: measured.encode(), name: lock.data})
+
+
+def test_files_named_one_by_one_are_found_wherever_they_lie() -> None:
+    """Two of them in one folder, one beside the script: their folder is the code's, or each other's."""
+    named = {
+        f"data:{path}": Tree(name=f"data:{path}", root=root, files={path.rsplit("/", 1)[-1]: f"{digest} 1"})
+        for path, root, digest in (("names.txt", "/job", A), ("d/a.bin", "/job/d", A), ("d/b.bin", "/job/d", B))
+    }
+    measured = measurement()
+    whole = msgspec.structs.replace(measured, trees=measured.trees | named)
+    found = with_lock(whole, whole)
+    for path, digest in (("/job/names.txt", A), ("/job/d/a.bin", A), ("/job/d/b.bin", B), ("/job/train.py", A)):
+        assert (found.locked(path), found.taken(path)) == (digest, digest), path
+    assert found.locked("/job/d/c.bin") is None
 
 
 @pytest.mark.parametrize(
