@@ -1,7 +1,8 @@
 """Inputs that are not code: data, start weights, vocabularies, named in the command, declared, or found by convention.
 
 A word of the command that names an existing file or folder is an input, unless its option says that it is written
-(`--out`, `--save…`, `--log…`). Otherwise the usual folders (`data`, `dataset`, …) beside the script are read.
+(`--out`, `--save…`, `--log…`). So are the defaults of the script's own options and the files that its text reads by
+name (literals.py). The usual folders (`data`, `dataset`, …) beside the script are read too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainguard.lockfile import Tree
+from trainguard.measure.literals import Literals
 from trainguard.measure.walk import Limits, Walker, escaped
 
 WEIGHTS = frozenset({".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl", ".distcp", ".gguf", ".h5", ".msgpack"})
@@ -32,6 +34,9 @@ STARTS = re.compile(r"(^|[-_])(resume|init|load|from|pretrained|model|weights)([
 NAMED_LIMITS = Limits(files=2_000_000, bytes=64 << 30)
 DECLARED_LIMITS = Limits(files=50_000_000, bytes=1 << 46)
 CONVENTION_LIMITS = Limits(files=20_000, bytes=4 << 30, depth=8)
+NOTHING_NAMED = Literals()
+SHARED_FOLDERS = frozenset({"/tmp", "/var/tmp", "/dev/shm", os.path.expanduser("~")})  # noqa: S108, PTH111
+"""Folders that hold other things than one job's input: no default means all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +65,21 @@ class Inputs:
 
 
 def inputs_of(
-    argv: Sequence[str], *, cwd: Path, code_root: Path, data: Sequence[str], outputs: Sequence[str]
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    code_root: Path,
+    data: Sequence[str],
+    outputs: Sequence[str],
+    literals: Literals = NOTHING_NAMED,
 ) -> Inputs:
-    """Sort the words of a command (without the program) and the declared paths into what is read and written."""
+    """Sort the words of a command (without the program), its script's literals and the declared paths."""
     read: dict[Path, Input] = {}
     written = [Path(os.path.normpath(cwd / path)) for path in outputs]
-    for option, word in valued(argv):
+    said = list(valued(argv))
+    options = {option for option, _ in said}
+    unsaid = [(option, word) for option, word in literals.options if option not in options]
+    for limits, (option, word) in [(NAMED_LIMITS, pair) for pair in said] + [(CONVENTION_LIMITS, p) for p in unsaid]:
         path = Path(os.path.normpath(cwd / word))
         if WRITTEN.search(option) and not (path.suffix in CONFIG and os.path.isfile(path)):
             written.append(path)
@@ -73,18 +87,34 @@ def inputs_of(
             not os.path.exists(path)
             or path.suffix == ".py"
             or path in (cwd, code_root)
+            or (limits is CONVENTION_LIMITS and str(path) in SHARED_FOLDERS)
             or code_root.is_relative_to(path)
         ):
             continue
         elif path.is_dir() and CHECKPOINTS.search(option) and not STARTS.search(option):
             written.append(path)
-        else:
-            role = "weights" if _holds_weights(path, option) else "data"
-            read[path] = Input(role=role, label=word, path=path, limits=NAMED_LIMITS)
+        elif path not in read:
+            read[path] = Input(role=_role(path, option), label=word, path=path, limits=limits)
+    for word in literals.read:
+        path = Path(os.path.normpath(cwd / word))
+        if path not in read and path not in written and _is_data(path):
+            read[path] = Input(role=_role(path, ""), label=word, path=path, limits=CONVENTION_LIMITS)
     for word in data:
         path = Path(os.path.normpath(cwd / word))
         read[path] = Input(role="data", label=word, path=path, limits=DECLARED_LIMITS)
     return Inputs(read=tuple(read.values()), written=tuple(dict.fromkeys(written)))
+
+
+def _role(path: Path, option: str) -> str:
+    return "weights" if _holds_weights(path, option) else "data"
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file that a script's text reads is one that comes from outside: no code, no device, not of a run."""
+    weights = path.suffix.lower() in WEIGHTS and LOOKS_WRITTEN.search(path.stem)
+    return (
+        os.path.isfile(path) and path.suffix != ".py" and not weights and not str(path).startswith(("/proc/", "/sys/"))
+    )
 
 
 def by_convention(folder: Path, taken: Sequence[Input], written: Sequence[Path]) -> Iterator[Input]:

@@ -34,6 +34,7 @@ from trainguard.measure.cache import StatCache
 from trainguard.measure.command import SHELLS, Resolved, resolve
 from trainguard.measure.files import read_small
 from trainguard.measure.interpreter import Where, python_path, where
+from trainguard.measure.literals import TEXT_LIMIT_BYTES, Literals, literals_of
 from trainguard.measure.walk import Found, Walker, escaped
 
 LIBRARY_SKIPPED = frozenset({"site-packages", "dist-packages", "__phello__"})
@@ -125,7 +126,14 @@ def _measured(
     job.notes += resolved.notes
     root = code.find_root(resolved.script, cwd, env.get("HOME"))
     job.notes += root.notes
-    inputs = data.inputs_of(command[1:], cwd=cwd, code_root=root.path, data=declared.data, outputs=declared.outputs)
+    inputs = data.inputs_of(
+        command[1:],
+        cwd=cwd,
+        code_root=root.path,
+        data=declared.data,
+        outputs=declared.outputs,
+        literals=_literals(resolved.script, against),
+    )
     state = [cache.parent] if cache is not None else []
     _add_code(job, root, [*inputs.written, *state])
     _add_library(job)
@@ -197,6 +205,22 @@ def _ask_where(resolved: Resolved, env: Mapping[str, str]) -> Where | None:
     except Unavailable as error:
         resolved.notes.append(str(error))
         return None
+
+
+def _literals(script: Path | None, against: Measurement | None) -> Literals:
+    """What the script's text names; beside an approved measurement only what is in that.
+
+    A file that lies there now and did not then is not measured before the run: if the job reads it, that is found.
+    """
+    source = read_small(script, TEXT_LIMIT_BYTES + 1) if script is not None else None
+    named = literals_of(source or b"")
+    if against is None:
+        return named
+    known = {tree.partition(":")[2] for tree in against.trees if tree.startswith(("data:", "weights:"))}
+    return Literals(
+        options=tuple(pair for pair in named.options if pair[1] in known or data.WRITTEN.search(pair[0])),
+        read=tuple(word for word in named.read if word in known),
+    )
 
 
 def _optimise(resolved: Resolved, env: Mapping[str, str]) -> int:
