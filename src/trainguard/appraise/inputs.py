@@ -28,6 +28,7 @@ READER_FILES = 8
 """A line that opens more different files than this reads data."""
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+DATA = (".npy", ".npz", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".jsonl", ".idx", ".mds", ".tar", ".h5", ".pkl")
 PATHS_LIMIT = 100_000
 FINDING_LIMIT = 500
 
@@ -87,7 +88,7 @@ class Inputs:
         area, _, _ = self._origins.area(path)
         if area in ("library", "guard", "program") or path.startswith(SYSTEM):
             return
-        if area == "cache":
+        if area == "cache" or self._is_package_cache(path, text(line.get("by"), 4096)):
             yield from self._cached(evidence, path, place, line)
         elif line.get("changed") is True:
             yield from self._altered(evidence, path, place, line)
@@ -131,7 +132,7 @@ class Inputs:
             )
 
     def _cached(self, evidence: Evidence, path: str, place: str | None, line: dict[str, Any]) -> Iterator[Finding]:
-        """Generated code and graphs kept between runs: whoever can write them runs code in the job."""
+        """What compilers and packages keep between runs: whoever can write it reaches into the job."""
         owner = line.get("uid")
         if owner in (evidence.uid, 0, None):
             self._listed += 1
@@ -139,7 +140,7 @@ class Inputs:
         yield from self._tell(
             evidence,
             "suspicious",
-            f"{path}, kept by a compiler and read by {place}, belongs to account {owner}",
+            f"{path}, a cache that {place} reads, belongs to account {owner}",
             path,
             place,
             line,
@@ -147,6 +148,18 @@ class Inputs:
             expected=f"owner {evidence.uid}",
             found=f"owner {owner}",
         )
+
+    def _is_package_cache(self, path: str, reader: str | None) -> bool:
+        """Whether an installed package asks for a file in its own folder of the account's cache: ~/.cache/NAME.
+
+        Its code is what the lock says; weights and data are kept there too, and those are inputs.
+        """
+        if reader is None or path.endswith((*CHECKPOINTS, *DATA)):
+            return False
+        area, _, below = self._origins.area(reader)
+        if area != "library" or self._origins.standing(reader) != "library":
+            return False
+        return f"/.cache/{below.split('/', 1)[0]}/" in path
 
     def _is_output(self, path: str, line: dict[str, Any]) -> bool:
         """Whether the job wrote the file, as far as is known: said so, declared so, or made among its own files.

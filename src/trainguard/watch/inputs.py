@@ -183,6 +183,7 @@ class Inputs:
         polled: bool,
     ) -> None:
         place, function = self.place()
+        package = _package()
         if place is not None and place.startswith("<frozen zipimport>"):
             return  # the interpreter asks whether the main script is an archive
         line: Dict[str, Any] = {
@@ -198,6 +199,8 @@ class Inputs:
             "opens": file.opens,
             "first": file.first,
         }
+        if package is not None:
+            line["by"] = package
         if known and not polled:
             line["was"] = was
             line["changed"] = True
@@ -302,6 +305,17 @@ class Inputs:
                 inner = ("%s:%d" % (name, frame.f_lineno), frame.f_code.co_name)
             frame = frame.f_back
         return inner if inner is not None else (None, None)
+
+
+def _package() -> Optional[str]:
+    """File of the innermost frame that is installed code: the package that asks, of whoever called it."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "-packages" + os.sep in name and not _is_ours(name):
+            return str(_absolute(name))
+        frame = frame.f_back
+    return None
 
 
 class InputsLink:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from trainguard.appraise.inputs import Inputs
 from trainguard.appraise.interface import Context
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding
+from trainguard.lockfile import Code, Distribution, Launch, Measurement, Tree, make_lock
 from trainguard.policy import Policy
 
 CACHED = "/tmp/torchinductor_victim-a/fxgraph/x"
@@ -30,6 +32,53 @@ def test_a_compilers_cache_of_another_account_is_named_and_our_own_is_not() -> N
     assert judged({"files": [line | {"uid": 1000}]}) == []
     (found,) = judged({"files": [line | {"uid": 1001}]})
     assert (found.outcome, found.techniques) == ("suspicious", ("A8",))
+
+
+SITE = "/env/lib/python3.11/site-packages"
+FONTS = "/home/victim-a/.cache/matplotlib/fontlist.json"
+
+
+def locked() -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A measurement record of a run under its lock, and the blobs it names."""
+    package = Distribution(name="m", version="1", tree="site-packages", files={"matplotlib/fonts.py": "a" * 64 + " 1"})
+    made = Measurement(
+        cwd="/job",
+        launch=Launch(argv=(), kind="script"),
+        interpreter=None,
+        code=Code(root="/job"),
+        trees={
+            "code": Tree(name="code", root="/job", files={"train.py": "a" * 64 + " 1"}),
+            "site-packages": Tree(name="site-packages", root=SITE),
+        },
+        distributions={"m": package},
+    )
+    lock = make_lock(made, ec.generate_private_key(ec.SECP256R1()), made="", approvals=()).data
+    return {"blob": made.digest, "lock": "lock", "attempt": 0}, {made.digest: made.encode(), "lock": lock}
+
+
+@pytest.mark.parametrize(
+    ("path", "by", "outcomes"),
+    [
+        (FONTS, f"{SITE}/matplotlib/fonts.py", []),
+        (FONTS, f"{SITE}/matplotlib/other.py", ["suspicious"]),
+        (FONTS, "/job/train.py", ["suspicious"]),
+        (FONTS, None, ["suspicious"]),
+        ("/home/victim-a/.cache/other/x.json", f"{SITE}/matplotlib/fonts.py", ["suspicious"]),
+        ("/home/victim-a/.cache/matplotlib/start.pt", f"{SITE}/matplotlib/fonts.py", ["suspicious"]),
+        ("/home/victim-a/.cache/matplotlib/rows.csv", f"{SITE}/matplotlib/fonts.py", ["suspicious"]),
+    ],
+)
+def test_what_a_locked_package_keeps_for_itself_is_no_input(path: str, by: str | None, outcomes: list[str]) -> None:
+    """Read by its own code, from its own folder of the cache, and neither weights nor data."""
+    body, blobs = locked()
+    check = Inputs(Context(run="r", policy=Policy(), blob=blobs.__getitem__))
+    line = {"path": path, "mode": "r", "sha256": "b" * 64, "size": 1, "place": "/job/train.py:3", "by": by, "uid": 1000}
+    records = [
+        Evidence(n=0, at=0, source="supervisor", kind="measurement", body=body),
+        Evidence(n=1, at=0, source="process", kind="open", body={"files": [line]}, process=0, uid=1000),
+    ]
+    found = [finding for record in records for finding in check.see(record)]
+    assert [finding.outcome for finding in found] == outcomes
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:29500", "localhost:80", "::1:80"])
