@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "diff": ("trainguard.cli.diff", "What differs between two runs that should be equal."),
     "recover": ("trainguard.cli.recover", "The last good checkpoint of a run, and the command that resumes from it."),
     "incident": ("trainguard.cli.incident", "What belongs together, from where, what it touched; reports."),
+    "case": ("trainguard.cli.case", "Need-to-know rooms for those who look for a cause."),
     "damage": ("trainguard.cli.damage", "Device-hours and money lost, as ranges with their rows."),
     "lineage": ("trainguard.cli.lineage", "What was made from what; what is tainted, what is not affected."),
     "gate": ("trainguard.cli.gate", "May this model be released or served?"),

@@ -1,0 +1,422 @@
+"""`trainguard case …`: rooms for those who look for a cause, closed to everyone the evidence names (docs/cases.md)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from trainguard.errors import Misuse, TrainguardError, Unavailable
+from trainguard.home import Home
+
+if TYPE_CHECKING:
+    from trainguard.cases.desk import Desk
+    from trainguard.cases.identity import Card, Identity
+    from trainguard.incident.correlate import Incident
+
+DAYS = re.compile(r"(\d{1,4})d")
+ROLE = click.Choice(["lead", "investigator", "reader"])
+_reason = click.option("--reason", required=True, help="Why, for the record.")
+_until = click.option(
+    "--until", required=True, metavar="DATE", help="Last day (2026-12-31, UTC) or time from now (30d)."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_quiet = click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
+_lift = click.option("--lift", "lifts", multiple=True, metavar="NAME", help="An exclusion that two people set aside.")
+
+
+@click.group("case")
+def command() -> None:
+    """Need-to-know rooms: members by name, reason and expiry; two people grant; the evidence excludes.
+
+    Who is no member learns nothing here, not even whether there is a case. Every look is logged before anything is
+    shown. Exit status: 0 done, 1 refused or does not hold, 2 usage error (or no such case), 3 could not tell.
+    """
+
+
+# -- who I am ----------------------------------------------------------------------------------------------------------
+
+
+@command.command("identity")
+@click.option("--name", required=True, help="What you are called in cases.")
+@click.option("--account", "accounts", multiple=True, help="An account you work under; repeat for each.")
+@click.option("--author", "authors", multiple=True, help="A mail address or name you commit under; repeat for each.")
+@click.option("--passphrase", is_flag=True, help="Ask for a passphrase that the keys are encrypted with.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the card here, to hand on.")
+def identity_command(
+    name: str, accounts: tuple[str, ...], authors: tuple[str, ...], passphrase: bool, output: Path | None
+) -> int:
+    """Make your keys (in your own home folder, or at TRAINGUARD_IDENTITY) and your card."""
+    from trainguard.cases.identity import create_identity, identity_path
+    from trainguard.digest import write_durably
+    from trainguard.render.case import card_lines
+
+    secret = click.prompt("Passphrase", hide_input=True, confirmation_prompt=True) if passphrase else None
+    stated = accounts or (_account(),)
+    made = create_identity(
+        identity_path(), name=name, accounts=stated, authors=authors, passphrase=secret.encode() if secret else None
+    )
+    if output is not None:
+        write_durably(output, made.card_bytes())
+    click.echo("\n".join(card_lines(made.card, path=str(output) if output else None)))
+    return 0
+
+
+@command.command("card")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write your card here, to hand on.")
+@click.argument("card", type=click.Path(path_type=Path), required=False)
+def card_command(output: Path | None, card: Path | None) -> int:
+    """Show your card, or one that somebody gave you."""
+    from trainguard.cases.identity import read_card
+    from trainguard.digest import write_durably
+    from trainguard.render.case import card_lines
+
+    if card is not None:
+        click.echo("\n".join(card_lines(read_card(card), path=str(card))))
+        return 0
+    mine = _identity()
+    if mine is None:
+        raise _nobody()
+    if output is not None:
+        write_durably(output, mine.card_bytes())
+    click.echo("\n".join(card_lines(mine.card, path=str(output) if output else None)))
+    return 0
+
+
+# -- looking -----------------------------------------------------------------------------------------------------------
+
+
+@command.command("list")
+@_json
+@_quiet
+def list_command(as_json: bool, quiet: bool) -> int:
+    """The cases that are open to you. Exit status: 0, or 1 where one of them does not hold."""
+    lines = _desk().cases()
+    if as_json:
+        _print({"schema": "trainguard/cases/v1", "cases": lines})
+    elif not quiet:
+        from trainguard.render.case import list_view
+
+        _show(lambda: list_view(lines))
+    return 1 if any(line.broken for line in lines) else 0
+
+
+@command.command("show")
+@_json
+@_quiet
+@click.argument("case")
+def show_command(as_json: bool, quiet: bool, case: str) -> int:
+    """All of one case: what waits, incidents, who is kept out, members, notes, and its record."""
+    from trainguard.render.case import case_view, document
+
+    view = _desk().show(case)
+    if as_json:
+        _print(document(view))
+    elif not quiet:
+        _show(lambda: case_view(view))
+    return 0
+
+
+@command.command("trace")
+@_json
+@click.argument("case")
+@click.argument("text", type=click.File("r", errors="replace"))
+def trace_command(as_json: bool, case: str, text: Any) -> int:
+    """Whose copy of a note of yours the file TEXT (- for stdin) carries. Exit status: 0 one copy, 3 none or several."""
+    from trainguard.cases.canary import settled
+
+    matches = _desk().trace(case, text.read(1 << 20))
+    found = settled(matches)
+    if as_json:
+        _print({"schema": "trainguard/case-trace/v1", "copy": found, "matches": matches})
+    else:
+        from trainguard.render.case import trace_view
+
+        _show(lambda: trace_view(matches))
+    return 0 if found is not None else 3
+
+
+@command.command("cover")
+def cover_command() -> int:
+    """Leave the trace of a call and do nothing. Put it on a schedule, so that calls cannot be counted."""
+    from trainguard.cases.desk import Desk
+
+    Desk(Home.find(), None).cover()
+    return 0
+
+
+# -- acting ------------------------------------------------------------------------------------------------------------
+
+
+@command.command("open")
+@click.option("--with", "second", type=click.Path(path_type=Path), required=True, metavar="CARD", help="Who signs too.")
+@click.option("--member", "members", multiple=True, metavar="CARD[:ROLE]", help="A further member; repeat for each.")
+@_reason
+@_until
+@_lift
+@click.option("--overt", is_flag=True, help="Overt from the start; covert otherwise.")
+@click.option("--code", help="A neutral code name; chosen for you otherwise.")
+@click.argument("incident", nargs=-1, required=True)
+def open_command(
+    second: Path,
+    members: tuple[str, ...],
+    reason: str,
+    until: str,
+    lifts: tuple[str, ...],
+    overt: bool,
+    code: str | None,
+    incident: tuple[str, ...],
+) -> int:
+    """Propose a case on INCIDENT…; it is one when the owner of --with CARD has signed.
+
+    Whoever the incidents name, and who approved what they rest on, cannot be in it.
+    """
+    from trainguard.cases.identity import read_card
+    from trainguard.cases.records import Grant
+
+    end = parse_until(until)
+    named = [
+        Grant(card=card, role=role, reason=reason, until=end, lifts=lifts) for card, role in map(_member_card, members)
+    ]
+    made = _desk().open(
+        _incidents(incident),
+        second=read_card(second),
+        reason=reason,
+        until=end,
+        members=named,
+        posture="overt" if overt else "covert",
+        lifts=lifts,
+        code=code,
+    )
+    _told(f"case {made}: proposed", f"trainguard case sign {made} 0", "by the second person, as themselves")
+    return 0
+
+
+@command.command("sign")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.argument("case")
+@click.argument("act", type=click.IntRange(min=0))
+def sign_command(yes: bool, case: str, act: int) -> int:
+    """Give the second signature to an act; it takes effect at once."""
+    desk = _desk()
+    if not yes:
+        _ask(desk, case, act)
+    kind = desk.sign(case, act)
+    click.echo(f"case {case}: {kind} (act {act}) has two signatures and is in effect", err=True)
+    return 0
+
+
+@command.command("grant")
+@click.option("--role", type=ROLE, default="investigator", show_default=True)
+@_reason
+@_until
+@_lift
+@click.argument("case")
+@click.argument("card", type=click.Path(path_type=Path))
+def grant_command(role: Any, reason: str, until: str, lifts: tuple[str, ...], case: str, card: Path) -> int:
+    """Propose a member."""
+    from trainguard.cases.identity import read_card
+
+    desk = _desk()
+    _proposed(case, desk.grant(case, read_card(card), role=role, reason=reason, until=parse_until(until), lifts=lifts))
+    return 0
+
+
+@command.command("remove")
+@_reason
+@click.argument("case")
+@click.argument("member")
+def remove_command(reason: str, case: str, member: str) -> int:
+    """Propose to remove MEMBER (a name, or the beginning of a key). The room then gets a new key."""
+    _proposed(case, _desk().remove(case, member, reason=reason))
+    return 0
+
+
+@command.command("leave")
+@_reason
+@click.argument("case")
+def leave_command(reason: str, case: str) -> int:
+    """Leave a case for good."""
+    _desk().leave(case, reason=reason)
+    click.echo("done: what is written from now on is not for you", err=True)
+    return 0
+
+
+@command.command("add")
+@click.argument("case")
+@click.argument("incident", nargs=-1, required=True)
+def add_command(case: str, incident: tuple[str, ...]) -> int:
+    """Take further incidents in. Members whom they name are members no longer."""
+    _desk().add(case, _incidents(incident))
+    return 0
+
+
+@command.command("note")
+@click.argument("case")
+@click.argument("text")
+def note_command(case: str, text: str) -> int:
+    """Write a note to all members. Alternatives in it make every copy another one:
+
+    trainguard case note CASE "we replay {Monday|Tuesday} on {node-3|node-9}"
+    """
+    number = _desk().note(case, text)
+    click.echo(f"case {case}: note {number}", err=True)
+    return 0
+
+
+@command.command("move")
+@click.option("--severity", type=click.Choice(["critical", "high", "medium", "low"]))
+@_reason
+@click.argument("case")
+@click.argument("stage", type=click.Choice(["open", "contained", "eradicated", "recovered", "closed"]))
+def move_command(severity: Any, reason: str, case: str, stage: Any) -> int:
+    """Say where the case stands, and how bad it is. Closing it waits for a second lead."""
+    number = _desk().move(case, stage, severity=severity, reason=reason)
+    if stage == "closed":
+        _proposed(case, number)
+    return 0
+
+
+@command.command("turn")
+@_reason
+@click.argument("case")
+@click.argument("posture", type=click.Choice(["covert", "overt"]))
+def turn_command(reason: str, case: str, posture: Any) -> int:
+    """Propose another posture: covert (nobody is told) or overt."""
+    _proposed(case, _desk().turn(case, posture, reason=reason))
+    return 0
+
+
+@command.command("hold")
+@click.option("--release", is_flag=True, help="Propose to end it.")
+@_reason
+@click.argument("case")
+def hold_command(release: bool, reason: str, case: str) -> int:
+    """Put a case in legal hold: nothing of it can be deleted, and no lead's membership runs out."""
+    number = _desk().hold(case, reason=reason, release=release)
+    if release:
+        _proposed(case, number)
+    return 0
+
+
+@command.command("purge")
+@_reason
+@click.argument("case")
+def purge_command(reason: str, case: str) -> int:
+    """Propose to delete the contents of a closed case; its record stays. Never in legal hold."""
+    _proposed(case, _desk().propose_purge(case, reason=reason))
+    return 0
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def parse_until(text: str, *, now: Callable[[], float] = time.time) -> int:
+    """Seconds since the epoch at the end of a day (`2026-12-31`, UTC) or after some days (`30d`). Raises Misuse."""
+    days = DAYS.fullmatch(text)
+    if days is not None:
+        return int(now()) + int(days[1]) * 86400
+    try:
+        moment = datetime.datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=datetime.UTC)
+    except ValueError:
+        raise Misuse(f"--until: expected a date such as 2026-12-31, or 30d, found {text[:40]!r}") from None
+    return int(moment.timestamp()) + 86400
+
+
+def _account() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
+
+
+def _identity() -> Identity | None:
+    """The caller's identity; None where they have none. A passphrase is asked for on a terminal."""
+    from trainguard.cases.identity import identity_path, load_identity
+
+    path = identity_path()
+    if not os.path.lexists(path):
+        return None
+    secret = os.environ.get("TRAINGUARD_PASSPHRASE")
+    try:
+        return load_identity(path, passphrase=secret.encode() if secret else None)
+    except Misuse as error:
+        if "needs its passphrase" not in str(error) or not sys.stdin.isatty():
+            raise
+    return load_identity(path, passphrase=click.prompt("Passphrase", hide_input=True, err=True).encode())
+
+
+def _nobody() -> TrainguardError:
+    return Unavailable("there is no identity here", next_step="make one with: trainguard case identity --name NAME")
+
+
+def _desk() -> Desk:
+    from trainguard.cases.desk import Desk
+    from trainguard.cases.people import process_accounts
+
+    return Desk(Home.find(), _identity(), also=process_accounts(), approvers=_approvers())
+
+
+def _approvers() -> Sequence[Card]:
+    from trainguard.cases.identity import read_approvers
+
+    return read_approvers()
+
+
+def _incidents(names: Sequence[str]) -> list[Incident]:
+    from trainguard.incident.correlate import find, incidents
+
+    known = incidents(Home.find())
+    return [find(known, name) for name in dict.fromkeys(names)]
+
+
+def _member_card(text: str) -> tuple[Card, Any]:
+    from trainguard.cases.identity import read_card
+    from trainguard.cases.records import ROLES
+
+    name, _, role = text.rpartition(":")
+    if name and role in ROLES:
+        return read_card(Path(name)), role
+    return read_card(Path(text)), "investigator"
+
+
+def _ask(desk: Desk, case: str, act: int) -> None:
+    """Show what is to be signed, and ask."""
+    from trainguard.render.case import case_view
+
+    view = desk.show(case, what=f"act {act} before signing")
+    if act not in view.state.pending:
+        return  # signing says so, and writes it down
+    if not sys.stdin.isatty():
+        raise Misuse("case sign: expected --yes where there is no terminal to ask on")
+    _show(lambda: case_view(view))
+    if not click.confirm(f"Sign act {act}?", err=True):
+        raise click.Abort
+
+
+def _proposed(case: str, act: int) -> None:
+    _told(f"case {case}: act {act} proposed", f"trainguard case sign {case} {act}", "by a second lead")
+
+
+def _told(what: str, line: str, who: str) -> None:
+    click.echo(f"{what}\n  next: {line}   ({who})", err=True)
+
+
+def _print(value: object) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+
+
+def _show(view: Callable[[], Any]) -> None:
+    from trainguard.cli._view import show
+
+    show(lambda ascii_only: view())
