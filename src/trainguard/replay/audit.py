@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import shutil
 import time
@@ -36,8 +35,10 @@ from trainguard.lockfile import parse_lock
 from trainguard.log import Log
 from trainguard.policy import Policy
 from trainguard.replay import compare, plan, points
-from trainguard.replay.committed import Committed, Point, committed
+from trainguard.replay.committed import Account, Committed, Point, committed
 from trainguard.replay.compare import Difference
+from trainguard.replay.launch import alone, with_python
+from trainguard.replay.ranks import Odd, odd_ranks
 from trainguard.replay.rerun import Job, Rerun, rerun
 from trainguard.replay.sandbox import Sandbox
 
@@ -46,6 +47,12 @@ SELFTEST_STEPS = 3
 STATE_LIMIT_BYTES = 16 << 20
 SHORTEST_WARP = 5
 """A point within the first steps saves nothing: replay begins at the first step."""
+
+PATIENCE_SECONDS = 300.0
+SMALLER = (
+    ". The run had {} ranks: code that waits for so many does nothing in a run with fewer, so a clean small test run "
+    "proves nothing about this one"
+)
 
 Progress = Callable[[str], None]
 
@@ -66,6 +73,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     difference: Difference | None = None
     after: int | None = None
     """Last step before the difference that was committed to; the act lies after it."""
+    odd: Odd | None = None
+    """Ranks that did otherwise than the others, where that can be told."""
     confirmed: bool = False
     """Whether two replays from the first step agreed with each other and not with the run."""
     reason: str | None = None
@@ -168,11 +177,11 @@ class Auditor:
         words = self._committed.start.get("command")
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
             raise MalformedEvidence(f"run {self._run}: its statement names no command")
-        if re.fullmatch(r"python[\d.]*t?", Path(words[0]).name) is None:
-            raise Unavailable(
-                f"run {self._run}: its command begins with {words[0]!r}; only `python …` can be replayed yet"
-            )
-        return [self._options.python or words[0], *words[1:]]
+        try:
+            words = with_python(words, self._options.python)
+        except Unavailable as error:
+            raise Unavailable(f"run {self._run}: {error}") from error
+        return alone(words) if len(self._committed.everyone) > 1 else words
 
     def _chosen(self) -> tuple[int, ...] | None:
         """Segments named by the auditor. Raises Misuse for one there is not."""
@@ -257,12 +266,11 @@ class Auditor:
 
     def _task(self, group: Sequence[plan.Segment]) -> str:
         """Id of a task: everything that decides its outcome."""
-        point = self._point(group[0])
         told = [
             self._run,
             self._command,
             [[segment.first, segment.last] for segment in group],
-            None if point is None else [point.index_sha256, point.data_blake3],
+            [[point.index_sha256, point.data_blake3] for point in self._points(group[0])],
             self._options.limit_seconds,
         ]
         return sha256_hex(msgspec.json.encode(told))[:32]
@@ -272,13 +280,10 @@ class Auditor:
         until = min(SELFTEST_STEPS, self._committed.last)
         self._progress("self-test: a planted fault must be found")
         found = self._rerun(until=until, plant=until)
-        reason = _unfinished(found, until) or compare.incomparable(self._committed.account.build, found.account.build)
+        reason = _unfinished(found, until, self._ranks) or self._incomparable(found)
         if reason is not None:
             return {"passed": None, "reason": reason}
-        streams = compare.idle(self._committed.account, found.account)
-        difference, _ = compare.first_difference(
-            self._committed.account, found.account, first=until, last=until, idle_streams=streams
-        )
+        difference = compare.first_of_ranks(self._accounts, found.accounts, first=until, last=until)
         return {
             "passed": difference is not None,
             "planted": {"step": until, "what": "sign of the gradient"},
@@ -312,17 +317,18 @@ class Auditor:
 
     def _warped(self, group: Sequence[plan.Segment]) -> list[Result]:
         """By warp where that can be; else, and to confirm a difference, from the first step."""
-        point, last = self._point(group[0]), group[-1].last
-        if point is None or point.step < SHORTEST_WARP:
+        sealed, last = self._points(group[0]), group[-1].last
+        if not sealed or sealed[0].step < SHORTEST_WARP:
             return self._from_start(group, None)
-        folder = self._home.run(self._run) / "points" / point.name
+        folders = {rank: self._home.run(self._run) / "points" / point.name for rank, point in enumerate(sealed)}
         try:
-            points.open_point(folder, point)
+            for rank, point in enumerate(sealed):
+                points.open_point(folders[rank], point)
         except TrainguardError as error:
             return self._from_start(group, str(error))
-        found = self._rerun(group, begin=point.step, point=folder)
-        reason = found.unsound or (None if found.landed else _unfinished(found, last) or "it never landed")
-        reason = reason or _unfinished(found, last)
+        found = self._rerun(group, begin=sealed[0].step, points=folders)
+        reason = found.unsound or (None if found.landed else _unfinished(found, last, self._ranks) or "it never landed")
+        reason = reason or _unfinished(found, last, self._ranks)
         if reason is not None:
             return self._from_start(group, f"warp: {reason}")
         difference = self._compare(found, last)
@@ -339,7 +345,7 @@ class Auditor:
         difference = self._compare(found, last)
         if difference is not None:
             return self._confirmed(group, difference, found)
-        reason = _unfinished(found, last)
+        reason = _unfinished(found, last, self._ranks)
         if reason is not None:
             return [_not_replayed(segment, reason) for segment in group]
         odd = self._state_differs(group, found)
@@ -357,7 +363,7 @@ class Auditor:
             return [_not_replayed(segment, changed) for segment in group]
         self._progress(f"step {difference.step}: {difference.what} differs; replaying again to be sure")
         again = self._rerun(until=difference.step)
-        reason = _unfinished(again, difference.step) or self._unsteady(first, again, difference.step)
+        reason = _unfinished(again, difference.step, self._ranks) or self._unsteady(first, again, difference.step)
         if reason is not None:
             return [_not_replayed(segment, reason) for segment in group]
         results = [_equal(segment, "start") for segment in group if segment.last < difference.step]
@@ -372,15 +378,23 @@ class Auditor:
             compared=compared,
             difference=difference,
             after=max((n for n in self._committed.steps if n < difference.step), default=None),
+            odd=odd_ranks(self._committed.everyone, again.accounts, difference),
             confirmed=True,
         )
         return [*results, bad]
 
     def _unsteady(self, first: Rerun, again: Rerun, last: int) -> str | None:
         """Why two clean replays of the command do not agree with each other, or None."""
-        unseeded = compare.idle(first.account, again.account)
-        streams = unseeded | compare.idle(self._committed.account, again.account)
-        parted, _ = compare.first_difference(first.account, again.account, first=1, last=last, idle_streams=streams)
+        unseeded: frozenset[int] = frozenset()
+        parted: Difference | None = None
+        for rank, account in self._accounts:
+            one, two = first.accounts.get(rank, Account()), again.accounts.get(rank, Account())
+            alike = compare.idle(one, two)
+            unseeded |= alike
+            streams = alike | compare.idle(account, two)
+            found, _ = compare.first_difference(one, two, first=1, last=last, idle_streams=streams)
+            if found is not None and (parted is None or found.step < parted.step):
+                parted = found
         if parted is None:
             return None
         names = [("torch", "numpy", "python")[place] for place in sorted(unseeded)]
@@ -390,20 +404,34 @@ class Auditor:
         )
 
     def _compare(self, found: Rerun, last: int) -> Difference | None:
-        why = compare.incomparable(self._committed.account.build, found.account.build)
+        why = self._incomparable(found)
         if found.account.steps and why is not None:
             raise Unavailable(f"not comparable yet: {why}")
-        streams = compare.idle(self._committed.account, found.account)
-        return compare.first_difference(
-            self._committed.account, found.account, first=1, last=last, idle_streams=streams
-        )[0]
+        return compare.first_of_ranks(self._accounts, found.accounts, first=1, last=last)
+
+    def _incomparable(self, found: Rerun) -> str | None:
+        """Why the bits of a rank's run and replay cannot be expected to be equal, or None."""
+        for rank, account in self._accounts:
+            other = found.accounts.get(rank)
+            why = compare.incomparable(account.build, other.build if other is not None else None)
+            if why is not None:
+                return why if self._ranks == 1 else f"rank {rank}: {why}"
+        return None
+
+    @property
+    def _ranks(self) -> int:
+        return len(self._committed.everyone)
+
+    @property
+    def _accounts(self) -> list[tuple[int, Account]]:
+        return [(rank.rank, rank.account) for rank in self._committed.everyone]
 
     def _state_differs(self, group: Sequence[plan.Segment], found: Rerun) -> tuple[int, str] | None:
         """Step and tensor in which a sealed state is not the replay's, or None. A sealed state that is gone is skipped:
         what its step committed to has been compared."""
-        for point in self._committed.points:
-            clean = found.states.get(point.step)
-            if clean is None or not group[0].first <= point.step <= group[-1].last:
+        for step, rank, point in sorted((p.step, r.rank, p) for r in self._committed.everyone for p in r.points):
+            clean = found.states.get((rank, step))
+            if clean is None or not group[0].first <= step <= group[-1].last:
                 continue
             folder = self._home.run(self._run) / "points" / point.name
             try:
@@ -412,11 +440,15 @@ class Auditor:
                 continue
             odd = points.first_unequal(points.digests(folder, index), points.digests(clean, points.read_index(clean)))
             if odd is not None:
-                return point.step, odd
+                return step, odd
         return None
 
-    def _point(self, segment: plan.Segment) -> Point | None:
-        return next((point for point in self._committed.points if point.step == segment.first - 1), None)
+    def _points(self, segment: plan.Segment) -> list[Point]:
+        """The sealed state of every rank that a segment begins with; empty for the start of the run."""
+        found = (
+            next((p for p in rank.points if p.step == segment.first - 1), None) for rank in self._committed.everyone
+        )
+        return [point for point in found if point is not None]
 
     def _rerun(
         self,
@@ -424,7 +456,7 @@ class Auditor:
         *,
         until: int = 0,
         begin: int = 0,
-        point: Path | None = None,
+        points: Mapping[int, Path] | None = None,
         plant: int | None = None,
     ) -> Rerun:
         """One replay in a sandbox of its own: of a group, or until a step."""
@@ -448,9 +480,11 @@ class Auditor:
             until=group[-1].last if group else until,
             keep=[p.step for p in self._committed.points if group and group[0].first <= p.step <= group[-1].last],
             begin=begin,
-            point=point,
+            points=points,
             plant=plant,
             limit_seconds=self._options.limit_seconds,
+            ranks=self._ranks,
+            patience_seconds=_patience(self._committed),
         )
         found.left_out = sandbox.left_out
         return found
@@ -499,11 +533,16 @@ class Auditor:
             f"step {difference.step}: {difference.what}{where}{many}: not what two clean replays of the same command "
             f"give; everything compared before it is equal{within}"
         )
+        rank = difference.rank
+        if result.odd is not None:
+            rank, message = result.odd.ranks[0], f"{message}; {result.odd.text}"
+        if self._ranks > 1:
+            message += SMALLER.format(self._ranks)
         return Finding(
             check="replay",
             outcome="violated",
-            techniques=compare.TECHNIQUES[difference.link],
-            subject=Subject(run=self._run, rank=0, step=difference.step, tensor=difference.tensor),
+            techniques=_techniques(difference, result.odd),
+            subject=Subject(run=self._run, rank=rank, step=difference.step, tensor=difference.tensor),
             message=message,
             expected=difference.expected,
             found=difference.found,
@@ -560,13 +599,24 @@ def _not_replayed(segment: plan.Segment, reason: str) -> Result:
     )  # fmt: skip
 
 
-def _unfinished(found: Rerun, until: int) -> str | None:
+def _techniques(difference: Difference, odd: Odd | None) -> tuple[str, ...]:
+    known = compare.TECHNIQUES[difference.link]
+    return ("F2", *known) if odd is not None and odd.how in ("own", "share") else known
+
+
+def _patience(run: Committed) -> float:
+    """Seconds that ranks may be silent: many times their longest step."""
+    longest = max((step.wall_ns for step in run.steps.values()), default=0)
+    return max(PATIENCE_SECONDS, 10 * longest / 1e9)
+
+
+def _unfinished(found: Rerun, until: int, ranks: int) -> str | None:
     """Why a replay did not come to step `until`, or None when it did."""
     if found.malformed is not None:
         return f"the replayed process sent something that is no evidence: {found.malformed}"
-    if found.trained > 1:
-        return f"{found.trained} processes made steps in the replay; jobs of several ranks cannot be replayed yet"
-    if found.reached >= until:
+    if found.mixed is not None or found.trained > ranks:
+        return found.mixed or f"{found.trained} processes made steps in the replay, {ranks} in the run"
+    if found.reached >= until and found.trained == ranks:
         return None
     if found.outside:
         return f"it wants to write outside its own folder, to {found.outside[0]}; a replay must not"

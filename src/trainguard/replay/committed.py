@@ -20,6 +20,7 @@ from trainguard.finding import Citation
 
 STEP_LIMIT = 50_000_000
 SLOT_LIMIT = 4096
+RANK_LIMIT = 1 << 16
 VECTORS = ("before", "raw", "used", "state", "weights", "buffers")
 
 
@@ -36,6 +37,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of every parameter group as they were in this step; shared between steps that did not change them."""
     vectors: Mapping[str, bytes]
     lean: bool
+    own: bytes = b""
+    """Samples of this rank's own gradient, little-endian float32; empty where there are no other ranks."""
+    got: bytes = b""
+    """Samples of the gradient that it used, at the same places."""
     citation: Citation | None = None
     wall_ns: int = 0
 
@@ -57,6 +62,11 @@ class Account:
         self.steps: dict[int, Step] = {}
         self.uncommitted: set[int] = set()
         """Steps without commits."""
+        self.rank: int | None = None
+        """As the process said; None where it knows of no other ranks."""
+        self.ranks = 1
+        self.sampled: dict[int, tuple[int, ...]] = {}
+        """Optimizer → elements of each tensor in `Step.own` and `Step.got`."""
         self._hyper: dict[int, dict[str, dict[str, Any]]] = {}
 
     def take(self, number: int | None, body: Mapping[str, Any], citation: Citation | None = None) -> None:
@@ -82,6 +92,7 @@ class Account:
         names = value.get("tensors")
         if isinstance(names, list) and len(names) <= SLOT_LIMIT:
             self.tensors[opt] = tuple(str(name)[:400] for name in names)
+        self._place(opt, value)
         self._settings(opt, value)
         wall = body.get("wall_ns")
         self.steps[number] = Step(
@@ -93,9 +104,23 @@ class Account:
             hyper=self._inside(opt, value),
             vectors={name: _vector(value[name]) for name in VECTORS if name in value},
             lean=value.get("lean") is True,
+            own=_floats(value.get("own")),
+            got=_floats(value.get("got")),
             citation=citation,
             wall_ns=wall if isinstance(wall, int) else 0,
         )
+
+    def _place(self, opt: int, value: Mapping[str, Any]) -> None:
+        """Rank and number of ranks, and what is sampled."""
+        world = value.get("world")
+        if isinstance(world, list):
+            rank, ranks = world
+            if type(rank) is not int or type(ranks) is not int or not 0 <= rank < ranks <= RANK_LIMIT:
+                raise ValueError(f"a rank and a number of ranks of {rank!r}, {ranks!r}")
+            self.rank, self.ranks = rank, ranks
+        sampled = value.get("sampled")
+        if isinstance(sampled, list) and len(sampled) <= SLOT_LIMIT:
+            self.sampled[opt] = tuple(int(count) for _, count in sampled)
 
     def drop(self, link: str) -> None:
         """Forget one vector of every step: it cannot be compared."""
@@ -136,6 +161,20 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     leaf: int | None = None
 
 
+class Rank(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank of a run."""
+
+    rank: int
+    process: int
+    account: Any
+    points: tuple[Point, ...]
+
+    @property
+    def last(self) -> int:
+        """Its last step."""
+        return int(max(self.account.steps))
+
+
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
     """A run as replay sees it."""
 
@@ -144,11 +183,20 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     key: str | None
     """Secret of the run, said at its end; None when the run has no end, and keyed vectors cannot be compared."""
     account: Any
+    """Steps of rank 0."""
     points: tuple[Point, ...]
+    """Those of rank 0, after steps for which every rank has one."""
     process: int
     alarms: tuple[int, ...]
     """Steps at which the record itself has something unusual: a gap, a second seeding, a signal."""
     last: int
+    others: tuple[Rank, ...] = ()
+    """Ranks 1, 2, …"""
+
+    @property
+    def everyone(self) -> tuple[Rank, ...]:
+        """All ranks, from 0 on."""
+        return (Rank(rank=0, process=self.process, account=self.account, points=self.points), *self.others)
 
     @property
     def steps(self) -> Mapping[int, Step]:
@@ -181,36 +229,63 @@ def committed(run: str, records: Iterable[Evidence], begin: Mapping[str, Any]) -
             key = record.body["key"]
     if key is not None and not _opens(key, begin):
         raise MalformedEvidence(f"run {run}: the key said at its end is not the one committed to at its start")
-    process, account = _only(run, accounts)
-    if key is None:
-        account.drop("weights")
-    last = max(account.steps)
-    _gaps(run, account, last)
+    trained = _ranks(run, accounts)
+    told = [_rank(run, number, process, account, points, key) for number, (process, account) in enumerate(trained)]
+    common = set.intersection(*({point.step for point in rank.points} for rank in told))
+    ranks = [msgspec.structs.replace(rank, points=tuple(p for p in rank.points if p.step in common)) for rank in told]
     return Committed(
         run=run,
         start=begin,
         key=key,
-        account=account,
-        points=tuple(sorted((p for p in points if p.step <= last), key=lambda p: p.step)),
-        process=process,
+        account=ranks[0].account,
+        points=ranks[0].points,
+        process=ranks[0].process,
         alarms=tuple(sorted(alarms)),
-        last=last,
+        last=ranks[0].last,
+        others=tuple(ranks[1:]),
     )
 
 
-def _only(run: str, accounts: Mapping[int, Account]) -> tuple[int, Account]:
-    """The one process that trained."""
+def _rank(run: str, number: int, process: int, account: Account, points: Iterable[Point], key: str | None) -> Rank:
+    """One rank, with the points that its own process wrote."""
+    if key is None:
+        account.drop("weights")
+    last = max(account.steps)
+    _gaps(run, account, last)
+    own = (p for p in points if p.step <= last and p.name.startswith(f"p{process}-"))
+    return Rank(rank=number, process=process, account=account, points=tuple(sorted(own, key=lambda p: p.step)))
+
+
+def _ranks(run: str, accounts: Mapping[int, Account]) -> list[tuple[int, Account]]:
+    """The processes that trained, by rank."""
     committing = {number: account for number, account in accounts.items() if account.steps}
     if not committing:
         raise Unavailable(
             f"run {run}: expected commits in its step records, found none (recorded without, or no step)",
             next_step="record it again with commits (policy: commits = true)",
         )
-    if len(committing) > 1:
+    if len(committing) == 1 and next(iter(committing.values())).ranks == 1:
+        return list(committing.items())
+    by_rank: dict[int, tuple[int, Account]] = {}
+    for process, account in committing.items():
+        if account.rank is None:
+            raise Unavailable(
+                f"run {run}: {len(committing)} processes trained, and process {process} is no rank of a job"
+            )
+        if account.rank in by_rank:
+            raise Unavailable(
+                f"run {run}: rank {account.rank} was started more than once; jobs that were started again cannot be "
+                "replayed by this version"
+            )
+        by_rank[account.rank] = (process, account)
+    ranks = {account.ranks for account in committing.values()}
+    missing = sorted(set(range(max(ranks))) - by_rank.keys())
+    if len(ranks) > 1 or missing:
         raise Unavailable(
-            f"run {run}: {len(committing)} processes trained; jobs of several ranks cannot be replayed by this version"
+            f"run {run}: expected steps of {max(ranks)} ranks in the record, found {len(by_rank)} (none of rank "
+            f"{', '.join(map(str, missing[:5]))}); ranks of other hosts are in other records"
         )
-    return next(iter(committing.items()))
+    return [by_rank[rank] for rank in range(max(ranks))]
 
 
 def _gaps(run: str, account: Account, last: int) -> None:
@@ -242,6 +317,10 @@ def _seeded(record: Evidence) -> bool:
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)[:80]
+
+
+def _floats(value: object) -> bytes:
+    return b"" if value is None else _vector(value)
 
 
 def _vector(value: object) -> bytes:

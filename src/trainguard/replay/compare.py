@@ -6,7 +6,7 @@ processes of the same build are compared at all (`incomparable`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -47,6 +47,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
     step: int
     link: str
+    rank: int = 0
     tensor: str | None = None
     """First tensor that differs, in the optimizer's order; where slots hold several, the first of them."""
     tensors: int = 0
@@ -102,6 +103,27 @@ def first_difference(
         for link in compared_links(one, two):
             held[link] = number
     return None, compared
+
+
+def first_of_ranks(
+    run: Iterable[tuple[int, Account]], clean: Mapping[int, Account], *, first: int, last: int
+) -> Difference | None:
+    """The first difference over all ranks: of one step the earliest in causal order, then the lowest rank.
+
+    Streams that nobody seeded are found for every rank by itself.
+    """
+    found: list[tuple[int, int, int, Difference]] = []
+    places = {link: place for place, (link, _) in enumerate(LINKS)}
+    for rank, account in run:
+        other = clean.get(rank)
+        if other is None:
+            continue
+        streams = idle(account, other)
+        difference, _ = first_difference(account, other, first=first, last=last, idle_streams=streams)
+        if difference is not None:
+            difference = msgspec.structs.replace(difference, rank=rank)
+            found.append((difference.step, places[difference.link], rank, difference))
+    return min(found)[3] if found else None
 
 
 def compared_links(one: Step, two: Step) -> Iterator[str]:

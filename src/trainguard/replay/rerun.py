@@ -1,6 +1,6 @@
 """Runs a command again in a clean process, in replay mode, and keeps what it commits to.
 
-    result = rerun(job, first=121, until=160, point=folder, limit_seconds=600)
+    result = rerun(job, begin=120, until=160, points={0: folder}, limit_seconds=600)
     result.account.steps[125]
 
 A stand-in for the supervisor, as small as can be: the process says hello, gets its plan, and says one frame a step. The
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
@@ -82,7 +83,9 @@ class Rerun:
     """What a replay gave."""
 
     account: Account
-    """Steps of the process that trained."""
+    """Steps of the process that trained, or of rank 0."""
+    accounts: dict[int, Account] = field(default_factory=dict)
+    """Rank → steps of its process."""
     landed: bool = False
     """Whether a warp put the sealed state in place."""
     unsound: str | None = None
@@ -103,21 +106,30 @@ class Rerun:
     faults: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Files of the working folder that the sandbox does not have, because they changed since the run began."""
-    states: dict[int, Path] = field(default_factory=dict)
-    """Step → the replay's own state after it."""
+    states: dict[tuple[int, int], Path] = field(default_factory=dict)
+    """Rank and step → the replay's own state after it."""
+    mixed: str | None = None
+    """Why the processes that made steps are no ranks of one job."""
 
     @property
     def reached(self) -> int:
-        """The last step it came to."""
-        return max(self.account.steps, default=0)
+        """The last step that every rank came to."""
+        return min((max(account.steps, default=0) for account in self.accounts.values()), default=0)
 
 
 class _Host:
     """Accepts the processes of one replay."""
 
-    def __init__(self, path: str, welcome: Mapping[str, Any], result: Rerun) -> None:
+    def __init__(
+        self, path: str, welcome: Mapping[str, Any], result: Rerun, ranks: int = 1, patience_seconds: float = math.inf
+    ) -> None:
         self.result = result
-        self.done = False
+        self._ranks = ranks
+        self._over: set[int] = set()
+        """Processes that made steps and have no more to say."""
+        self._landed: set[int] = set()
+        self._pids: dict[int, tuple[int, int]] = {}
+        """Process → pid, and a descriptor of it."""
         self._welcome = welcome
         self._accounts: dict[int, Account] = {}
         self._selector = selectors.DefaultSelector()
@@ -126,6 +138,13 @@ class _Host:
         self._listener.listen(128)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._processes = 0
+        self.alone = ranks == 1
+        self.patience_seconds = patience_seconds
+        """How long ranks that have begun to make steps may be silent: where one waits for another in vain, all do."""
+        self.heard = math.inf
+        """When the last step was told; for ever away until there are ranks that make steps."""
+        self.processes: dict[int, int] = {}
+        """Process → rank, once closed."""
 
     def poll(self, seconds: float) -> bool:
         """Take what waits; returns whether anything did."""
@@ -137,18 +156,37 @@ class _Host:
                 self._read(key.fileobj, key.data)
         return bool(events)
 
+    @property
+    def done(self) -> bool:
+        """Whether all ranks have said what was asked for, or one cannot go on."""
+        return len(self._over) >= self._ranks or self.result.unsound is not None
+
     def close(self) -> None:
-        """Close every socket, and take the account of the process that trained."""
+        """Close every socket, end what is left, and take the accounts of the processes that trained."""
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
-        trained = [account for account in self._accounts.values() if account.steps]
-        self.result.trained = len(trained)
-        if trained:
-            self.result.account = trained[0]
+        for _, descriptor in self._pids.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            os.close(descriptor)
+        result = self.result
+        trained = {process: account for process, account in self._accounts.items() if account.steps}
+        result.trained = len(trained)
+        result.landed = bool(trained) and self._landed >= trained.keys()
+        for process, account in sorted(trained.items()):
+            rank = account.rank or 0
+            if rank in result.accounts:
+                result.mixed = f"{len(trained)} processes made steps, and they are no ranks of one job"
+            result.accounts[rank] = account
+            self.processes[process] = rank
+        result.account = result.accounts.get(0) or Account()
 
     def _accept(self) -> None:
         link, _ = self._listener.accept()
+        pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        with contextlib.suppress(OSError):
+            self._pids[self._processes] = (pid, os.pidfd_open(pid))
         self._selector.register(link, selectors.EVENT_READ, self._processes)
         self._processes += 1
 
@@ -160,6 +198,8 @@ class _Host:
         if not data:
             self._selector.unregister(link)
             link.close()
+            if self._ranks > 1 and process in self._accounts:
+                self._over.add(process)
             return
         try:
             frame = json.loads(data)
@@ -173,31 +213,35 @@ class _Host:
         elif kind in ("step", "steps"):
             for each in unfold(Evidence(n=0, at=0, source="process", kind=kind, body=body, step=step)):
                 self._accounts.setdefault(process, Account()).take(each.step, each.body)
+            self.heard = math.inf if self.alone else time.monotonic()
         elif kind == "replay":
-            self._said(body)
+            self._said(process, body)
         elif kind == "note" and "fault" in body:
             self.result.faults.append(f"{body['fault']}: {body.get('text', '')}"[:300])
 
-    def _said(self, body: Mapping[str, Any]) -> None:
+    def _said(self, process: int, body: Mapping[str, Any]) -> None:
         if "landed" in body:
-            self.result.landed = True
+            self._landed.add(process)
         if "real" in body:
-            self.result.real = int(body["real"])
+            self.result.real = max(self.result.real, int(body["real"]))
         if "unsound" in body:
             self.result.unsound = str(body["unsound"])[:1000]
         if "outside" in body and len(self.result.outside) < 20:
             self.result.outside.append(str(body["outside"])[:1000])
         if "newer" in body and len(self.result.newer) < 20:
             self.result.newer.append(str(body["newer"])[:1000])
-        self.done = self.done or "stopped" in body
+        if "stopped" in body:
+            self._over.add(process)
 
 
 def rerun(
-    job: Job, *, until: int, begin: int = 0, point: Path | None = None, plant: int | None = None,
-    keep: Sequence[int] = (), limit_seconds: float = 600.0,
+    job: Job, *, until: int, begin: int = 0, points: Mapping[int, Path] | None = None, plant: int | None = None,
+    keep: Sequence[int] = (), limit_seconds: float = 600.0, ranks: int = 1,
+    patience_seconds: float = math.inf,
 ) -> Rerun:  # fmt: skip
-    """Run the command until step `until`; with begin > 0 warped to the state `point` after that step.
+    """Run the command until step `until`; with begin > 0 warped to the states `points`, by rank, after that step.
 
+    ranks: how many processes make steps, all of them on this host; patience_seconds: how long they may be silent then.
     keep: steps after which the replay's own state is written down, to be compared with the sealed one.
     plant: turn the gradient's sign in this step, on our own side: a verifier that does not see it is broken.
     Raises Misuse when the command cannot be started.
@@ -206,7 +250,7 @@ def rerun(
     plan = {
         "from": begin,
         "until": until,
-        "point": str(point) if point is not None else "",
+        "points": {str(rank): str(folder) for rank, folder in (points or {}).items()},
         "plant": plant,
         "began_ns": job.began_ns,
         "trusted": [str(folder) for folder in job.trusted],
@@ -226,7 +270,7 @@ def rerun(
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="trainguard-") as folder, tempfile.TemporaryFile() as output:
         path = str(Path(folder) / "s")
-        host = _Host(path, welcome, result)
+        host = _Host(path, welcome, result, ranks, patience_seconds)
         try:
             child = subprocess.Popen(
                 list(job.command), cwd=job.cwd, env=_environment(job, path), stdin=subprocess.DEVNULL, stdout=output,
@@ -245,21 +289,26 @@ def rerun(
         output.seek(max(0, output.tell() - OUTPUT_TAIL_BYTES))
         result.output = output.read().decode(errors="replace")
     result.seconds = time.monotonic() - began
-    result.states = {int(path.name[-8:]): path for path in sorted((job.root / "points").glob("p*-step-*[0-9]"))}
+    for state in sorted((job.root / "points").glob("p*-step-*[0-9]")):
+        process, _, step = state.name[1:].partition("-step-")
+        rank = host.processes.get(int(process))
+        if rank is not None:
+            result.states[rank, int(step)] = state
     return result
 
 
 def _listen(host: _Host, child: subprocess.Popen[bytes], deadline: float, result: Rerun) -> None:
     """Take frames until the process has said all, or has ended, or its time is up."""
     while not host.done:
-        if time.monotonic() > deadline:
+        if time.monotonic() > min(deadline, host.heard + host.patience_seconds):
             result.timed_out = True
             return
         busy = host.poll(0.2)
         if not busy and child.poll() is not None:
             return
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(timeout=5)
+    if host.alone:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=5)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -10,6 +10,8 @@ Value of the link in a step frame (spec/replay.md, "Commits"):
      "before": vector, "raw": vector, "used": vector,      weights before the step, gradients after backward and as used
      "state": vector, "weights": vector, "buffers": vector optimizer state, weights and buffers after the step
      "lean": true}                                         where only rng, modes, groups and weights were affordable
+     "world": [rank, ranks], "sampled": [[tensor, n]],     first frame of an optimizer, where there are other ranks
+     "own": floats, "got": floats                          gradient given to the reduction, and used (shares.py)
 
 Where not even that is, steps in between are not committed to: what happened in them is in the weights of the next.
 
@@ -32,7 +34,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from . import points, rng, roots, sample
+from . import points, rng, roots, sample, shares
 from .client import Client
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ class Commits:
         self.live = 1
         """Optimizers that are in use."""
         self.raw: Dict[int, "_Raw"] = {}
+        self.shares: Dict[int, shares.Shares] = {}
+        """Optimizer → its samples; only where there are other ranks."""
         self.told = False
         self.views: Dict[int, Tuple[int, Any, Any]] = {}
         """Number of a parameter in its optimizers' entries → where its memory is, it as words, it."""
@@ -161,9 +165,10 @@ class Commits:
     def forget(self, opt: int) -> None:
         """The optimizer is gone: take its hook off, let go of its parameters."""
         self.views.clear()
-        raw = self.raw.pop(opt, None)
-        if raw is not None:
-            raw.remove()
+        for held in (self.raw, self.shares):
+            kept = held.pop(opt, None)
+            if kept is not None:
+                kept.remove()
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -187,9 +192,15 @@ class Commits:
                 sums["raw"] = raw.values
             raw.values = None
         sums["used"] = _gradients(torch, track.entries)
+        own = self.shares.get(step.opt)
+        if own is not None:
+            own.take(value)
+            step.own_ns += own.own_ns
+            step.scratch["raw_ns"] = step.scratch.get("raw_ns", 0) + own.own_ns
+            own.own_ns = 0
         return value, sums
 
-    def _from_closure(self, step: Step, sums: Dict[str, List[Any]]) -> None:
+    def _from_closure(self, step: Step, value: Dict[str, Any], sums: Dict[str, List[Any]]) -> None:
         """Where a closure ran backward within the step, the gradients before it were those of another step."""
         raw = self.raw.get(step.opt)
         if raw is None or raw.passes == raw.seen:
@@ -198,6 +209,8 @@ class Commits:
             sums["raw"] = raw.values
         raw.values = None
         sums["used"] = _gradients(step.torch, step.track.entries)
+        if step.opt in self.shares:
+            self.shares[step.opt].take(value)
 
     def _header(self, step: Step, track: Track, value: Dict[str, Any]) -> None:
         if track.memory.get(self.name) is track.signature:
@@ -213,7 +226,13 @@ class Commits:
         value["shared"] = share
         track.memory["share"] = share
         self.forget(step.opt)
-        self.raw[step.opt] = _Raw(step.torch, track.entries, self._fault, self._wants_raw, step)
+        rank, ranks = shares.world(step.torch)
+        self.raw[step.opt] = _Raw(step.torch, track.entries, self._fault, self._wants_raw, step, ranks > 1)
+        if ranks > 1:
+            value["world"] = [rank, ranks]
+            raw = self.raw[step.opt]
+            self.shares[step.opt] = shares.Shares(step.torch, track.entries, ranks, self.seed, raw.looks, self._fault)
+            value["sampled"] = self.shares[step.opt].told
 
     def _wants_raw(self, track: Track) -> bool:
         """Whether the next step of an optimizer commits to everything."""
@@ -274,7 +293,7 @@ class Commits:
         torch, entries = step.torch, step.track.entries
         self._groups_inside(step, step.track, value)
         if "lean" not in value:
-            self._from_closure(step, sums)
+            self._from_closure(step, value, sums)
             sums["state"] = [_state(torch, step.optimizer, entry) for entry in entries]
             if self.buffers:
                 each = [total(words(torch, buffer)) for buffer in self.buffers]
@@ -381,7 +400,13 @@ def _level(cost: float, spare: float, limit: int) -> int:
 class _Raw:
     """Gradients right at the end of every backward pass that reaches the optimizer's first parameter."""
 
-    def __init__(self, torch: Any, entries: List[Entry], fault: Any, wanted: Any, step: Step) -> None:
+    def __init__(
+        self, torch: Any, entries: List[Entry], fault: Any, wanted: Any, step: Step, reduced: bool = False
+    ) -> None:
+        self.reduced = reduced
+        """Whether there are other ranks: then the gradient is looked at when all callbacks of this backward are done,
+        DistributedDataParallel's reduction among them. Before that it may be half reduced."""
+        self.waited = False
         self.torch = torch
         self.entries = entries
         self.fault = fault
@@ -403,13 +428,22 @@ class _Raw:
     def arrived(self, param: Any) -> None:
         """A backward pass is under way: look when it is over."""
         try:
-            if self.inside or (self.optimizer not in self.engine.glances and self.wanted(self.track)):
+            if self.looks():
+                self.waited = not self.reduced
                 self.torch.autograd.Variable._execution_engine.queue_callback(self.over)
         except Exception as error:
             self.fault("commits.arrived", error)
 
+    def looks(self) -> bool:
+        """Whether what this backward leaves is going to be committed to."""
+        return self.inside or (self.optimizer not in self.engine.glances and self.wanted(self.track))
+
     def over(self) -> None:
         """The gradients are complete: before clipping, before a scaler undoes its scale."""
+        if not self.waited:
+            self.waited = True
+            self.torch.autograd.Variable._execution_engine.queue_callback(self.over)  # behind those queued meanwhile
+            return
         self.passes += 1
         start = clock()
         try:

@@ -22,7 +22,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
-from . import roots, sample
+from . import roots, sample, shares
 from .client import Client
 
 if TYPE_CHECKING:
@@ -88,8 +88,13 @@ class Writer:
             self.folder = ""
             return 0
         cost = self.size / GUESSED_BYTES_PER_SECOND * 1e9
-        steps = int(cost / max(self.share * self.wall_ns, 1.0)) + 1
-        return max(LEAST, -(-steps // LEAST) * LEAST)
+        steps = max(LEAST, -(-(int(cost / max(self.share * self.wall_ns, 1.0)) + 1) // LEAST) * LEAST)
+        if shares.world(step.torch)[1] == 1:
+            return steps
+        every = LEAST
+        while every < steps:
+            every *= 2  # so that points of ranks that measured other times still lie at common steps
+        return every
 
     def _write(self, step: Step) -> bool:
         name = "p%d-step-%08d" % (int(self.client.settings.get("process", 0)), step.number)

@@ -1,7 +1,7 @@
 """Replay, inner half: run the job's own, unmodified script again up to a step, quickly where nothing is compared.
 
 Runs only where the welcome carries a plan (`trainguard audit`): never in a real training. It does what a guard must
-not: it replaces functions. Plan: {"from": k, "until": m, "point": folder | "", "plant": step | null,
+not: it replaces functions. Plan: {"from": k, "until": m, "points": {rank: folder}, "plant": step | null,
 "roots": [folders that may be written], "began_ns": when the run began, "trusted": [folders that may be newer]}.
 
 From the start (k = 0) nothing of the computation is touched: the script runs, link *commits* says every step, and after
@@ -35,11 +35,12 @@ import tempfile
 import threading
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-from . import commits, points, sample
+from . import commits, points, sample, shares
 from .client import Client
 
 LEARNING_STEPS = 3
 OBSERVATIONS = 2
+OTHERS_SECONDS = 600.0
 BLOCK = 624
 """Numbers that a Mersenne twister makes at once."""
 
@@ -75,7 +76,7 @@ class Warp:
         self.client = client
         self.begin = int(plan.get("from") or 0)
         self.until = int(plan["until"])
-        self.point = str(plan.get("point") or "")
+        self.points = {int(rank): str(folder) for rank, folder in (plan.get("points") or {}).items()}
         self.plant = int(plan.get("plant") or 0)
         """Step whose gradient we turn ourselves, to see that the verifier notices; 0 for none."""
         self.roots = [os.path.realpath(str(root)) for root in plan.get("roots") or ()]
@@ -288,7 +289,7 @@ class Warp:
         self.restore = []
         try:
             with self.torch.no_grad():
-                restored(self.torch, self.engine, self.point)
+                restored(self.torch, self.engine, self.points[shares.world(self.torch)[0]])
         except (Unsound, OSError, ValueError, KeyError, TypeError, IndexError) as error:
             self.unsound("the sealed state does not fit the script: %s" % error)
             return
@@ -329,6 +330,7 @@ class Warp:
         if self.engine is not None:
             self.engine.flush()
         self.client.send("replay", {"stopped": self.engine.tally.steps if self.engine is not None else 0})
+        self._wait_for_others()
         self.client.close()
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -336,6 +338,17 @@ class Warp:
             except Exception:
                 pass
         os._exit(0)
+
+    def _wait_for_others(self) -> None:
+        """Where there are other ranks: keep our ends of their connections until all have come as far, or are over."""
+        link = self.client.socket
+        if link is None or self.torch is None or shares.world(self.torch)[1] == 1:
+            return
+        try:
+            link.settimeout(OTHERS_SECONDS)
+            link.recv(16)  # the host closes it
+        except OSError:
+            pass
 
     # -- outside ----------------------------------------------------------------------------------------------------
 
