@@ -464,7 +464,8 @@ class Auditor:
         root = self._folder / "sandbox"
         shutil.rmtree(root, ignore_errors=True)
         sandbox = Sandbox(root=root, origin=Path(str(start.get("cwd"))), began_ns=_began(start))
-        environment = start.get("environment")
+        environment, inputs = start.get("environment"), start.get("inputs")
+        sandbox.unchanged = frozenset(inputs if isinstance(inputs, dict) else ())  # `_changed` found them as they were
         sandbox.prepare(skip=[self._home.root])
         found = rerun(
             Job(

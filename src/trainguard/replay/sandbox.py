@@ -32,6 +32,8 @@ class Sandbox:
     """The run's working folder."""
     began_ns: int
     """When the run began; files changed since are its output, or were altered."""
+    unchanged: frozenset[str] = frozenset()
+    """Files known to have the content that they had then, whatever their times say."""
     left_out: list[str] = field(default_factory=list)
     """Files that changed since the run began, relative to `origin`; at most 100."""
 
@@ -80,7 +82,7 @@ class Sandbox:
             status = path.lstat()
         except OSError:
             return False
-        if max(status.st_mtime_ns, status.st_ctime_ns) < self.began_ns:
+        if max(status.st_mtime_ns, status.st_ctime_ns) < self.began_ns or str(path) in self.unchanged:
             return True
         if len(self.left_out) < 100:
             self.left_out.append(str(path.relative_to(self.origin)))

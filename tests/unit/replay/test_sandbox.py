@@ -51,6 +51,17 @@ def test_what_the_run_wrote_is_not_there(tmp_path: Path, origin: Path) -> None:
     assert sorted(box.left_out) == ["out/last.pt", "train.py"]
 
 
+def test_a_file_touched_since_is_there_when_its_content_is_known(tmp_path: Path, origin: Path) -> None:
+    """A new time alone says nothing against a file whose digest is the one that the run committed to."""
+    box = sandbox(tmp_path, origin)
+    box.unchanged = frozenset({str(origin / "train.py")})
+    time.sleep(0.02)
+    (origin / "train.py").write_text("1")
+    box.prepare()
+    assert (box.work / "train.py").read_text() == "1"
+    assert box.left_out == []
+
+
 def test_paths_of_the_command_are_led_inside(tmp_path: Path, origin: Path) -> None:
     """Absolute paths into the working folder, and outputs that were not there before; inputs stay as they are."""
     inputs = tmp_path / "inputs.txt"
