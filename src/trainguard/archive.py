@@ -44,7 +44,16 @@ class RunWriter:
     first record that can be written again is a `gap` that says how many.
     """
 
-    def __init__(self, home: Home, run: str, log: Appender, key: ec.EllipticCurvePrivateKey) -> None:
+    def __init__(
+        self,
+        home: Home,
+        run: str,
+        log: Appender,
+        key: ec.EllipticCurvePrivateKey,
+        *,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """clock: nanoseconds since the epoch, for the times of records and segments."""
         folder = home.run(run)
         try:
             folder.mkdir(parents=True)
@@ -61,6 +70,7 @@ class RunWriter:
         """Records that could not be written since the last one that could."""
         self._log = log
         self._key = key
+        self._clock = clock
         self._lock = threading.RLock()
         self._chain = chain_start(run)
         self._n = 0
@@ -82,7 +92,7 @@ class RunWriter:
         with self._lock:
             if self.lost and kind != "gap":
                 self.add("gap", {"lost": self.lost, "reason": "the spool could not be written"})
-            record = Evidence(n=self._n, at=time.time_ns(), source=source, kind=kind, body=body, **fields)
+            record = Evidence(n=self._n, at=self._clock(), source=source, kind=kind, body=body, **fields)
             try:
                 line, chain = encode_line(record, self._chain)
                 self._write(line)
@@ -133,7 +143,7 @@ class RunWriter:
             "bytes": self._size - self._sealed_size,
             "chain_before": self._sealed_chain.hex(),
             "chain_after": self._chain.hex(),
-            "sealed_at": time.time_ns(),
+            "sealed_at": self._clock(),
             "final": final,
         }
         # Nanoseconds do not fit a JSON number exactly (RFC 8785 limits them to 2**53): text keeps every digit.

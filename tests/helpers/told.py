@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,18 @@ def whole_run(*steps: Told) -> list[Told]:
     return [start(), at_work(), process(), *steps, *leave(), end()]
 
 
-def record(home: Home, run: str, told: Sequence[Told], *, final: bool = True) -> None:
-    """Write, seal and log `told` as the run `run`; without `final` its record has no end."""
+def record(
+    home: Home,
+    run: str,
+    told: Sequence[Told],
+    *,
+    final: bool = True,
+    clock: Callable[[], int] = time.time_ns,
+) -> None:
+    """Write, seal and log `told` as the run `run`; without `final` its record has no end. clock: asked once a record."""
     home.prepare()
     log = Log.open(home.log, home.keys / "log.key")
-    writer = RunWriter(home, run, log, load_or_create_key(home.keys / "attestation.pem"))
+    writer = RunWriter(home, run, log, load_or_create_key(home.keys / "attestation.pem"), clock=clock)
     try:
         begin = next((body for kind, body, _ in told if kind == "start"), {})
         writer.begin(begin)

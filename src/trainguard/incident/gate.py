@@ -85,6 +85,7 @@ def ask(model: Path, *, home: Home, word: Word = "VERIFIED", level: Level = "TIL
         reasons += lineage.reasons(standing)
     broken = [finding for finding in report.findings if finding.outcome != "not_checked"]
     reasons += [f"{finding.check}: {finding.message}" for finding in broken]
+    reasons += _untold(report)
     verdict: Word = "TAINTED" if any(f.outcome == "violated" for f in broken) else standing.word
     return Answer(
         model=str(model),
@@ -142,6 +143,14 @@ def _against(found: Word, word: Word, lowest: Level, level: Level) -> list[str]:
     return said
 
 
+def _untold(report: SealReport) -> list[str]:
+    """Why the seal does not hold where nothing was found against it: what could not be told may not pass."""
+    if report.status != "unknown":
+        return []
+    missing = [f"{finding.check}: {finding.message}" for finding in report.findings if finding.outcome == "not_checked"]
+    return missing or ["seal: whether these are the bytes that were sealed could not be told"]
+
+
 def _runs(lineage: Lineage, key: str, run: str) -> list[str]:
     """The run that made it and those that made what it was made from."""
     nodes = (lineage.graph.nodes.get(ancestor) for ancestor in lineage.graph.ancestors(key))
@@ -151,7 +160,7 @@ def _runs(lineage: Lineage, key: str, run: str) -> list[str]:
 
 def _unknown(model: Path, report: SealReport, word: Word, level: Level) -> Answer:
     broken = [finding for finding in report.findings if finding.outcome == "violated"]
-    reasons = [f"{finding.check}: {finding.message}" for finding in broken]
+    reasons = [f"{finding.check}: {finding.message}" for finding in broken] + _untold(report)
     reasons.append("no watched run is known that made these bytes")
     return Answer(
         model=str(model),
