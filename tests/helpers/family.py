@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from tests.helpers import told
 
 from trainguard.appraise.verdict import Level, Verdict, decide
@@ -45,8 +46,6 @@ def finding(
 def verdict(*findings: Finding, steps: int = 10, gaps: Iterable[str] = (), level: Level = "TIL-1") -> Verdict:
     """The verdict that these findings make, drawn by the real rule."""
     links = (LinkState(link="weights", held=steps, broken=sum(f.outcome == "violated" for f in findings)),)
-    from msgspec.structs import replace
-
     return replace(decide(findings, links, steps=steps, watched_steps=steps, gaps=tuple(gaps)), level=level)
 
 

@@ -78,7 +78,10 @@ def record(
     final: bool = True,
     clock: Callable[[], int] = time.time_ns,
 ) -> None:
-    """Write, seal and log `told` as the run `run`; without `final` its record has no end. clock: asked once a record."""
+    """Write, seal and log `told` as the run `run`; without `final` its record has no end.
+
+    clock: asked once a record, and once a segment.
+    """
     home.prepare()
     log = Log.open(home.log, home.keys / "log.key")
     writer = RunWriter(home, run, log, load_or_create_key(home.keys / "attestation.pem"), clock=clock)

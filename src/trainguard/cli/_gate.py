@@ -186,7 +186,7 @@ class Gate:
             answer, known = Answer((), None, f"{request.path}: could not be judged: {error}"), None
         self._judged[identity] = answer
         if known is None or (self.stops and answer.why is not None):
-            self._record(answer, request)
+            self._record(answer, request, _owner(descriptor, request.path))
         return answer
 
     def _is_over_budget(self) -> bool:
@@ -230,7 +230,7 @@ class Gate:
                 self._ledger_at = now
             return self._ledger
 
-    def _record(self, answer: Answer, request: _Request) -> None:
+    def _record(self, answer: Answer, request: _Request, owner: list[int] | None) -> None:
         report = answer.report
         if not answer.findings and answer.why is None:
             self._quiet += 1
@@ -243,10 +243,22 @@ class Gate:
             "format": report.format if report is not None else None,
             "sha256": report.sha256 if report is not None else None,
             "place": request.place,
+            "owner": owner,
             "why": answer.why,
             "refused": self.stops and answer.why is not None,
         }
         self._add("opened", body, step=request.step, pid=request.pid)
+
+
+def _owner(descriptor: int, path: str) -> list[int] | None:
+    """Uid and mode of the file that is read, then those of the folder it lies in; None where that is another file."""
+    try:
+        status, named, folder = os.fstat(descriptor), os.stat(path), Path(path).parent.stat()  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    if not os.path.samestat(status, named):
+        return None
+    return [status.st_uid, status.st_mode & 0o7777, folder.st_uid, folder.st_mode & 0o7777]
 
 
 def _listener(path: str) -> socket.socket:

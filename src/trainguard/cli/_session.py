@@ -40,6 +40,7 @@ from trainguard.lockfile import Lock
 from trainguard.log import Log
 from trainguard.measure import measure
 from trainguard.measure.caches import compiler_caches
+from trainguard.measure.submitter import submitter
 from trainguard.policy import Policy
 from trainguard.replay.audit import key_commitment, named_inputs, settings_of
 from trainguard.replay.points import NAME as POINT_NAME
@@ -172,6 +173,7 @@ class Session:
             "began_ns": str(time.time_ns()),
             "key_sha256": key_commitment(self._key),
             "environment": settings_of(os.environ),
+            "submitter": submitter(os.environ),
             "inputs": named_inputs(self._command, Path.cwd()),
         }
 

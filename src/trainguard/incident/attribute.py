@@ -1,6 +1,7 @@
 """Who and what: from a finding to the host, process and account the record shows, with what speaks against it.
 
-    for candidate in attribute(finding, facts): …
+    told = attribute(findings, facts)
+    told.candidates, told.account, told.sentence
 
 The ladder (threat model, section 8.2): A0 effect only, A1 host, A2 process and its ancestry, A3 account or session.
 The software stops at A3; A4 (corroborated from elsewhere) and A5 (admitted, or proved outside the digital) are entered
@@ -8,14 +9,18 @@ by people. An account is not a person: it may be shared, stolen, or used to fram
 something was done and the login session from which it was done are separate candidates, and where they contradict
 each other the session is the stronger one: su and sudo change a process's account, its audit login is set once.
 
+A process of the job acts under the account that started the job, whoever wrote the code that it runs: such an act is
+followed to the file that holds the line, never to the job's own account. And a trace that would look the same whoever
+had left it (a file that others may write, a file of root) does not outrank the host.
+
 Confidence is what is left of 1 after every alternative has taken its share, never a feeling: see SHARES.
 """
 
 from __future__ import annotations
 
-import os
+import datetime
 import pwd
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +28,7 @@ import msgspec
 
 from trainguard.evidence import Evidence
 from trainguard.finding import Citation, Finding
+from trainguard.incident.traces import HERE, Authorship, Inode, Sources
 
 Level = Literal["A0", "A1", "A2", "A3"]
 NO_LOGIN = 4294967295
@@ -33,15 +39,27 @@ SHARES: dict[str, float] = {
     "stolen credentials": 0.05,
     "an honest bug": 0.10,
     "hardware": 0.05,
-    "others could write it": 0.30,
+    "others could write it": 0.50,
     "written through a shared folder": 0.15,
-    "root could have set it": 0.05,
+    "root stands for whoever administers the host": 0.50,
+    "it is the account that started the run": 0.50,
+    "the cause is open: honest code does this too": 0.50,
     "the process may have been steered by what it read": 0.10,
     "session and account contradict each other": 0.40,
     "no login is recorded": 0.15,
     "any process or account of that host": 0.50,
 }
-"""Alternative → share of the confidence it takes; what is left is multiplied, so doubts never add up to certainty."""
+"""Alternative → share of the confidence it takes; what is left is multiplied, so doubts never add up to certainty.
+
+A half is taken by whatever makes a trace worth no more than "somebody on that host": then the host stands first.
+"""
+
+FINDINGS_LIMIT = 64
+"""Findings of one incident that are followed to their traces, worst first."""
+OPENS_LIMIT = 100_000
+SUPPORTS_LIMIT = 12
+JOB_KINDS = ("kill", "open", "code")
+"""Kinds of frames whose records attribution reads, beside those of the supervisor."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +69,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     what: str
     """`account victim-b (uid 1001)`, `login session 7 of account insider (uid 1002)`, `process 412`, `host node-3`."""
     uid: int | None = None
+    """Of the account or login; None for processes and hosts, which are no accounts."""
     confidence: float
     supports: tuple[str, ...]
     against: tuple[str, ...] = ()
@@ -66,6 +85,18 @@ class Attribution(msgspec.Struct, frozen=True, kw_only=True):
     """Accounts that the evidence names but speaks against, with the reason."""
     sentence: str
     """What may be said in public words."""
+    around: tuple[str, ...] = ()
+    """Who started the run, from which login, and through which scheduler: circumstances, not candidates."""
+
+    @property
+    def account(self) -> Candidate | None:
+        """The account or login session the record points to; None where the host is as likely as any of them."""
+        for candidate in self.candidates:
+            if candidate.level == "A3":
+                return candidate
+            if candidate.level in ("A0", "A1"):
+                return None
+        return None
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,8 +107,27 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Account that started the run."""
     loginuid: int | None = None
     session: int | None = None
+    submitted: tuple[str, ...] = ()
+    """How the job came to this host, in words; a claim of its environment."""
+    pids: frozenset[int] = frozenset()
+    """The job's own processes."""
     by_hash: Mapping[str, Evidence] = {}
     """Records that findings cite, by hash."""
+    opens: Mapping[str, Mapping[str, Any]] = {}
+    """SHA-256 → what the run said of a file with that content when it opened it."""
+
+
+class _Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """A file that an act leads to."""
+
+    path: str
+    line: int | None = None
+    how: str
+    """What the file has to do with it: `its content changed while the run read it`."""
+    then: Inode | None = None
+    """Owner and modes when the run met it, where the record has them."""
+    moved: bool = False
+    """Whether something was done to the file itself; False: it is where the code lies."""
 
 
 def facts_of(records: Iterable[Evidence], findings: Iterable[Finding]) -> Facts:
@@ -85,11 +135,19 @@ def facts_of(records: Iterable[Evidence], findings: Iterable[Finding]) -> Facts:
     wanted = {citation.hash for finding in findings for citation in finding.evidence}
     start: Mapping[str, Any] = {}
     kept: dict[str, Evidence] = {}
+    pids: set[int] = set()
+    opens: dict[str, Mapping[str, Any]] = {}
     for record in records:
         if record.kind == "start" and not start:
             start = record.body
         if record.hash in wanted and record.hash is not None:
             kept[record.hash] = record
+        if record.kind == "process" and record.body.get("of_the_job") is True and record.pid is not None:
+            pids.add(record.pid)
+        elif record.kind == "ledger" and isinstance(record.body.get("child"), int):
+            pids.add(record.body["child"])
+        elif record.kind == "open":
+            _keep_opens(record, opens)
     account = start.get("account")
     account = account if isinstance(account, dict) else {}
     host = start.get("host")
@@ -98,123 +156,314 @@ def facts_of(records: Iterable[Evidence], findings: Iterable[Finding]) -> Facts:
         uid=_whole(account.get("uid")),
         loginuid=_login(account.get("loginuid")),
         session=_login(account.get("session")),
+        submitted=tuple(_submitted(start.get("submitter"))),
+        pids=frozenset(pids),
         by_hash=kept,
+        opens=opens,
     )
 
 
-def attribute(finding: Finding, facts: Facts, *, look: bool = True) -> Attribution:
-    """Candidates for one finding. look: also read the files it names as they lie now (owner, mode, times)."""
-    found: list[Candidate] = []
+def attribute(findings: Finding | Sequence[Finding], facts: Facts, *, sources: Sources = HERE) -> Attribution:
+    """Candidates for what findings that belong together show; the sentence is about the first of them.
+
+    sources: who owns files and who committed lines; by default as they lie on this machine now.
+    """
+    group = [findings] if isinstance(findings, Finding) else list(findings)
+    merged: dict[tuple[str, str], Candidate] = {}
+    for finding in group[:FINDINGS_LIMIT]:
+        for candidate in _candidates(finding, facts, sources):
+            key = (candidate.level, candidate.what)
+            merged[key] = _stronger(merged[key], candidate) if key in merged else candidate
+    if facts.host is not None:
+        merged.setdefault(("A1", f"host {facts.host}"), _host(group[0], facts))
+    ranked = tuple(sorted(merged.values(), key=lambda one: (-one.confidence, -_rung(one.level), one.what)))
+    ranked = ranked or (_effect_only(group[0]),)
+    return Attribution(
+        candidates=ranked,
+        excluded=tuple(dict.fromkeys(_excluded(ranked, facts))),
+        sentence=_sentence(group[0], ranked[0], facts),
+        around=tuple(_around(facts)),
+    )
+
+
+def _candidates(finding: Finding, facts: Facts, sources: Sources) -> Iterator[Candidate]:
+    """What one finding shows: first what the kernel saw, then the files it leads to."""
+    traces: list[_Trace] = []
+    outside = False
     for citation in finding.evidence:
         record = facts.by_hash.get(citation.hash)
-        sender = record.body.get("sender") if record is not None and record.kind == "signalled" else None
-        if isinstance(sender, dict):
-            found.extend(_from_process(sender, facts, (citation,)))
-    if not found and look and finding.subject.path is not None:
-        found.extend(_from_file(finding, facts))
-    if facts.host is not None:
-        found.append(_host(finding, facts))
-    ranked = tuple(sorted(found, key=lambda one: (-_rung(one.level), -one.confidence)))
-    ranked = tuple(sorted(ranked, key=lambda one: -one.confidence)) if ranked else (_effect_only(finding),)
-    return Attribution(
-        candidates=ranked, excluded=tuple(_excluded(ranked)), sentence=_sentence(finding, ranked[0], facts)
-    )
+        if record is None:
+            continue
+        sender = _sender(record)
+        if sender is not None:
+            within = _is_of_the_job(sender, facts)
+            outside = outside or not within
+            yield from _from_process(sender, facts, (citation,), within=within)
+        traces.extend(_in_record(record, finding, facts))
+    if outside:
+        return
+    if not traces and finding.subject.path is not None:
+        path, line = _file_of(finding.subject.path)
+        if path.startswith("/"):
+            traces.append(_Trace(path=path, line=line, how="it holds the line"))
+    for trace in traces:
+        yield from _from_file(trace, finding, facts, sources)
+
+
+def _stronger(a: Candidate, b: Candidate) -> Candidate:
+    """One candidate that two findings lead to: the stronger case, with what supports either."""
+    best, other = (a, b) if a.confidence >= b.confidence else (b, a)
+    supports = tuple(dict.fromkeys([*best.supports, *other.supports]))[:SUPPORTS_LIMIT]
+    against = tuple(dict.fromkeys([*best.against, *other.against]))[:SUPPORTS_LIMIT]
+    evidence = tuple(dict.fromkeys([*best.evidence, *other.evidence]))[:SUPPORTS_LIMIT]
+    return msgspec.structs.replace(best, supports=supports, against=against, evidence=evidence)
 
 
 # -- a process that the kernel named ---------------------------------------------------------------------------------
 
 
-def _from_process(sender: Mapping[str, Any], facts: Facts, cites: tuple[Citation, ...]) -> Iterator[Candidate]:
+def _sender(record: Evidence) -> Mapping[str, Any] | None:
+    """The process that a record is about as the one that acted."""
+    if record.kind in ("signalled", "outside"):
+        sender = record.body.get("sender")
+        return sender if isinstance(sender, dict) else None
+    if record.kind == "process" and record.body.get("of_the_job") is not True:
+        return {**record.body, "pid": record.pid, "uid": record.uid}
+    return None
+
+
+def _is_of_the_job(sender: Mapping[str, Any], facts: Facts) -> bool:
+    """Whether a process is one of the job's, or was started by one."""
+    return bool({sender.get("pid"), *(step[0] for step in _ancestry(sender))} & facts.pids)
+
+
+def _ancestry(sender: Mapping[str, Any]) -> list[list[Any]]:
+    chain = sender.get("ancestry")
+    steps = chain if isinstance(chain, list) else []
+    return [step for step in steps if isinstance(step, list) and len(step) > 2 and isinstance(step[0], int)]
+
+
+def _from_process(
+    sender: Mapping[str, Any], facts: Facts, cites: tuple[Citation, ...], *, within: bool
+) -> Iterator[Candidate]:
     """A process, the account it ran under, and the login it came from."""
     pid, uid = _whole(sender.get("pid")), _whole(sender.get("uid"))
     login, session = _login(sender.get("loginuid")), _login(sender.get("session"))
-    words = " ".join(str(word) for word in sender.get("cmdline") or ())[:200]
-    ancestry = [str(step[2]) for step in sender.get("ancestry") or () if isinstance(step, list) and len(step) > 2]
-    seen = [f"the kernel named process {pid} ({words or sender.get('comm')}) as the sender"]
+    command = sender.get("cmdline")
+    words = " ".join(str(word) for word in command)[:200] if isinstance(command, list) else ""
+    name = f"process {pid} ({words or sender.get('comm') or 'command not recorded'})"
+    seen = [f"the kernel named {name} as the one that acted"]
+    ancestry = [str(step[2])[:60] for step in _ancestry(sender)]
     if ancestry:
         seen.append(f"it descends from {' < '.join(ancestry[:6])}")
-    yield _candidate(
-        "A2",
-        f"process {pid} ({words or sender.get('comm')})",
-        uid,
-        seen,
-        (),
-        ("the process may have been steered by what it read",),
-        cites,
-    )
-    if uid is None:
-        return
-    split = login is not None and login != uid and uid != 0
-    if login is not None and split:
-        against = (f"the process ran under account {_name(uid)}, not under the account that logged in",)
+    if uid is not None:
+        seen.append(f"it ran under account {_name(uid)}")
+    if within:
+        seen.append("it is a process of the job itself: it does what the code it runs says")
+    steered = ("the process may have been steered by what it read",)
+    yield _candidate("A2", name, None, seen, (), steered, cites)
+    if uid is not None:
+        yield from _accounts(uid, login, session, facts, seen, cites, within=within)
+
+
+def _accounts(
+    uid: int,
+    login: int | None,
+    session: int | None,
+    facts: Facts,
+    seen: Sequence[str],
+    cites: tuple[Citation, ...],
+    *,
+    within: bool,
+) -> Iterator[Candidate]:
+    """The account of a process, and the login session where that is another's: su and sudo keep the audit login."""
+    doubts = ["shared account", "stolen credentials"]
+    if within:
+        doubts.append("an honest bug")
+    against: tuple[str, ...] = ()
+    if login is not None and login != uid:
         told = [*seen, f"its audit login is {_name(login)}, session {session}: set at login, kept through su and sudo"]
+        other = (f"the process ran under account {_name(uid)}, not under the account that logged in",)
         yield _candidate(
-            "A3",
-            f"login session {session} of account {_name(login)}",
-            login,
-            told,
-            against,
-            ("shared account", "stolen credentials"),
-            cites,
+            "A3", f"login session {session} of account {_name(login)}", login, told, other, tuple(doubts), cites
         )
         against = (f"the login it came from is {_name(login)}, so the account was used from somebody else's session",)
-        doubts: tuple[str, ...] = ("session and account contradict each other", "shared account", "stolen credentials")
-        yield _candidate("A3", f"account {_name(uid)}", uid, seen, against, doubts, cites)
-        return
-    doubts = (
-        ("shared account", "stolen credentials")
-        if login is not None
-        else ("no login is recorded", "shared account", "stolen credentials")
-    )
-    yield _candidate(
-        "A3", f"account {_name(uid)}", uid, [*seen, f"it ran under account {_name(uid)}"], (), doubts, cites
-    )
+        doubts.append("session and account contradict each other")
+    elif login is None:
+        doubts.append("no login is recorded")
+    if within:
+        against += ("it is the account that started the run: every process of the job has it, whoever wrote its code",)
+        doubts.append("it is the account that started the run")
+    if uid == 0:
+        doubts.append("root stands for whoever administers the host")
+    yield _candidate("A3", f"account {_name(uid)}", uid, seen, against, tuple(doubts), cites)
 
 
 # -- a file ------------------------------------------------------------------------------------------------------------
 
 
-def _from_file(finding: Finding, facts: Facts) -> Iterator[Candidate]:
-    """The owner of the file a finding names, as it lies now, and who else could have written it."""
-    path = _file_of(str(finding.subject.path))
-    try:
-        status = os.lstat(path)
-        folder = path.parent.stat()
-    except OSError:
+def _in_record(record: Evidence, finding: Finding, facts: Facts) -> Iterator[_Trace]:
+    """The files that a record says something was done to, as it met them."""
+    body = record.body
+    if record.kind == "open":
+        yield from _in_opens(body.get("files"), finding)
+    elif record.kind == "opened" and isinstance(body.get("path"), str):
+        yield _Trace(path=body["path"], how="it was read as a model", then=_owner(body.get("owner")), moved=True)
+    elif record.kind == "code" and isinstance(body.get("ran"), dict):
+        yield from _in_ran(body["ran"], facts)
+
+
+def _in_opens(files: object, finding: Finding) -> Iterator[_Trace]:
+    lines = [line for line in files if isinstance(line, dict)] if isinstance(files, list) else []
+    for line in lines[:1000]:
+        path = line.get("path")
+        if not isinstance(path, str) or (len(lines) > 1 and path not in finding.message):
+            continue
+        changed = line.get("changed") is True
+        how = "its content changed while the run read it" if changed else "the run read it"
+        yield _Trace(path=path, how=how, then=_uid_alone(line.get("uid"), line.get("ctime_ns")), moved=True)
+
+
+def _in_ran(ran: Mapping[str, Any], facts: Facts) -> Iterator[_Trace]:
+    """Code that ran from a file, or from text that the run had read from one."""
+    file, source = ran.get("file"), ran.get("source")
+    line = facts.opens.get(source) if isinstance(source, str) else None
+    if line is not None and isinstance(line.get("path"), str) and line["path"] != file:
+        then = _uid_alone(line.get("uid"), line.get("ctime_ns"))
+        yield _Trace(path=line["path"], how="its text was run as code", then=then, moved=True)
+    elif isinstance(file, str) and file.startswith("/"):
+        yield _Trace(path=file, how="it was run", then=_owner(ran.get("owner")), moved=True)
+
+
+def _from_file(trace: _Trace, finding: Finding, facts: Facts, sources: Sources) -> Iterator[Candidate]:
+    """The owner of a file that an act leads to, and who else could have written it."""
+    now = sources.inode(Path(trace.path))
+    then = trace.then
+    owner = then.uid if then is not None else now.uid if now is not None else None
+    if owner is None:
         return
-    supports = [
-        f"{path} belongs to account {_name(status.st_uid)}; its inode last changed at {_moment(status.st_ctime_ns)}"
-    ]
+    supports, against = list(_owned(trace, owner, now)), []
     alternatives = ["an honest bug", "shared account", "stolen credentials"]
-    against = []
-    if status.st_mode & 0o022 or status.st_nlink > 1:
-        against.append(f"others may write it (mode {status.st_mode & 0o7777:04o})")
+    if then is not None and now is not None and now.uid != then.uid:
+        against.append(f"{trace.path} belongs to account {_name(now.uid)} now: it was given away since")
+    known = [inode for inode in (then, now) if inode is not None and inode.uid == owner]
+    if any(inode.writable_by_others for inode in known):
+        modes = ", ".join(f"{inode.mode:04o}" for inode in known if inode.mode is not None)
+        against.append(f"others may write it (mode {modes})")
         alternatives.append("others could write it")
-    if folder.st_mode & 0o022 and not folder.st_mode & 0o1000:
-        against.append(f"others may replace files in its folder (mode {folder.st_mode & 0o7777:04o})")
+    if any(inode.replaceable_by_others for inode in known):
+        against.append("others may replace files in its folder")
         alternatives.append("written through a shared folder")
-    if status.st_uid == 0:
-        alternatives.append("root could have set it")
-    if status.st_uid == facts.uid:
+    if owner == 0:
+        alternatives.append("root stands for whoever administers the host")
+    if owner == facts.uid:
         against.append("it is the account that started the run itself")
-    yield _candidate(
-        "A3",
-        f"account {_name(status.st_uid)}",
-        status.st_uid,
-        supports,
-        tuple(against),
-        tuple(alternatives),
-        finding.evidence,
-    )
+        alternatives.append("it is the account that started the run")
+    elif not trace.moved and finding.outcome != "violated":
+        alternatives.append("the cause is open: honest code does this too")
+    wrote = sources.lines(Path(trace.path), trace.line) if trace.line is not None else None
+    (supports if wrote is None or _fits(wrote, owner) else against).extend(_committed(wrote))
+    cites = finding.evidence
+    if facts.loginuid is not None and owner == facts.uid != facts.loginuid:
+        told = [*supports, f"the run was started from login session {facts.session} of account {_name(facts.loginuid)}"]
+        yield _candidate(
+            "A3",
+            f"login session {facts.session} of account {_name(facts.loginuid)}",
+            facts.loginuid,
+            told,
+            (f"the file belongs to account {_name(owner)}",),
+            ("an honest bug", "shared account", "stolen credentials"),
+            cites,
+        )
+        against.append(f"the run was started from a login of account {_name(facts.loginuid)}")
+        alternatives.append("session and account contradict each other")
+    yield _candidate("A3", f"account {_name(owner)}", owner, supports, tuple(against), tuple(alternatives), cites)
 
 
-def _file_of(path: str) -> Path:
-    """The file of `file` or `file:line`."""
+def _owned(trace: _Trace, owner: int, now: Inode | None) -> Iterator[str]:
+    yield f"{trace.path}: {trace.how}"
+    if trace.then is not None:
+        yield f"{trace.path} belonged to account {_name(owner)} when the run met it"
+    elif now is not None:
+        changed = f"; its inode last changed at {_moment(now.changed_ns)}" if now.changed_ns is not None else ""
+        yield f"{trace.path} belongs to account {_name(owner)} now{changed}"
+
+
+def _committed(wrote: Authorship | None) -> Iterator[str]:
+    """What git says of the line; the author of an unsigned commit is whatever somebody typed."""
+    if wrote is None:
+        return
+    if not wrote.commit:
+        yield "the file is not as it was committed: git does not say who changed it"
+    elif wrote.signed == "good":
+        yield (
+            f"git: the line comes from commit {wrote.commit[:12]} by {wrote.identity}, signed; "
+            f"the signature holds by key {wrote.key}"
+        )
+    elif wrote.signed == "bad":
+        yield f"git: the line comes from commit {wrote.commit[:12]} by {wrote.identity}, whose signature does not hold"
+    else:
+        yield (
+            f"git names {wrote.identity} as author of the line (commit {wrote.commit[:12]}, "
+            f"{'not signed' if wrote.signed == 'none' else 'signature not checked'}: anybody can write that)"
+        )
+
+
+def _fits(wrote: Authorship, owner: int) -> bool:
+    """Whether git speaks for the owner of the file: a signed commit, or an author of the same name."""
+    return wrote.signed == "good" or (bool(wrote.commit) and _name(owner).split(" ", 1)[0] in wrote.identity)
+
+
+def _file_of(path: str) -> tuple[str, int | None]:
+    """The file and line of `file` or `file:line`."""
     name, _, line = path.rpartition(":")
-    return Path(name if name and line.isdigit() else path)
+    return (name, int(line)) if name and line.isdigit() and len(line) < 10 else (path, None)
+
+
+def _owner(value: object) -> Inode | None:
+    """`[uid, mode, uid of the folder, its mode]` as records have it."""
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    uid, mode, folder_uid, folder_mode = (_whole(part) for part in value)
+    if uid is None or mode is None:
+        return None
+    return Inode(uid=uid, mode=mode & 0o7777, folder_uid=folder_uid, folder_mode=folder_mode)
+
+
+def _uid_alone(uid: object, changed_ns: object) -> Inode | None:
+    known = _whole(uid)
+    return None if known is None else Inode(uid=known, changed_ns=_whole(changed_ns))
 
 
 # -- what is left ------------------------------------------------------------------------------------------------------
+
+
+def _keep_opens(record: Evidence, opens: dict[str, Mapping[str, Any]]) -> None:
+    files = record.body.get("files")
+    for line in files if isinstance(files, list) else ():
+        if isinstance(line, dict) and isinstance(line.get("sha256"), str) and len(opens) < OPENS_LIMIT:
+            opens.setdefault(line["sha256"], line)
+
+
+def _submitted(value: object) -> Iterator[str]:
+    """`submitter` of the run's first record in words."""
+    if not isinstance(value, dict):
+        return
+    for system, fields in list(value.items())[:8]:
+        if isinstance(fields, dict):
+            words = ", ".join(f"{str(name)[:40]} {str(text)[:100]}" for name, text in list(fields.items())[:12])
+            yield f"{str(system)[:40]}: {words} (claimed by the job's environment)"
+
+
+def _around(facts: Facts) -> Iterator[str]:
+    if facts.uid is not None:
+        login = (
+            f", from login session {facts.session} of account {_name(facts.loginuid)}"
+            if facts.loginuid is not None
+            else ""
+        )
+        yield f"the run was started by account {_name(facts.uid)}{login or ', without a recorded login'}"
+    yield from facts.submitted
 
 
 def _host(finding: Finding, facts: Facts) -> Candidate:
@@ -252,6 +501,7 @@ def _candidate(
     alternatives: tuple[str, ...],
     evidence: tuple[Citation, ...],
 ) -> Candidate:
+    alternatives = tuple(dict.fromkeys(alternatives))
     confidence = 1.0
     for each in alternatives:
         confidence *= 1 - SHARES[each]
@@ -262,28 +512,35 @@ def _candidate(
         what=what,
         uid=uid,
         confidence=round(confidence, 2),
-        supports=tuple(supports),
-        against=against,
-        alternatives=tuple(dict.fromkeys(alternatives)),
+        supports=tuple(supports)[:SUPPORTS_LIMIT],
+        against=against[:SUPPORTS_LIMIT],
+        alternatives=alternatives,
         evidence=evidence,
     )
 
 
-def _excluded(ranked: tuple[Candidate, ...]) -> Iterator[str]:
-    """Accounts that stand behind another one for the same act."""
+def _excluded(ranked: tuple[Candidate, ...], facts: Facts) -> Iterator[str]:
+    """Accounts that the record names and speaks against for the same act."""
     for one in ranked:
-        if "session and account contradict each other" in one.alternatives:
-            yield f"{one.what}: {one.against[0]}"
+        if {"session and account contradict each other", "it is the account that started the run"} & set(
+            one.alternatives
+        ) and one.against:
+            yield f"{one.what}: {one.against[-1]}"
+        for line in one.against:
+            if line.endswith("it was given away since"):
+                yield line
 
 
 def _sentence(finding: Finding, first: Candidate, facts: Facts) -> str:
-    """In the words that may be used: host, process, account; and what is not known."""
+    """In the words that may be used: host, time, process, account, file; and what is not known."""
     where = f"On host {facts.host}" if facts.host is not None else "On a host that was not recorded"
+    record = next((facts.by_hash[c.hash] for c in finding.evidence if c.hash in facts.by_hash), None)
+    when = f" at {_moment(record.at)}" if record is not None else ""
     step = f" (step {finding.subject.step})" if finding.subject.step is not None else ""
     if first.level in ("A0", "A1"):
-        return f"{where}: {finding.message}{step}. The record does not show which process or account did it."
+        return f"{where}{when}: {finding.message}{step}. The record does not show which process or account did it."
     return (
-        f"{where}, {first.what}: {finding.message}{step}. Confidence {first.confidence:.0%}. "
+        f"{where}{when}, {first.what}: {finding.message}{step}. Confidence {first.confidence:.0%}. "
         f"We have no independent evidence of who controlled it at that time."
     )
 
@@ -300,9 +557,11 @@ def _name(uid: int) -> str:
 
 
 def _moment(nanoseconds: int) -> str:
-    import datetime
-
-    return datetime.datetime.fromtimestamp(nanoseconds // 10**9, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    try:
+        moment = datetime.datetime.fromtimestamp(nanoseconds // 10**9, datetime.UTC)
+    except (OverflowError, OSError, ValueError):
+        return "a time that is no time"
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _whole(value: object) -> int | None:
@@ -311,5 +570,5 @@ def _whole(value: object) -> int | None:
 
 def _login(value: object) -> int | None:
     """An audit uid or session as recorded (a number, or its text); None where there was no login."""
-    number = int(value) if isinstance(value, str) and value.isdigit() else _whole(value)
+    number = int(value) if isinstance(value, str) and value.isdigit() and len(value) < 12 else _whole(value)
     return None if number is None or number == NO_LOGIN else number

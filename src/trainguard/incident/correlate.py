@@ -20,8 +20,9 @@ from trainguard.errors import Misuse, VerificationError
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding
 from trainguard.home import Home
-from trainguard.incident.attribute import Attribution, attribute, facts_of
+from trainguard.incident.attribute import JOB_KINDS, Attribution, attribute, facts_of
 from trainguard.incident.lineage import Lineage, read_lineage, run_key
+from trainguard.incident.traces import HERE, Sources
 
 Severity = Literal["critical", "high", "medium", "low"]
 SCHEMA = "trainguard/incident/v1"
@@ -49,15 +50,18 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
     """Labels of what was made from this run."""
 
 
-def incidents(home: Home, *, lineage: Lineage | None = None) -> list[Incident]:
-    """Every incident of the log, worst first. Raises as `read_lineage` does."""
+def incidents(home: Home, *, lineage: Lineage | None = None, sources: Sources = HERE) -> list[Incident]:
+    """Every incident of the log, worst first. Raises as `read_lineage` does.
+
+    sources: who owns files and who committed lines.
+    """
     lineage = lineage if lineage is not None else read_lineage(home)
     leaves = LogLeaves(home)
     found = [
         incident
         for run, verdict in lineage.verdicts.items()
         if any(finding.outcome != "not_checked" for finding in verdict.findings)
-        for incident in _of_run(run, verdict, _records(home, run, leaves), lineage)
+        for incident in _of_run(run, verdict, _records(home, run, leaves), lineage, sources)
     ]
     order = ("critical", "high", "medium", "low")
     return sorted(found, key=lambda one: (order.index(one.severity), one.run, one.first_step or 0, one.id))
@@ -77,14 +81,16 @@ def _records(home: Home, run: str, leaves: LogLeaves) -> list[Evidence]:
     kept: list[Evidence] = []
     try:
         for record in RunReader(home, run, leaves=leaves).records():
-            if record.source == "supervisor" or record.kind in ("kill", "open", "code"):
+            if record.source == "supervisor" or record.kind in JOB_KINDS:
                 kept.append(record)
     except VerificationError:
         pass  # the verdict has it as a finding
     return kept
 
 
-def _of_run(run: str, verdict: Verdict, records: list[Evidence], lineage: Lineage) -> Iterator[Incident]:
+def _of_run(
+    run: str, verdict: Verdict, records: list[Evidence], lineage: Lineage, sources: Sources
+) -> Iterator[Incident]:
     bad = [finding for finding in verdict.findings if finding.outcome != "not_checked"]
     facts = facts_of(records, bad)
     affected = [lineage.graph.nodes.get(key) for key in lineage.graph.descendants(run_key(run))]
@@ -103,7 +109,7 @@ def _of_run(run: str, verdict: Verdict, records: list[Evidence], lineage: Lineag
             ranks=tuple(sorted({f.subject.rank for f in group if f.subject.rank is not None})),
             findings=tuple(group),
             techniques=tuple(dict.fromkeys(technique for finding in group for technique in finding.techniques)),
-            attribution=attribute(told, facts),
+            attribution=attribute(group, facts, sources=sources),
             affected=labels,
         )
 

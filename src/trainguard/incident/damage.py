@@ -7,9 +7,12 @@ Rows come from the log alone: which run was bad from which step, how long each r
 from it. People's time and invoices are claims with an author, listed apart and never mixed into what was measured.
 Statements from outside ("8,000 GPUs") are set beside the largest number the log shows.
 
-    low      from the first violated finding to the last, proved runs only
-    likely   from the first violated finding to the end of the run, and all of every run made from it
+    low      from the first violated finding to the last, and the time that proved kills and sleeps took
+    likely   from the first violated finding to the end of the run, all of every run made from it, and the time that
+             kills and sleeps by a named sender or line took
     high     all of every tainted run, suspect runs included
+
+What each row counts stands in `losses`.
 """
 
 from __future__ import annotations
@@ -21,34 +24,30 @@ from typing import Literal
 
 import msgspec
 
-from trainguard.archive import LogLeaves, RunReader
-from trainguard.errors import Misuse, Unavailable, VerificationError
-from trainguard.finding import Finding
+from trainguard.archive import LogLeaves
+from trainguard.errors import Misuse, Unavailable
 from trainguard.home import Home
-from trainguard.incident.graph import RANK
 from trainguard.incident.lineage import Lineage, read_lineage, run_key
+from trainguard.incident.losses import Kind, Range, Row, rows_of
+
+__all__ = [
+    "Claim",
+    "Damage",
+    "Outside",
+    "Price",
+    "Prices",
+    "Range",
+    "Row",
+    "assess",
+    "choose_price",
+    "read_prices",
+    "what_if",
+]
 
 SCHEMA = "trainguard/damage/v1"
 LIMIT_BYTES = 1 << 20
-NS_PER_HOUR = 3_600_000_000_000
 
 Answer = Literal["supported", "not supported", "unknown"]
-
-
-class Range(msgspec.Struct, frozen=True, kw_only=True):
-    """Low, likely and high of one quantity."""
-
-    low: float = 0.0
-    likely: float = 0.0
-    high: float = 0.0
-
-    def plus(self, other: Range) -> Range:
-        """Sum of both; ranges add end to end, which is the widest they can be."""
-        return Range(low=self.low + other.low, likely=self.likely + other.likely, high=self.high + other.high)
-
-    def times(self, price: Range) -> Range:
-        """Each end at the price of the same end."""
-        return Range(low=self.low * price.low, likely=self.likely * price.likely, high=self.high * price.high)
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,22 +96,6 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     outside: tuple[Outside, ...] = ()
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One stretch of one rank's time."""
-
-    kind: Literal["tainted", "suspect", "descendant"]
-    run: str
-    rank: int | None
-    process: int
-    from_step: int | None
-    to_step: int | None
-    hours: Range
-    """Device-hours."""
-    why: str
-    leaf: int | None = None
-    """Log leaf of the finding or of the run's first statement."""
-
-
 class Beside(msgspec.Struct, frozen=True, kw_only=True):
     """An outside statement and what the log shows."""
 
@@ -128,6 +111,8 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: str = SCHEMA
     hours: Range
+    parts: dict[Kind, Range] = {}
+    """The same hours by what they were lost to."""
     rows: tuple[Row, ...]
     devices: int
     """Most ranks that stepped at once in one affected run."""
@@ -173,30 +158,36 @@ def choose_price(prices: Prices, device: str | None) -> Price | None:
 
 
 def assess(
-    home: Home, *, prices: Prices = NO_PRICES, device: str | None = None, runs: Sequence[str] | None = None
+    home: Home,
+    *,
+    prices: Prices = NO_PRICES,
+    device: str | None = None,
+    runs: Sequence[str] | None = None,
+    lineage: Lineage | None = None,
 ) -> Damage:
     """The damage over all runs of the log, or over `runs` and what was made from them.
 
-    Raises as `read_lineage` does.
+    lineage: where the caller has read it already. Raises as `read_lineage` does.
     """
-    lineage = read_lineage(home)
+    lineage = lineage if lineage is not None else read_lineage(home)
     leaves = LogLeaves(home)
     rows: list[Row] = []
     unknown: list[str] = []
     for run in _chosen(lineage, runs):
-        found = list(_rows(home, leaves, lineage, run))
+        found = list(rows_of(home, leaves, lineage, run))
         rows.extend(found)
         if lineage.standing_of(run_key(run)).word == "UNKNOWN":
             unknown.append(run)
     hours = total(rows)
     affected = tuple(dict.fromkeys(row.run for row in rows))
-    devices = max((len({row.process for row in rows if row.run == run}) for run in affected), default=0)
+    devices = max((_devices(row for row in rows if row.run == run) for run in affected), default=0)
     price = choose_price(prices, device)
     money = hours.times(price.range) if price is not None else None
     shown = {"devices": Range(low=devices, likely=devices, high=devices), "device-hours": hours}
     shown["runs"] = Range(low=len(affected), likely=len(affected), high=len(affected))
     return Damage(
         hours=hours,
+        parts=by_kind(rows),
         rows=tuple(rows),
         devices=devices,
         runs=affected,
@@ -219,112 +210,6 @@ def _chosen(lineage: Lineage, runs: Sequence[str] | None) -> Iterator[str]:
             if node is not None and node.run is not None:
                 wanted.setdefault(node.run)
     yield from (run for run in lineage.verdicts if run in wanted)
-
-
-def _rows(home: Home, leaves: LogLeaves, lineage: Lineage, run: str) -> Iterator[Row]:
-    """One row for each process that stepped, where the run or what it was made from is tainted or suspect."""
-    verdict, standing = lineage.verdicts[run], lineage.standing_of(run_key(run))
-    if RANK[standing.word] < RANK["SUSPECT"]:
-        return
-    own = [finding for finding in verdict.findings if finding.outcome == "violated"]
-    inherited = len(standing.because) > 1 or not own
-    begin = leaves.runs[run].get("leaf")
-    for span in _spans(home, leaves, run):
-        if standing.word == "SUSPECT":
-            hours = Range(high=span.hours_from(None))
-            yield span.row("suspect", hours, "suspect: cause open", begin)
-        elif inherited:
-            hours = Range(likely=span.hours_from(None), high=span.hours_from(None))
-            yield span.row("descendant", hours, lineage.reasons(standing)[0], begin)
-        else:
-            yield _tainted(span, own)
-
-
-def _tainted(span: _Span, own: Sequence[Finding]) -> Row:
-    steps = sorted(f.subject.step for f in own if f.subject.step is not None)
-    throughout = len(steps) < len(own)
-    first = None if throughout else steps[0]
-    last = None if throughout else steps[-1]
-    worst = own[0]
-    hours = Range(
-        low=span.hours_between(first, last), likely=span.hours_from(first), high=max(span.hours_from(None), 0.0)
-    )
-    leaf = worst.evidence[0].leaf if worst.evidence else None
-    return span.row("tainted", hours, f"{worst.check}: {worst.message}", leaf, first)
-
-
-class _Span:
-    """When one process took which step, from the supervisor's clock."""
-
-    def __init__(self, run: str, process: int, rank: int | None) -> None:
-        self.run, self.process, self.rank = run, process, rank
-        self.times: list[tuple[int, int]] = []
-        """(step, time in ns), in order."""
-        self.began = self.ended = 0
-
-    def hours_from(self, step: int | None) -> float:
-        """Device-hours from the beginning of `step` to the end of the process; all of it for None."""
-        return max(0, self.ended - self._at(step)) / NS_PER_HOUR
-
-    def hours_between(self, first: int | None, last: int | None) -> float:
-        """Device-hours from the beginning of step `first` to the end of step `last`; all of it for None."""
-        if first is None or last is None:
-            return self.hours_from(None)
-        end = next((at for step, at in self.times if step >= last), self.ended)
-        return max(0, end - self._at(first)) / NS_PER_HOUR
-
-    def row(
-        self,
-        kind: Literal["tainted", "suspect", "descendant"],
-        hours: Range,
-        why: str,
-        leaf: object,
-        step: int | None = None,
-    ) -> Row:
-        last = self.times[-1][0] if self.times else None
-        return Row(
-            kind=kind,
-            run=self.run,
-            rank=self.rank,
-            process=self.process,
-            from_step=step if step is not None else 1,
-            to_step=last,
-            hours=hours,
-            why=why,
-            leaf=leaf if isinstance(leaf, int) else None,
-        )
-
-    def _at(self, step: int | None) -> int:
-        """When `step` began: the end of the one before it."""
-        if step is None:
-            return self.began
-        before = [at for number, at in self.times if number < step]
-        return before[-1] if before else self.began
-
-
-def _spans(home: Home, leaves: LogLeaves, run: str) -> list[_Span]:
-    """The processes of a run that stepped. A process occupies its device from hello to end."""
-    spans: dict[int, _Span] = {}
-    began: dict[int, int] = {}
-    last = 0
-    try:
-        for record in RunReader(home, run, leaves=leaves).records():
-            last = record.at
-            if record.process is None:
-                continue
-            if record.kind == "process":
-                began[record.process] = record.at
-            elif record.kind in ("step", "steps") and record.step is not None:
-                span = spans.setdefault(record.process, _Span(run, record.process, record.rank))
-                span.times.append((record.step, record.at))
-            elif record.kind == "exit" and record.process in spans:
-                spans[record.process].ended = record.at
-    except VerificationError:
-        pass  # the verdict says so: check `log`; what is proved is counted
-    for number, span in spans.items():
-        span.began = began.get(number, span.times[0][1])
-        span.ended = span.ended or last
-    return list(spans.values())
 
 
 def _beside(
@@ -381,3 +266,16 @@ def total(rows: Iterable[Row]) -> Range:
     for row in rows:
         hours = hours.plus(row.hours)
     return hours
+
+
+def by_kind(rows: Iterable[Row]) -> dict[Kind, Range]:
+    """Sum of the rows' hours for each kind of loss."""
+    parts: dict[Kind, Range] = {}
+    for row in rows:
+        parts[row.kind] = parts.get(row.kind, Range()).plus(row.hours)
+    return parts
+
+
+def _devices(rows: Iterable[Row]) -> int:
+    """Devices of one run: its ranks; a rank that was started again is one device still."""
+    return len({row.rank if row.rank is not None else -1 - row.process for row in rows})

@@ -10,7 +10,7 @@ what happened after it was saved does not reach it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,14 @@ def root_of(path: Path) -> str:
     return root_digest(str(entry.digest) for entry in manifest.resources)
 
 
-def read_lineage(home: Home) -> Lineage:
+def read_lineage(home: Home, *, judge: Callable[..., Verdict] | None = None) -> Lineage:
     """Everything the log of `home` knows, every run judged anew.
+
+    judge: in place of `judge_run`, with its arguments.
 
     Raises Misuse where there is no log, VerificationError where it does not verify.
     """
+    judge = judge or judge_run
     leaves = LogLeaves(home)
     key = load_public_key(home.keys / "attestation.pub")
     ledger = read_ledger(home, key)
@@ -94,7 +97,7 @@ def read_lineage(home: Home) -> Lineage:
     by_content = _by_content(ledger, key)
     lineage = Lineage(graph=Graph(), verdicts={}, seals=ledger.seals)
     for run in leaves.runs:
-        lineage.verdicts[run] = judge_run(home, run, leaves=leaves)
+        lineage.verdicts[run] = judge(home, run, leaves=leaves)
         lineage.used[run] = _opened(home, run, leaves)
         _add_run(lineage, run, lineage.verdicts[run])
     for seal in ledger.seals:

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainguard.incident.damage import Damage, Range, WhatIf
+from trainguard.incident.losses import Kind
 from trainguard.render.line import plain
 from trainguard.render.words import plural
 
 ROWS = 40
+PARTS: dict[Kind, str] = {
+    "tainted": "spoilt work",
+    "descendant": "work on top of spoilt work",
+    "suspect": "work that is in doubt",
+    "redone": "work lost with a killed process",
+    "idle": "waiting for a restart",
+    "slowed": "slower than before",
+}
+"""What the hours of each kind are, in words."""
 
 
 def damage_lines(report: Damage) -> Iterator[str]:
@@ -19,6 +29,7 @@ def damage_lines(report: Damage) -> Iterator[str]:
         yield f"money: {spread(report.money)} {price.currency} ({_basis(report)})"
     else:
         yield "money: not stated: no price was given (--prices FILE)"
+    yield from (f"  {PARTS[kind]}: {spread(hours)} h" for kind, hours in report.parts.items())
     for row in report.rows[:ROWS]:
         rank = f" rank {row.rank}" if row.rank is not None else ""
         leaf = f" [leaf {row.leaf}]" if row.leaf is not None else ""

@@ -12,7 +12,8 @@ from trainguard.errors import MalformedEvidence, Misuse, Unavailable
 from trainguard.home import Home
 from trainguard.incident.claims import parse_claims
 from trainguard.incident.graph import Standing
-from trainguard.incident.lineage import Lineage, checkpoint_key, family as listed, read_lineage, root_of, run_key
+from trainguard.incident.lineage import Lineage, checkpoint_key, read_lineage, root_of, run_key
+from trainguard.incident.lineage import family as listed
 
 
 @pytest.fixture

@@ -1,0 +1,67 @@
+"""Scripted incidents against what the log is said to show: who stands first, what it cost, what is tainted.
+
+python bench/bench_incidents.py [--seeds 5] [--verbose]
+
+Goals: the right account first in 95 % or more, a framed account never, the loss within 5 % of the truth with the truth
+inside low and high, taint on every descendant and on nothing else, and nobody accused of hardware faults and honest
+oddities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from trainguard.testing.incidents import SCRIPTS, Score, play, score
+
+GROUPS = {
+    "act": "acts",
+    "frame": "acts made to look like another's",
+    "hardware": "hardware and nature",
+    "honest": "honest oddities",
+}
+
+
+def scores(seeds: int) -> list[Score]:
+    """Every script with every seed."""
+    found = []
+    for seed in range(seeds):
+        for script in SCRIPTS:
+            with tempfile.TemporaryDirectory() as folder:
+                found.append(score(play(script, Path(folder), seed=seed)))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--verbose", action="store_true")
+    options = parser.parse_args()
+    began = time.process_time()
+    found = scores(options.seeds)
+    print(
+        f"{'':36}{'n':>5}{'first right':>13}{'framed first':>14}{'loss right':>12}{'worst loss':>12}{'taint right':>13}"
+    )
+    for group, words in GROUPS.items():
+        part = [each for each in found if each.group == group]
+        claimed = [each for each in part if each.truth_hours]
+        off = [abs(e.hours.likely / e.truth_hours - 1) for e in claimed if e.hours is not None and e.truth_hours]
+        worst = f"{max(off):.2%}" if off else "-"
+        first, framed = f"{sum(e.right for e in part)}/{len(part)}", sum(e.framed for e in part)
+        loss = f"{sum(e.loss_is_right for e in claimed)}/{len(claimed)}"
+        taint = f"{sum(e.spread for e in part)}/{len(part)}"
+        print(f"{words:34}{len(part):5}{first:>13}{framed:>14}{loss:>12}{worst:>8}{taint:>13}")
+    seconds = time.process_time() - began
+    print(f"{len(found)} incidents in {seconds:.1f} CPU-s, {1000 * seconds / len(found):.0f} ms each")
+    wrong = [e for e in found if not (e.right and e.loss_is_right and e.spread) or e.framed]
+    for each in wrong if options.verbose else wrong[:10]:
+        print(f"  {each.group} {each.name}: {each.said} {each.hours} {each.truth_hours} {dict(each.words)}")
+    right = sum(e.right for e in found) / len(found)
+    return 0 if right >= 0.95 and not any(e.framed for e in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
