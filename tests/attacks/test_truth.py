@@ -193,3 +193,37 @@ def test_a_value_that_autograd_cuts_off_is_no_departure() -> None:
     assert findings == []
     assert link.held == len(checks(run)) >= 5
     assert run.net[3].calls == 16  # type: ignore[index, union-attr]
+
+
+def test_weights_written_between_steps_and_kept_are_blind_and_those_put_back_are_found() -> None:
+    """Slow weights copied over the fast ones are the weights that the loss is of; poison for one forward is not."""
+    slow: list[torch.Tensor] = []
+
+    def lookahead(run: Run) -> None:
+        weights = [p.data for p in run.net.parameters()]
+        slow.extend(w.clone() for w in weights[len(slow) :])
+        if run.step % 4 == 1:
+            for kept, fast in zip(slow, weights, strict=True):
+                fast.copy_(kept.lerp_(fast, 0.5))
+
+    run = train(16, after_step=lookahead, truth_every=1)
+    findings, link = judge(Truth, run.records)[0], judge(Truth, run.records)[1]["truth"]
+    assert (findings, link.broken) == ([], 0)
+    assert link.held >= 3
+    assert any("written to before it was used" in r.body.get("truth", {}).get("blind", "") for r in run.records)
+
+    kept: list[torch.Tensor] = []
+
+    def poison(run: Run) -> None:
+        kept[:] = [p.detach().clone() for p in run.net.parameters()]
+        for p in run.net.parameters():
+            p.data.copy_(p.detach() * 1.5)
+
+    def back(run: Run) -> None:
+        for p, old in zip(run.net.parameters(), kept, strict=False):
+            p.data.copy_(old)
+
+    run = train(16, after_step=poison, after_backward=back, truth_every=1)
+    findings, _ = judged(run)
+    assert {f.outcome for f in findings} <= {"violated", "suspicious"}
+    assert findings

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 import textwrap
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -125,6 +127,31 @@ def all_reduced(
             sum(w * g[name][i] for w, g in zip(part, locals_, strict=True)) for i in range(len(locals_[0][name]))
         ]
     return [reduced(rank, len(locals_), index, local, used, **said(rank)) for rank, local in enumerate(locals_)]
+
+
+def between(world: int, index: int, olds: Sequence[Gradients], news: Sequence[Gradients]) -> list[Evidence]:
+    """Link *weights* of all ranks for the interval before step `index`: sampled weights before and after it."""
+    return [between_of(rank, world, index, olds[rank], news[rank]) for rank in range(len(olds))]
+
+
+def between_of(rank: int, world: int, index: int, old: Gradients, new: Gradients) -> Evidence:
+    """The same of one rank."""
+    was, now = _digest(old), _digest(new)
+    value: dict[str, Any] = {"before": now, "expected": was, "held": was == now}
+    value["ranks"] = {"world": world, "was": was, "now": now}
+    changed = []
+    for name in old:
+        if old[name] != new[name]:
+            differ = sum(a != b for a, b in zip(old[name], new[name], strict=True))
+            entry = {"name": name, "what": "weight", "differ": differ, "of": len(old[name]), "at": [0, 1, 8]}
+            changed.append(entry | {"old": _blob(old[name]), "new": _blob(new[name])})
+    if changed:
+        value["changed"], value["changed_tensors"] = changed, len(changed)
+    return frame(rank, index, weights=value)
+
+
+def _digest(values: Gradients) -> str:
+    return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
 
 def _blob(values: Sequence[float]) -> dict[str, str]:

@@ -90,6 +90,11 @@ class Ranks:
         member = self.members.get(evidence.process)
         return (member.ppid, member.attempt) if member is not None else (None, 0)
 
+    def beginners(self, evidence: Evidence) -> set[int]:
+        """Ranks whose processes were started as often as the process of this record, as they said."""
+        restarts = self.restarts(evidence)[1]
+        return {m.rank for m in self.members.values() if m.rank is not None and m.attempt == restarts}
+
     def torch_hook(self, *names: str) -> bool:
         """Whether ranks use one of these communication hooks of torch itself (by its module's last part)."""
         return any(

@@ -78,7 +78,7 @@ def reduce_of(locals_: list[list[Values]], reduced: list[Values]) -> Reduction:
     equal = _quotient(mean, target)
     parts = [i for i, column in enumerate(columns) if any(column)]
     enough = len(target) >= 2 * len(parts) + SPARE_ELEMENTS and len(parts) <= RANKS_LIMIT
-    solved = _solve([columns[i] for i in parts], target) if enough else None
+    solved = solve([columns[i] for i in parts], target) if enough else None
     weights = [0.0] * count
     for w, i in zip(solved or [], parts, strict=False):
         weights[i] = w
@@ -178,7 +178,7 @@ def _normal(solved: list[float], parts: list[int], count: int) -> tuple[float, .
     return tuple(shares)
 
 
-def _solve(columns: list[Values], target: Values) -> list[float] | None:
+def solve(columns: list[Values], target: Values) -> list[float] | None:
     """Least squares by normal equations of scaled columns, in float64; None where the columns are nearly dependent."""
     sizes = [math.sqrt(math.fsum(v * v for v in column)) for column in columns]
     rows = [

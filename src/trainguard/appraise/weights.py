@@ -3,6 +3,13 @@
 Continuity: the sample taken after step t must be the sample found before step t + 1. A departure waits, for at most
 WAIT_STEPS checked steps, for the interval that runs under watch: if the line that writes is named, it is suspicious, or
 explained where the policy approves that line; if nothing is named, it is violated.
+
+Where there are other ranks, the interval is first compared with theirs (`_together`):
+
+    a weighted mean of what the ranks held (blend.py)            held: the script averages weights over ranks
+    all differed before and hold the same now, and no mean       blind: brought together by a rule of the script's own
+    the same in a job that averages otherwise                    a departure, as are all others
+    not all ranks looked at this interval                        blind if weights come apart here between averages
 """
 
 from __future__ import annotations
@@ -13,7 +20,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
+from trainguard.appraise.blend import blend_of
 from trainguard.appraise.interface import Context, finding_from
+from trainguard.appraise.ranks import Ranks
 from trainguard.appraise.steps import parse_blob
 from trainguard.errors import MalformedEvidence
 from trainguard.evidence import Evidence
@@ -21,9 +32,19 @@ from trainguard.finding import Finding, LinkState, Outcome
 
 WAIT_STEPS = 8
 FINDINGS_PER_KIND = 5
-CHANGED_LIMIT = 16
+CHANGED_LIMIT = 64
+WAITING_LIMIT = 256
+"""Intervals that wait for other ranks."""
+PATIENCE = 16
+"""Intervals to wait for ranks that nobody has seen on this host, where nothing says how many run here."""
+AVERAGES_KNOWN = 2
+"""Intervals explained by a mean, from which on this job's weights are brought together in no other way."""
 
 Key = tuple[int | None, int]
+Shared = tuple[int, int]
+"""Attempt, index of the optimizer."""
+Slot = tuple[str, str, str]
+"""Tensor, weight or state key, place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +79,41 @@ class _Open:
     waited: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Interval:
+    """What one rank saw between two steps, in a job of several."""
+
+    rank: int
+    was: str
+    """Digest of its sampled weights as the update left them."""
+    now: str
+    track: _Track
+    departure: _Open | None = None
+    """None: nothing changed."""
+    values: dict[Slot, tuple[list[float], list[float]]] = field(default_factory=dict)
+    """Before and after, of what changed."""
+    moved: str = ""
+    """By what sums over whole tensors moved."""
+    writers: tuple[str, ...] = ()
+    """Places that wrote in it, where it was under watch."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """What is known of one optimizer of all ranks of one attempt."""
+
+    waiting: dict[int, dict[int, _Interval]] = field(default_factory=dict)
+    """Index of the step after the interval → rank → what it saw."""
+    latest: dict[int, int] = field(default_factory=dict)
+    """Rank → index of its last record."""
+    averaged: int = 0
+    """Intervals that a weighted mean explained."""
+    apart: bool = False
+    """Ranks were seen to hold different weights."""
+    unsure: list[_Interval] = field(default_factory=list)
+    """Departures that the whole run may yet show to be averages: only sums over whole tensors moved, on all alike."""
+
+
 @dataclass(slots=True)
 class _Track:
     after: str | None = None
@@ -81,12 +137,16 @@ class Weights:
         self._blind: Counter[str] = Counter()
         self._explained: set[str] = set()
         self._given: Counter[tuple[int | None, str]] = Counter()
+        self._ranks = Ranks()
+        self._jobs: dict[Shared, _Job] = {}
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         """Compare one checked interval."""
         value = evidence.body.get(self.name)
+        self._ranks.see(evidence)
         if evidence.kind != "step":
             return
+        self._hosts(evidence)
         opt = evidence.body.get("opt")
         track = self._tracks.setdefault((evidence.process, opt if isinstance(opt, int) else -1), _Track())
         if value is not None:
@@ -100,6 +160,11 @@ class Weights:
 
     def end(self) -> Iterator[Finding | LinkState]:
         """Departures whose writer nobody named, and the balance."""
+        for job in self._jobs.values():
+            for index in sorted(job.waiting):
+                self._close(job, index)
+            for interval in job.unsure:
+                self._decide(job, interval)
         for track in self._tracks.values():
             for each in track.open:
                 yield from self._violated(each)
@@ -132,6 +197,7 @@ class Weights:
     def _compare(self, evidence: Evidence, value: dict[str, object], track: _Track) -> Iterator[Finding]:
         before, expected = value.get("before"), value.get("expected")
         index = evidence.body.get("index")
+        ranks = value.get("ranks")
         if not isinstance(before, str) or not isinstance(expected, str):
             raise MalformedEvidence("weights: digests are no strings")
         follows = track.index is not None and isinstance(index, int) and index == track.index + 1
@@ -143,9 +209,12 @@ class Weights:
         whole = _whole(value.get("whole"))
         if before == expected and not whole:
             self._held += 1
+            if ranks is not None:
+                self._together(evidence, _object(ranks), track)
             return
         self._broken += 1
-        changes = [_change(each) for each in _list(value.get("changed"))[:CHANGED_LIMIT]]
+        listed = _list(value.get("changed"))[:CHANGED_LIMIT]
+        changes = [_change(each) for each in listed]
         if not changes:
             text = "the sum over the whole tensor is another; none of the sampled elements is"
             changes = [Change(name, "weight", 0, 0, text) for name in whole]
@@ -155,15 +224,120 @@ class Weights:
             yield from self._place(evidence, ["Optimizer.load_state_dict"], text, changes)
             return
         bit = len(changes) == 1 and len(whole) <= 1 and (changes[0].bit or _one_bit_moved(value.get("whole")))
-        track.open.append(_Open(evidence, changes, total if isinstance(total, int) else len(changes), bit))
+        departure = _Open(evidence, changes, total if isinstance(total, int) else len(changes), bit)
+        if ranks is None:
+            track.open.append(departure)
+        else:
+            moved = str(_object(value.get("whole") or {}).get("by"))[:400]
+            writers = tuple(place for place, _ in _writers(value))
+            self._together(evidence, _object(ranks), track, departure, _values(listed), moved, writers)
+
+    # -- other ranks ------------------------------------------------------------------------------------------
+
+    def _together(
+        self,
+        evidence: Evidence,
+        ranks: dict[str, object],
+        track: _Track,
+        departure: _Open | None = None,
+        values: dict[Slot, tuple[list[float], list[float]]] | None = None,
+        moved: str = "",
+        writers: tuple[str, ...] = (),
+    ) -> None:
+        """Keep an interval until every rank has reported it, or went past it."""
+        world, was, now = ranks.get("world"), ranks.get("was"), ranks.get("now")
+        index, opt, rank = evidence.body.get("index"), evidence.body.get("opt"), self._ranks.rank(evidence)
+        if not isinstance(world, int) or not isinstance(was, str) or not isinstance(now, str):
+            raise MalformedEvidence("weights: ranks: expected world and two digests")
+        if not isinstance(index, int) or not isinstance(opt, int) or rank is None:
+            if departure is not None:
+                track.open.append(departure)
+            return
+        job = self._jobs.setdefault((self._ranks.attempt(evidence), opt), _Job())
+        interval = _Interval(rank, was[:64], now[:64], track, departure, values or {}, moved, writers)
+        job.waiting.setdefault(index, {})[rank] = interval
+        job.latest[rank] = index
+        for each in sorted(job.waiting):
+            seen = job.waiting[each]
+            if len(seen) >= world or self._passed(job, each, world, evidence):
+                self._close(job, each, whole=len(seen) >= world)
+        while len(job.waiting) > WAITING_LIMIT:
+            self._close(job, min(job.waiting))
+
+    def _passed(self, job: _Job, index: int, world: int, evidence: Evidence) -> bool:
+        """Whether every rank of this host has gone past that step without looking at the interval before it."""
+        here = self._ranks.members.get(evidence.process)
+        local = here.local_world if here is not None and here.local_world else world
+        known = self._ranks.beginners(evidence) | set(job.latest)
+        if len(known) < min(local, world) and len(job.waiting) <= PATIENCE:
+            return False
+        return all(job.latest.get(rank, 0) > index for rank in known)
+
+    def _close(self, job: _Job, index: int, *, whole: bool = False) -> None:
+        """Decide on one interval of the ranks that reported it; whole: all of them did."""
+        seen = job.waiting.pop(index)
+        intervals = [seen[rank] for rank in sorted(seen)]
+        job.apart = job.apart or len({each.was for each in intervals}) > 1
+        departed = [each for each in intervals if each.departure is not None]
+        if not departed:
+            return
+        if whole and _blended(intervals):
+            job.averaged += 1
+            self._settle(departed, None)
+            return
+        alike = len(intervals) > 1 and len({each.now for each in intervals}) == 1
+        if alike and len({each.was for each in intervals}) > 1 and not (whole and job.averaged >= AVERAGES_KNOWN):
+            self._settle(
+                departed, "ranks held different weights, and between two steps the same: not by a mean of them"
+            )
+            job.apart = True
+            return
+        if alike and not any(each.values for each in departed) and len({each.moved for each in departed}) == 1:
+            job.unsure += departed
+            return
+        for each in departed:
+            if whole:
+                each.track.open.append(each.departure)  # type: ignore[arg-type]  # none are left out above
+            else:
+                self._decide(job, each)
+
+    def _decide(self, job: _Job, interval: _Interval) -> None:
+        """A change that other ranks did not look at: nothing to say of it where weights are averaged now and then."""
+        if job.averaged or job.apart:
+            self._settle(
+                [interval], "weights changed between two steps, in a job whose ranks come apart between averages"
+            )
+        elif interval.departure is not None:
+            interval.track.open.append(interval.departure)
+
+    def _settle(self, departed: list[_Interval], blind: str | None) -> None:
+        """Take back that these intervals are broken: they are held, or blind with a reason."""
+        self._broken -= len(departed)
+        for each in departed:
+            for place in each.writers:  # they wrote a mean, so they are not who wrote something else
+                each.track.writers.pop(place, None)
+        if blind is None:
+            self._held += len(departed)
+        else:
+            self._blind[blind] += len(departed)
+
+    def _hosts(self, evidence: Evidence) -> None:
+        """Do ranks of other hosts hold other weights than this one held at the same round?"""
+        value, opt = evidence.body.get("replicas"), evidence.body.get("opt")
+        hosts = value.get("hosts") if isinstance(value, dict) else None
+        seen = hosts.get("seen") if isinstance(hosts, dict) else None
+        if not isinstance(seen, dict) or not isinstance(opt, int):
+            return
+        rounds: dict[str, set[str]] = {}
+        for key, text in list(seen.items())[:64]:
+            where, _, _ = str(key).rpartition(".")
+            rounds.setdefault(where, set()).add(_held_weights(text))
+        if any(len(held) > 1 for held in rounds.values()):
+            self._jobs.setdefault((self._ranks.attempt(evidence), opt), _Job()).apart = True
 
     def _learn(self, value: dict[str, object], track: _Track) -> None:
-        for each in _list(value.get("writers"))[:32]:
-            entry = _object(each)
-            stack = [line for line in _list(entry.get("stack")) if isinstance(line, str)]
-            place = _place(stack)
-            if place is not None:
-                track.writers.setdefault(place, f"{str(entry.get('op'))[:80]} on {str(entry.get('name'))[:200]}")
+        for place, words in _writers(value):
+            track.writers.setdefault(place, words)
 
     def _attribute(self, track: _Track) -> Iterator[Finding]:
         waiting, track.open = track.open, []
@@ -232,6 +406,53 @@ class Weights:
             tensor=tensor,
             path=path,
         )
+
+
+def _blended(intervals: list[_Interval]) -> bool:
+    """Whether all ranks now hold a weighted mean of what they held, or what one of them held."""
+    departed = [each for each in intervals if each.departure is not None]
+    held = [each for each in intervals if each.departure is None]
+    if held:
+        given = {each.now for each in held}
+        return all(each.now in given and each.was != each.now for each in departed)
+    slots = list(departed[0].values)
+    if not slots or any(list(each.values) != slots for each in departed):
+        return False
+    sizes = {tuple(len(side) for slot in slots for side in each.values[slot]) for each in departed}
+    if len(sizes) != 1:
+        return False
+    olds = [[v for slot in slots for v in each.values[slot][0]] for each in departed]
+    news = [[v for slot in slots for v in each.values[slot][1]] for each in departed]
+    return len(olds[0]) == len(news[0]) and blend_of(olds, news) is not None
+
+
+def _writers(value: dict[str, object]) -> Iterator[tuple[str, str]]:
+    """Place and operation of every write that was seen in an interval under watch."""
+    for each in _list(value.get("writers"))[:32]:
+        entry = _object(each)
+        place = _place([line for line in _list(entry.get("stack")) if isinstance(line, str)])
+        if place is not None:
+            yield place, f"{str(entry.get('op'))[:80]} on {str(entry.get('name'))[:200]}"
+
+
+def _values(listed: list[object]) -> dict[Slot, tuple[list[float], list[float]]]:
+    """The values of what changed, before and after, by where they are."""
+    out = {}
+    for value in listed:
+        entry = _object(value)
+        if "old" in entry:
+            slot = (str(entry.get("name"))[:512], str(entry.get("what"))[:80], str(entry.get("at"))[:80])
+            out[slot] = (parse_blob(entry["old"]), parse_blob(entry.get("new")))
+    return out
+
+
+def _held_weights(text: object) -> str:
+    """Checksum of the weights in what a rank left in the job's store; empty where it is none."""
+    try:
+        value = msgspec.json.decode(text[:4096]) if isinstance(text, str) else None
+    except (msgspec.DecodeError, RecursionError):
+        return ""
+    return str(value.get("weights"))[:64] if isinstance(value, dict) else ""
 
 
 def _words(each: _Open) -> str:

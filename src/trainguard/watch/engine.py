@@ -309,6 +309,13 @@ class Step:
         self.depth = 0
         """Steps of the same optimizer that began inside this one and have not ended."""
 
+    def world(self) -> int:
+        """Ranks of the job, as torch.distributed says; 1 without it."""
+        distributed = getattr(self.torch, "distributed", None)
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            return 1
+        return int(distributed.get_world_size())
+
 
 class Engine:
     """Holds the links of one process. Nested steps (SAM, closures) count as their own."""

@@ -508,6 +508,17 @@ class Replay:
         held = self.tape.constants
         return {id(held[s].tensor): s for s in used if s in held and held[s].tensor.requires_grad}
 
+    def overwritten(self) -> Dict[int, Any]:
+        """Slot that an operator wrote to as a whole → the weight (a tensor) whose memory that was."""
+        family = self.tape.family
+        held = {
+            family(slot): constant.tensor
+            for slot, constant in self.tape.constants.items()
+            if constant.tensor.requires_grad and constant.tensor.is_leaf
+        }
+        pairs = ((slot, held.get(family(slot))) for node in self.nodes for slot in node.targets)
+        return {slot: weight for slot, weight in pairs if weight is not None}
+
     def run(self, shifts: Optional[Dict[int, Any]] = None) -> float:
         """The sum over roots, each times its seed, with `shifts` (slot → what to add) to the weights."""
         torch = self.torch

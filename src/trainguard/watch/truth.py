@@ -69,6 +69,10 @@ MEMORY_SHARE = 0.25
 BYTES_PER_ELEMENT = 40
 
 
+SAME = 1e-5
+"""Relative to the largest element: a weight that was written to is what it was when it was used."""
+
+
 class _Leaf:
     """What backward did to one parameter in the interval."""
 
@@ -362,7 +366,11 @@ class _Comparison:
         if replay.stale is not None:
             return {"blind": replay.stale}
         watch.losses.want(replay)
+        overwritten = replay.overwritten()
+        replay.wanted.update(dict.fromkeys(overwritten))
         base = replay.run()
+        if any(_stays(weight, replay.wanted.get(slot)) for slot, weight in overwritten.items()):
+            return {"blind": "a weight was written to before it was used"}
         if not self.slots:
             return self._losses_only(base)
         seen = sum(_seen(self.torch, root) for root in self.roots)
@@ -488,6 +496,17 @@ class _Comparison:
 
 def _agree(expected: float, plus: float, minus: float, count: int, rough: float) -> bool:
     return abs((plus + minus) / 2 - expected) <= rough * math.sqrt(count)
+
+
+def _stays(weight: Any, used: Any) -> bool:
+    """Whether a weight still is what was written to it on tape and then used: averages, slow weights, a rollback.
+
+    One that was put back meanwhile is not: the loss was then not that of the weights that the optimizer holds.
+    """
+    if used is None or used.shape != weight.shape:
+        return False
+    apart = (weight.detach().to(used.dtype) - used).abs().max()
+    return bool(apart <= SAME * used.abs().max())
 
 
 def _seen(torch: Any, root: Any) -> float:

@@ -12,8 +12,12 @@ Value of the link (spec/evidence.md "weights"):
     {"whole": {"tensors": n, "changed": [names, at most 8], "by": [what their sums moved by, decimal]}}
                                                                               in checked steps, tensors on the CPU
     {"writers": [{"op", "name", "stack": ["file:line:function", …]}]}         after an interval that was watched for
+    {"ranks": {"world", "was", "now": digests of the sampled weights alone}}  in checked steps, of several ranks
     {"off": reason}                                                           where the relation cannot hold
     {"replaced": true}       the optimizer's state was replaced as a whole (load_state_dict); weights are compared
+
+Where there are other ranks, all of them look at the same places, whatever each one's budget: a script that averages
+weights over ranks between steps changes them by no more than the ranks' own values, and that can be recomputed.
 
 A sample cannot see one element of a large tensor. So the bytes of whole tensors are summed as well, before and after
 the same intervals: WHOLE_ELEMENTS at a time, in turns, which is all of them for a small model.
@@ -44,7 +48,11 @@ VALUES_TARGET = 1024
 ROUNDS = 32
 """Samples taken at the same places before new places are drawn (making views costs more than reading them)."""
 ARM_LIMIT = 4
+EPOCH_STEPS = 128
+"""Steps for which ranks look at the same places."""
 CHANGED_LIMIT = 8
+CHANGED_LIMIT_RANKS = 64
+"""The same where there are other ranks, whose values explain a change only if they are known."""
 WHOLE_ELEMENTS = 1 << 17
 """Elements summed whole per interval: about 25 microseconds; larger tensors take turns with themselves."""
 WHOLE_PIECES = 32
@@ -61,6 +69,8 @@ class _Snapshot:
         self.chosen = chosen
         self.state = optimizer.state
         self.rounds = 0
+        self.epoch = 0
+        """Where there are other ranks: number of the stretch of steps that these places were drawn for."""
         self.kind = ""
         self.data = b""
         self.digest = ""
@@ -166,11 +176,14 @@ class Weights:
 
     def _take(self, step: Step, memory: Dict[str, Any], value: Dict[str, Any]) -> None:
         snapshot: Optional[_Snapshot] = memory.get("snapshot")
-        if snapshot is None or snapshot.rounds >= ROUNDS or not _same(step, snapshot, memory):
-            chosen = _choose(step)
+        alone = step.world() < 2
+        turn = 0 if alone else step.index // EPOCH_STEPS + 1
+        if snapshot is None or _stale(snapshot, turn) or not _same(step, snapshot, memory):
+            chosen = _choose(step, step.index if alone else turn)
             if not chosen:
                 return
             snapshot = _Snapshot(step.torch, step.track, step.optimizer, chosen)
+            snapshot.epoch = turn
             memory["snapshot"] = snapshot
             memory["entries"] = step.track.signature
             memory["keys"] = _key_count(step)
@@ -194,8 +207,12 @@ class Weights:
         if replaced:
             value["replaced"] = True
             step.track.memory[self.name]["snapshot"] = None
+        world = step.world()
+        if world > 1:
+            value["ranks"] = _for_ranks(world, snapshot, kind, data)
         if not value["held"]:
-            value["changed"], value["changed_tensors"] = _changes(step.torch, snapshot, kind, data)
+            limit = CHANGED_LIMIT if world < 2 else CHANGED_LIMIT_RANKS
+            value["changed"], value["changed_tensors"] = _changes(step.torch, snapshot, kind, data, limit)
 
     def _arm(self, step: Step, memory: Dict[str, Any], value: Dict[str, Any]) -> None:
         if value.get("held") is False:
@@ -305,18 +322,23 @@ def _off(step: Step) -> Optional[str]:
     return None
 
 
-def _choose(step: Step) -> List[Tuple[Entry, sample.Place]]:
+def _stale(snapshot: _Snapshot, turn: int) -> bool:
+    """Whether new places are due: after ROUNDS samples, or where there are other ranks at a step told by the count."""
+    return snapshot.epoch != turn or (not turn and snapshot.rounds >= ROUNDS)
+
+
+def _choose(step: Step, turn: int) -> List[Tuple[Entry, sample.Place]]:
+    """Tensors and places by the key and the number `turn`."""
     pool = [entry for entry in step.track.entries if entry.reason is None]
     count = min(len(pool), TENSORS_LIMIT)
     if not count:
         return []
     draw = step.engine.governor.draw
     elements = max(8, min(64, VALUES_TARGET // count))
-    first = draw(b"window", step.opt, step.index) % len(pool)
+    first = draw(b"window", step.opt, turn) % len(pool)
     chosen = [pool[(first + turn) % len(pool)] for turn in range(count)]
     return [
-        (entry, sample.run(entry.numel, elements, draw(b"weight", step.opt, step.index, entry.position)))
-        for entry in chosen
+        (entry, sample.run(entry.numel, elements, draw(b"weight", step.opt, turn, entry.position))) for entry in chosen
     ]
 
 
@@ -334,8 +356,18 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def _changes(torch: Any, snapshot: _Snapshot, kind: str, data: bytes) -> Tuple[List[Dict[str, Any]], int]:
-    """Which slots differ, with old and new values of the first few."""
+def _for_ranks(world: int, snapshot: _Snapshot, kind: str, data: bytes) -> Dict[str, Any]:
+    """Digests of the sampled weights, without the optimizer's state: as the update left them, and now."""
+    weights = len(snapshot.chosen)
+    end = sum(size for _, size in snapshot.spans[:weights])
+    if kind != "raw":
+        end = sum(where[2] for _, where in snapshot.chosen) * (4 if kind == "<f" else 8)
+    now = _digest(data[:end])
+    return {"world": world, "was": now if data == snapshot.data else _digest(snapshot.data[:end]), "now": now}
+
+
+def _changes(torch: Any, snapshot: _Snapshot, kind: str, data: bytes, limit: int) -> Tuple[List[Dict[str, Any]], int]:
+    """Which slots differ, with old and new values of the first `limit`."""
     out: List[Dict[str, Any]] = []
     total = position = 0
     if kind != snapshot.kind or len(data) != len(snapshot.data):
@@ -348,7 +380,7 @@ def _changes(torch: Any, snapshot: _Snapshot, kind: str, data: bytes) -> Tuple[L
         if old == new:
             continue
         total += 1
-        if len(out) < CHANGED_LIMIT:
+        if len(out) < limit:
             differ = sum(old[i : i + size] != new[i : i + size] for i in range(0, len(old), size))
             change = {"name": entry.name, "what": what, "differ": differ, "of": where[2], "at": where}
             change["old"] = _blob(torch, kind, old, tensor.dtype)
