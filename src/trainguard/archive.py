@@ -265,15 +265,17 @@ class LogLeaves:
         self.segments: dict[str, list[SegmentLeaf]] = {}
         self.audits: dict[str, list[dict[str, Any]]] = {}
         """Run → bodies of its `audit/v1` statements, each with its leaf and the digest of its report."""
+        self.data: list[dict[str, Any]] = []
+        """Bodies of its `data/v1` statements in order, each with its leaf and the SHA-256 of its entry."""
         self.unreadable: list[int] = []
         """Leaves that are not statements of ours by our key; other kinds of entry may share the log."""
         for index, entry in enumerate(reader.entries(0, self.head.size)):
             try:
-                self._take(index, verify_statement(entry, [key], where=f"leaf {index}"))
+                self._take(index, verify_statement(entry, [key], where=f"leaf {index}"), entry)
             except VerificationError:
                 self.unreadable.append(index)
 
-    def _take(self, index: int, value: dict[str, Any]) -> None:
+    def _take(self, index: int, value: dict[str, Any], entry: bytes) -> None:
         kind = str(value["predicateType"]).removeprefix(PREDICATE_BASE)
         body = value["predicate"]
         if kind == "run/v1" and isinstance(body.get("run"), str):
@@ -281,6 +283,8 @@ class LogLeaves:
         elif kind == "audit/v1" and isinstance(body.get("run"), str):
             report = value["subject"][0]["digest"]["sha256"]
             self.audits.setdefault(body["run"], []).append({**body, "leaf": index, "report": report})
+        elif kind == "data/v1":
+            self.data.append({**body, "leaf": index, "entry": sha256_hex(entry)})
         elif kind == "segment/v1":
             try:
                 fields = {**body, "leaf": index, "sha256": value["subject"][0]["digest"]["sha256"]}

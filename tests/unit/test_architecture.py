@@ -8,7 +8,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "trainguard"
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if "boot" not in p.parts)
-JUDGES = {"appraise", "incident", "cases", "render", "server"}
+JUDGES = {"appraise", "incident", "cases", "sources", "render", "server"}
 WATCHERS = {"measure", "watch", "integrations"}
 OUTER = ("supervisor", "processes", "outputs", "outside", "text", "stalls", "node")
 INSIDE = {p.stem for p in (SOURCE / "watch").glob("*.py") if p.stem not in OUTER}

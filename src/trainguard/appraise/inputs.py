@@ -77,6 +77,8 @@ class Inputs:
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _file(self, evidence: Evidence, path: str, line: dict[str, Any]) -> Iterator[Finding]:
+        if line.get("mode") == "alias":
+            return  # another name of a file; where it is read, it speaks for itself
         if line.get("mode") == "w":
             if len(self._outputs) < PATHS_LIMIT:
                 self._outputs.add(path)

@@ -288,6 +288,23 @@ class Order:
 # -- drawing an order again -----------------------------------------------------------------------------------------
 
 
+def drawn(body: dict[str, Any]) -> Iterator[Batch]:
+    """The batches of indices of the pass that a record of kind `loader` begins.
+
+    Raises Unknown or ValueError, at once or while it is drawn, where that order is not recomputed.
+    """
+    samplers = body.get("samplers")
+    if body.get("kind") == "iterable":
+        raise Unknown("an iterable dataset chooses its samples itself")
+    if not isinstance(samplers, dict):
+        raise Unknown("malformed record of a loader's beginning")
+    inner: dict[str, Any] = samplers["of"] if isinstance(samplers.get("of"), dict) else samplers
+    length = inner.get("length")
+    if inner.get("class") == DISTRIBUTED and _whole(length) and length > WHOLE_LIMIT:
+        raise Unknown("the order of a distributed sampler over so much data is not drawn again")
+    return _batches(samplers, body)
+
+
 def chained(chain: bytes, batch: Batch) -> bytes:
     """The chain over the indices of one more batch (spec/evidence.md, `order`)."""
     return hashlib.blake2b(chain + struct.pack(f"<{len(batch)}q", *batch), digest_size=8).digest()

@@ -184,6 +184,12 @@ class Origins:
         _, tree, below = self.area(path)
         return _digest(self._taken.get(tree, {}).get(below))
 
+    def measured_value(self, path: str) -> tuple[str, int] | None:
+        """SHA-256 and size in bytes that were measured for `path` before this attempt, or None."""
+        _, tree, below = self.area(path)
+        digest, _, size = self._taken.get(tree, {}).get(below, "").partition(" ")
+        return (digest, int(size)) if _digest(digest) is not None and size.isdigit() else None
+
     def standing(self, place: str) -> Standing:
         """What a path, or a `file:line`, is worth."""
         if place.startswith("<"):

@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "case": ("trainguard.cli.case", "Need-to-know rooms for those who look for a cause."),
     "damage": ("trainguard.cli.damage", "Device-hours and money lost, as ranges with their rows."),
     "lineage": ("trainguard.cli.lineage", "What was made from what; what is tainted, what is not affected."),
+    "data": ("trainguard.cli.data", "Sources of training data: register, withdraw, prove that one was not used."),
     "gate": ("trainguard.cli.gate", "May this model be released or served?"),
     "log": ("trainguard.cli.log", "The transparency log: head, show, prove, verify."),
     "demo": ("trainguard.cli.demo", "The whole story on a small model."),

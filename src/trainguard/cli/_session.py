@@ -175,6 +175,7 @@ class Session:
             "environment": settings_of(os.environ),
             "submitter": submitter(os.environ),
             "inputs": named_inputs(self._command, Path.cwd()),
+            "stdin": _standard_input(),
         }
 
     def _measure(self, recorder: _Observed, lock: str | None, attempt: int = 0) -> None:
@@ -250,6 +251,14 @@ class Session:
             sealer.start()
             gate.start()
             return supervisor.run(self._command, os.environ, mask=mask)
+
+
+def _standard_input() -> str | None:
+    """The command's standard input as the kernel names it: a path, `pipe:[…]`, `socket:[…]`; None if it is closed."""
+    try:
+        return str(Path("/proc/self/fd/0").readlink())[:4096]
+    except OSError:
+        return None
 
 
 class _Restarts:

@@ -23,7 +23,7 @@ import threading
 import time
 from typing import Any, Dict, List, Optional, Set, Tuple
 
-from . import audit, code, saves
+from . import audit, code, datasets, saves
 from .client import Client
 
 HASH_LIMIT_BYTES = 64 << 20
@@ -46,6 +46,9 @@ SCAN_EVERY = 200
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 IGNORED = ("/proc/", "/sys/", "/dev/")
+MEMORY = "/dev/shm/"  # noqa: S108
+"""Ordinary files can lie there too. What is only mapped from it (shared tensors) is not told."""
+DETOURS = ("/fd/", "/cwd/", "/root/", "/stdin")
 Identity = Tuple[int, int, int, int, int]
 
 
@@ -102,26 +105,58 @@ class Inputs:
         path, mode, flags = args[0], args[1], args[2]
         if isinstance(path, bytes):
             path = os.fsdecode(path)
-        if not isinstance(path, str) or path.startswith(self._ignored):
+        if not isinstance(path, str):
+            return
+        if path.startswith(("/proc/", "/dev/")) and any(name in path for name in DETOURS):
+            path = os.path.realpath(path)  # another name of a file that has one
+        if self._is_ignored(path):
             return
         path = os.path.abspath(path)
-        if path.startswith(self._ignored) or path.endswith(".pyc") or self._is_code(path):
+        if self._is_ignored(path) or path.endswith(".pyc") or self._is_code(path):
             return
         if flags & WRITING or (isinstance(mode, str) and set(mode) & set("wax+")):
             self.wrote(path)
         else:
             self.reads(path)
 
+    def _is_ignored(self, path: str) -> bool:
+        """Whether opening `path` is not told: the system's own, and what other links speak of."""
+        return path.startswith(self._ignored) and not path.startswith(MEMORY)
+
     def _is_code(self, path: str) -> bool:
         """Whether link *code* speaks for this file: the main script, and what the source loader read."""
         state = code.current()
         return state is not None and (path == state.main or path in state.known)
 
-    def on_rename(self, args: Tuple[Any, ...]) -> None:
-        """Audit events `os.rename`, `os.link`, `os.symlink`: (source, target, …): the target is our doing."""
-        target = args[1]
-        if isinstance(target, (str, bytes)):
-            self.wrote(os.path.abspath(os.fsdecode(target)))
+    def on_rename(self, args: Tuple[Any, ...], how: str = "rename") -> None:
+        """Audit events `os.rename`, `os.link`, `os.symlink`: (source, target, …): the target is our doing.
+
+        how: rename, link or symlink. A link's source stays, so reading by the new name is told like any other.
+        """
+        source, target = args[0], args[1]
+        if not isinstance(source, (str, bytes)) or not isinstance(target, (str, bytes)):
+            return
+        target = os.path.abspath(os.fsdecode(target))
+        base = os.path.dirname(target) if how == "symlink" else os.getcwd()
+        foreign = self.alias(os.path.normpath(os.path.join(base, os.fsdecode(source))), target)
+        self.wrote(target)
+        if foreign and how != "rename":
+            self.files[target].settled = True
+            self.unsettled.discard(target)
+
+    def alias(self, source: str, target: str) -> bool:
+        """Whether a file that this process did not write is about to get another name; its content is told."""
+        known = self.files.get(source)
+        if (known is not None and known.own) or self._is_ignored(os.path.realpath(source)):
+            return False
+        identity, status = _identity(source)
+        if identity is None or status is None or not stat.S_ISREG(status.st_mode):
+            return False
+        line: Dict[str, Any] = {"path": target, "mode": "alias", "of": source, "place": self.place()[0]}
+        line["sha256"] = self._hash(source, status.st_size)
+        line.update(size=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
+        self.report(line)
+        return True
 
     def outside(self, way: str, what: str) -> None:
         """Report another way in: the first, and then every doubling, for each place."""
@@ -153,7 +188,7 @@ class Inputs:
             return
         file = self.files.get(path)
         if file is None:
-            if len(self.files) >= FILES_LIMIT * 4 or os.path.realpath(path).startswith(self._ignored):
+            if len(self.files) >= FILES_LIMIT * 4 or self._is_ignored(os.path.realpath(path)):
                 self._skipped += 1
                 return
             file = self.files[path] = File()
@@ -208,6 +243,9 @@ class Inputs:
             line["polled"] = sorted(file.steps)
         if file.own:
             line["own"] = True
+        data = datasets.opener(sys._getframe(1), self._libraries)
+        if data is not None:
+            line["data"] = data
         if not stat.S_ISREG(status.st_mode):
             line["type"] = stat.S_IFMT(status.st_mode)
         self.report(line)
@@ -397,8 +435,9 @@ def install(client: Client) -> None:
     loaded = code.current()
     if loaded is not None:
         loaded.first = state.flush
-    for event in ("os.rename", "os.link", "os.symlink"):
-        audit.on(event, state.on_rename)
+    audit.on("os.rename", state.on_rename)
+    audit.on("os.link", lambda args: state.on_rename(args, "link"))
+    audit.on("os.symlink", lambda args: state.on_rename(args, "symlink"))
     audit.on("os.truncate", lambda args: state.wrote(_absolute(args[0])))
     audit.on("socket.connect", lambda args: _connected(state, args[1]))
     audit.on("cpython.remote_debugger_script", lambda args: state.outside("remote script", str(args[0])))

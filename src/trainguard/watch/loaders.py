@@ -26,7 +26,7 @@ import time
 import weakref
 from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
-from . import origin, rng
+from . import datasets, origin, rng
 from .client import Client
 
 INDICES_LIMIT = 4096
@@ -121,6 +121,8 @@ class Observer:
         """id of an index sampler → weak reference to it, [number of the loader, passes so far]."""
         self.loaders = 0
         self.passes = 0
+        self.layouts: Dict[int, Any] = {}
+        """Number of a loader → how its data sets are put together, as told last."""
         self.moved: Dict[int, Pass] = {}
         """Passes that delivered a batch since the last step, by id."""
         self.sums: List[List[Any]] = []
@@ -160,6 +162,10 @@ class Observer:
             body["dataset"] = name_of(held.get("_dataset"))
             body["collate"] = list(origin.of(held.get("_collate_fn")))
         body.update(made)
+        if "data" in body and self.layouts.get(loader) == body["data"]:
+            del body["data"]  # told with an earlier pass of this loader
+        elif "data" in body and len(self.layouts) < LOADERS_LIMIT:
+            self.layouts[loader] = body["data"]
         if threading.current_thread() is threading.main_thread():
             words, position = rng.torch_words(sys.modules["torch"].default_generator)
             body["state"] = rng.digest_of(words, position)
@@ -601,6 +607,10 @@ def _put_iterator(observer: Observer, instance: Any, value: Any, frame: Any) -> 
     loader = frame.f_locals.get("loader")
     if frame.f_code.co_name == "__init__":
         made["own"] = getattr(loader, "generator", None) is not None
+        # Before workers are forked off: what they open is then told under the same numbers.
+        layout = datasets.layout(instance.__dict__.get("_dataset"))
+        if layout is not None:
+            made["data"] = layout
         if threading.current_thread() is threading.main_thread():
             made["made"] = rng.digest_of(*rng.torch_words(sys.modules["torch"].default_generator))
     before = instance.__dict__.get("_sampler_iter")
