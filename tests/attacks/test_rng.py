@@ -11,6 +11,7 @@ from tests.helpers.loading import fit
 from tests.helpers.recorded import judge
 from tests.helpers.training import Run, looks_fine, train
 
+from trainguard.appraise import walks
 from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.rng import Rng
@@ -181,6 +182,33 @@ def test_many_numbers_drawn_between_two_steps_are_no_departure() -> None:
     findings, states = judge(Rng, train(30, after_step=draw).records)
     assert findings == []
     assert states["rng"].state == "held"
+
+
+def heavy(run: Run) -> None:
+    """More numbers in every step than the judge of the next tests will walk."""
+    torch.rand(5_000)
+
+
+def test_a_training_that_always_draws_more_than_a_judge_walks_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout on the CPU draws two numbers an element: millions in every step. The link says that it was not walked."""
+    monkeypatch.setattr(walks, "MOST_BLOCKS", 4)
+    monkeypatch.setattr(walks, "LEAST_BLOCKS", 4)
+    findings, states = judge(Rng, train(20, after_step=heavy).records)
+    assert findings == []
+    assert any("more between two steps than a judge walks" in reason for reason in states["rng.numpy"].blind)
+
+
+def test_one_long_draw_of_a_training_that_draws_much_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation with noise, four times as long as a step: too near to what is usual to be called a departure."""
+    monkeypatch.setattr(walks, "MOST_BLOCKS", 30)
+
+    def draw(run: Run) -> None:
+        heavy(run)
+        if run.step == 12:
+            torch.rand(25_000)
+
+    findings, _ = judge(Rng, train(20, after_step=draw).records)
+    assert findings == []
 
 
 def test_a_base_seed_that_torch_did_not_draw_is_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:

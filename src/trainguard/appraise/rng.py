@@ -43,6 +43,8 @@ class _Departure:
     at_epoch: bool = False
     """A loader began an epoch since the step before."""
     outcome: Outcome = "violated"
+    limit: int = 0
+    """Draws after which the walk to this state was given up, where nothing else speaks of the departure."""
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ class _Stream:
     departures: list[_Departure] = field(default_factory=list)
     jumped: bool = False
     """A state read between steps was not reached."""
+    limit: int = 0
+    """Draws after which the walk to it was given up."""
     at_epoch: bool = False
     """A loader began a pass since the step before."""
     epoch_began: bool = False
@@ -172,16 +176,21 @@ class Rng:
         made, began = body.get("made"), body.get("state")
         walk = stream.walks["torch"]
         if stream.steps and isinstance(made, str):
-            reading = self._read(stream, "torch", made, body.get("whole"))
-            stream.jumped = stream.jumped or reading.kind == "left"
+            reading = self._between(stream, made, body.get("whole"))
             drawn = walk.stream.copy() if walk.stream is not None and reading.kind != "left" else None
             if drawn is not None and isinstance(base, int) and body.get("own") is not True and drawn.seed() != base:
                 self._broken += 1
                 text = f"a loader's base seed, {base}, is not the next number of torch's stream"
                 yield from self._give(evidence, "suspicious", ("D1",), text)
         if stream.steps and isinstance(began, str):
-            reading = self._read(stream, "torch", began, body.get("block"))
-            stream.jumped = stream.jumped or reading.kind == "left"
+            self._between(stream, began, body.get("block"))
+
+    def _between(self, stream: _Stream, state: str, whole: object) -> Reading:
+        """A state of torch's generator that was read between two steps."""
+        reading = self._read(stream, "torch", state, whole)
+        if reading.kind == "left":
+            stream.jumped, stream.limit = True, reading.limit
+        return reading
 
     def _worker(self, evidence: Evidence) -> Iterator[Finding]:
         """A loader's worker says what it was seeded with."""
@@ -253,6 +262,7 @@ class Rng:
         beginning = evidence.body.get("index") == 1 or stream.steps == 1
         reading = self._read(stream, "torch", state, _whole(value, "torch"), beginning=beginning or seeding is not None)
         jumped, stream.jumped = stream.jumped or reading.kind in ("left", "seeded"), False
+        limit, stream.limit = reading.limit or stream.limit, 0
         known = stream.seen.get(state)
         if seeding is not None and (jumped or reading.kind != "reached"):
             stream.departures.append(seeding)
@@ -276,7 +286,7 @@ class Rng:
                 self._depart(evidence, stream, text, to=state)
             elif known is None and seeding is None and jumped and not beginning:
                 text = "torch's generator left its stream: this state is not reached by drawing from the one before"
-                self._depart(evidence, stream, text + _within(reading), to=state, outcome="suspicious")
+                self._depart(evidence, stream, text + _within(limit), to=state, outcome="suspicious", limit=limit)
         if len(stream.seen) < STATES_LIMIT:
             stream.seen.setdefault(state, evidence.step or 0)
         stream.last = state
@@ -290,6 +300,7 @@ class Rng:
         to: str,
         name: str = "torch",
         outcome: Outcome = "violated",
+        limit: int = 0,
     ) -> None:
         stream.departures.append(
             _Departure(
@@ -299,6 +310,7 @@ class Rng:
                 to=to,
                 at_epoch=stream.at_epoch if name == "torch" else stream.epoch_began,
                 outcome=outcome,
+                limit=limit,
             )
         )
 
@@ -337,7 +349,10 @@ class Rng:
                 how = f"was seeded again with {reading.seed}" if reading.kind == "seeded" else "left its stream"
                 text = f"{name}'s global generator {how}: its state is not reached by drawing from the one before"
                 to = str(reading.seed) if reading.kind == "seeded" else state
-                self._depart(evidence, stream, text + _within(reading), to=to, name=name, outcome="suspicious")
+                limit = reading.limit
+                self._depart(
+                    evidence, stream, text + _within(limit), to=to, name=name, outcome="suspicious", limit=limit
+                )
             if len(seen) < STATES_LIMIT:
                 seen.setdefault(state[:64], evidence.step or 0)
         if "numpy" in value or "python" in value:
@@ -351,6 +366,9 @@ class Rng:
         """Departures of a process, by generator and place: explained by approval or habit, or told."""
         by_place: dict[tuple[str, str | None], list[_Departure]] = {}
         for each in stream.departures:
+            if each.limit and not stream.walks[each.name].outlasts(each.limit):
+                self._unwalked[f"{each.name}'s stream may draw more between two steps than a judge walks"] += 1
+                continue
             by_place.setdefault((each.name, each.place), []).append(each)
         for (name, place), events in by_place.items():
             line, doubt = self._excuse(name, place, events)
@@ -415,8 +433,8 @@ def _regular(steps: list[int], *, slack: int) -> bool:
     return max(gaps) - min(gaps) <= slack
 
 
-def _within(reading: Reading) -> str:
-    return f" within {reading.limit:,} draws" if reading.limit else ""
+def _within(limit: int) -> str:
+    return f" within {limit:,} draws" if limit else ""
 
 
 def _whole(value: dict[str, object], name: str) -> object:

@@ -21,6 +21,8 @@ LEAST_BLOCKS = 4_000
 MOST_BLOCKS = 60_000
 USUAL_TIMES = 50
 """A walk may be this many times longer than the longest before it."""
+PROOF_TIMES = 10
+"""A walk that was given up says something only if it was this many times longer than this generator's usual ones."""
 ORIGIN_BLOCKS = 4_000
 """From a seed to the state at a beginning: weights are drawn in between."""
 GUESS_BLOCKS = 8
@@ -62,6 +64,16 @@ class Walk:
         self._from_seed = from_seed
         self.stream: Twister | None = None
         self.longest = 0
+        """Blocks of the longest walk that reached its end."""
+        self.reached = 0
+        """Walks that did."""
+
+    def outlasts(self, limit: int) -> bool:
+        """Whether `limit` draws are far more than this generator usually makes between two readings.
+
+        Ask when the run is over: a training whose every step draws more than a judge walks shows that only later.
+        """
+        return self.reached > 0 and limit >= PROOF_TIMES * self.longest * WORDS
 
     def read(
         self, text: str, whole: object, seeds: Iterable[int] = (), *, beginning: bool = False, guess: bool = False
@@ -82,6 +94,7 @@ class Walk:
             draws = self._reach(self.stream, digest, position, limit)
             if draws is not None:
                 self.longest = max(self.longest, draws // WORDS)
+                self.reached += 1
                 return Reading("reached", draws)
         if self._account.left <= 0:
             return Reading("exhausted")
@@ -97,7 +110,7 @@ class Walk:
         return Reading("left", limit=limit * WORDS)
 
     def _limit(self) -> int:
-        wanted = max(LEAST_BLOCKS, USUAL_TIMES * self.longest)
+        wanted = max(LEAST_BLOCKS, USUAL_TIMES * self.longest) if self.reached else MOST_BLOCKS
         return min(wanted, MOST_BLOCKS, max(self._account.left, 0))
 
     def _reach(self, stream: Twister, digest: str, position: int, blocks: int) -> int | None:
