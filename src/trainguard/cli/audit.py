@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +15,9 @@ from trainguard.cli._view import show
 from trainguard.cli.verdict import named_run
 from trainguard.errors import Misuse
 from trainguard.home import Home
+
+NAMES = ("local", "slurm", "ray", "kubernetes")
+"""As in replay.executors, which is imported when it is used."""
 
 
 class _Share(click.ParamType[float]):
@@ -38,8 +41,12 @@ class _Share(click.ParamType[float]):
 @click.option("--confidence", type=_Share(), help="Replay as many segments as give this chance, instead of --budget.")
 @click.option("--tampered", type=_Share(), default="0.05", show_default=True, help="Share of segments for that chance.")
 @click.option("--segments", help="Exactly these segments, by number: 0,3,7 or all.")
-@click.option("--env", "python", type=click.Path(), help="Python of another environment to replay with.")
-@click.option("--executor", type=click.Choice(["local"]), default="local", show_default=True, help="Where to replay.")
+@click.option(
+    "--env", "python", metavar="PYTHON", help="Python of another environment, `ssh HOST PYTHON`, or image:NAME."
+)
+@click.option("--executor", type=click.Choice(NAMES), default="local", show_default=True, help="Where to replay.")
+@click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Setting of the executor; several are fine.")
+@click.option("--worker", metavar="PYTHON", help="Python that has trainguard, where tasks are performed.")
 @click.option(
     "--limit", type=click.FloatRange(min=1), default=3600.0, show_default=True, help="Seconds for one replay."
 )
@@ -53,6 +60,8 @@ def command(
     segments: str | None,
     python: str | None,
     executor: str,
+    given: tuple[str, ...],
+    worker: str | None,
     limit: float,
     as_json: bool,
     quiet: bool,
@@ -73,6 +82,9 @@ def command(
         tampered=tampered,
         only=_segments(home, name, segments),
         python=_python(python),
+        executor=executor,
+        worker=tuple(shlex.split(worker)) if worker else (),
+        settings=tuple(_setting(word) for word in given),
         limit_seconds=limit,
     )
     report = audit(home, name, options, progress=(lambda _text: None) if quiet or as_json else warn)
@@ -96,14 +108,18 @@ def _segments(home: Home, run: str, text: str | None) -> tuple[int, ...] | None:
         raise Misuse(f"--segments: expected numbers such as 0,3,7 or all, found {text!r}") from error
 
 
+def _setting(word: str) -> tuple[str, str]:
+    name, sign, value = word.partition("=")
+    if not sign or not name:
+        raise Misuse(f"--set {word}: expected NAME=VALUE")
+    return name, value
+
+
 def _python(given: str | None) -> str | None:
-    """The interpreter as it is called: a virtual environment's link is not followed."""
-    if given is None:
-        return None
+    """An interpreter on this machine as it is called (a virtual environment's link is not followed), or words."""
+    if given is None or given.startswith("image:") or (len(given.split()) > 1 and not Path(given).exists()):
+        return given
     found = shutil.which(given)
     if found is None:
         raise Misuse(f"--env {given}: expected a Python interpreter, found no such program")
-    path = Path(found)
-    if not os.access(path, os.X_OK):
-        raise Misuse(f"--env {given}: not executable")
-    return str(path.absolute())
+    return str(Path(found).absolute())

@@ -14,10 +14,11 @@ Nothing here says violated because something could not be done: what is missing,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
-import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,16 +32,17 @@ from trainguard.envelope import load_or_create_key, sign_statement, statement
 from trainguard.errors import MalformedEvidence, Misuse, TrainguardError, Unavailable, VerificationError
 from trainguard.finding import Citation, Finding, Subject
 from trainguard.home import Home
-from trainguard.lockfile import parse_lock
+from trainguard.lockfile import Lock, parse_lock, parse_measurement
 from trainguard.log import Log
-from trainguard.policy import Policy
 from trainguard.replay import compare, plan, points
 from trainguard.replay.committed import Account, Committed, Point, committed
 from trainguard.replay.compare import Difference
+from trainguard.replay.environment import Refused, Rule, Wanted, wanted
+from trainguard.replay.executors import chosen
 from trainguard.replay.launch import alone, with_python
 from trainguard.replay.ranks import Odd, odd_ranks
-from trainguard.replay.rerun import Job, Rerun, rerun
-from trainguard.replay.sandbox import Sandbox
+from trainguard.replay.rerun import Rerun
+from trainguard.replay.tasks import Desk, Executor, NotPerformed, Task, settings
 
 PREDICATE = "audit/v1"
 SELFTEST_STEPS = 3
@@ -118,7 +120,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     tampered: float = 0.05
     only: tuple[int, ...] | None = None
     python: str | None = None
-    """Another interpreter to replay with; None takes the run's own."""
+    """Another interpreter to replay with, or words or an image that lead to one (environment.wanted); None takes the
+    run's own."""
+    executor: str = "local"
+    """Where (executors.NAMES)."""
+    worker: tuple[str, ...] = ()
+    """Words that start a Python with trainguard where tasks are performed; empty takes ours."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """What the executor is told, by its own names."""
     limit_seconds: float = 3600.0
     """Time for one replay."""
 
@@ -132,6 +141,10 @@ class Auditor:
         self._options = options
         self._progress = progress
         self._began = time.time_ns()
+        self._wanted = wanted(options.python)
+        self._executor = executor_of(options, self._wanted)
+        self._apart = bool(options.python is not None or options.executor != "local" or options.worker)
+        """Whether the environment has to be measured: it is, or may be, another one than the run's."""
 
     def run(self) -> Report:
         """Audit and log the outcome. Raises TrainguardError where it cannot even begin."""
@@ -139,7 +152,8 @@ class Auditor:
         self._command = self._words()
         folder, state = self._open(head)
         self._folder = folder
-        state["environment"] = self._kept("environment", self._environment)
+        self._desk = Desk(folder / "tasks", self._executor, self._home.store_blob)
+        self._held_against = self._rule() if self._apart else None
         drawn = plan.draw(
             self._committed,
             state["nonce"],
@@ -153,6 +167,7 @@ class Auditor:
             results = tuple(_not_replayed(drawn.segments[n], changed) for n in drawn.chosen)
             selftest: dict[str, Any] = {"passed": None, "reason": changed}
         else:
+            self._desk.expect([self._selftest_task(), *(self._first_task(group) for group in plan.neighbours(drawn))])
             selftest = self._kept("selftest", self._selftest)
             results = self._replay_all(drawn, selftest)
         report = self._report(drawn, state, selftest, results)
@@ -169,6 +184,7 @@ class Auditor:
             raise Misuse(f"run {self._run}: the log holds no statement of it")
         if reader.running:
             raise Misuse(f"run {self._run} is still going on; what is replayed is drawn after its end")
+        self._reader = reader
         found = committed(self._run, reader.records(), reader.begin)
         return {"size": leaves.head.size, "root": leaves.head.root.hex()}, found
 
@@ -178,7 +194,7 @@ class Auditor:
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
             raise MalformedEvidence(f"run {self._run}: its statement names no command")
         try:
-            words = with_python(words, self._options.python)
+            words = with_python(words, self._wanted.python)
         except Unavailable as error:
             raise Unavailable(f"run {self._run}: {error}") from error
         return alone(words) if len(self._committed.everyone) > 1 else words
@@ -212,33 +228,23 @@ class Auditor:
         write_durably(folder / "draw.json", canonical_json(state))
         return folder, state
 
-    def _environment(self) -> dict[str, Any]:
-        """Whether the replays run in an environment apart from the run's, measured now and as the lock approves."""
-        if self._options.python is None:
-            return {"apart": False, "approved": False, "reason": "the run's own environment"}
-        lock = self._committed.start.get("lock")
-        if not isinstance(lock, str):
-            return {
-                "apart": True,
-                "approved": False,
-                "reason": "the run has no lock to measure the environment against",
-            }
-        self._progress("measuring the environment to replay in")
-        from trainguard.appraise.environment import compare as differences
-        from trainguard.measure import measure
+    def _rule(self) -> Rule:
+        """What every environment that replays is held against."""
+        start = self._committed.start
+        lock = start.get("lock")
+        approved = parse_lock(self._home.blob(lock), where="lock") if isinstance(lock, str) else None
+        return Rule(approved, self._own_prefix(approved), start, self._home.blob)
 
-        try:
-            approved = parse_lock(self._home.blob(lock), where="lock")
-            measured = measure(
-                self._command, cwd=Path(str(self._committed.start.get("cwd"))), cache=self._home.cache,
-                against=approved.measurement, trust_cache=False,
-            )  # fmt: skip
-            found = list(differences(approved, measured, Policy()))
-        except TrainguardError as error:
-            return {"apart": True, "approved": False, "reason": f"it cannot be measured: {error}"}
-        bad = [finding for finding in found if finding.outcome != "suspicious"]
-        reason = f"{len(bad)} differences from the lock, first: {bad[0].message}"[:500] if bad else ""
-        return {"apart": True, "approved": not bad, "reason": reason, "measurement": measured.digest}
+    def _own_prefix(self, approved: Lock | None) -> str | None:
+        """Where the run's own environment lay: as measured when it began, else as in the lock."""
+        for record in self._reader.records():
+            if record.kind == "measurement" and record.source == "supervisor":
+                with contextlib.suppress(TrainguardError):
+                    found = parse_measurement(self._home.blob(str(record.body.get("blob"))), where="measurement")
+                    return found.interpreter.prefix if found.interpreter is not None else None
+            if record.kind == "step":
+                break
+        return approved.measurement.interpreter.prefix if approved and approved.measurement.interpreter else None
 
     def _changed(self) -> str | None:
         """Which file named in the command is not what it was when the run began, or None."""
@@ -279,7 +285,10 @@ class Auditor:
         """Replay the first steps with a fault planted on our side: it must be found, at that step."""
         until = min(SELFTEST_STEPS, self._committed.last)
         self._progress("self-test: a planted fault must be found")
-        found = self._rerun(until=until, plant=until)
+        try:
+            found = self._rerun(self._selftest_task())
+        except Refused as error:
+            return {"passed": None, "reason": str(error)}
         reason = _unfinished(found, until, self._ranks) or self._incomparable(found)
         if reason is not None:
             return {"passed": None, "reason": reason}
@@ -310,6 +319,8 @@ class Auditor:
         began = time.monotonic()
         try:
             results = self._warped(group)
+        except NotPerformed:
+            raise
         except Unavailable as error:
             results = [_not_replayed(segment, str(error)) for segment in group]
         seconds = round(time.monotonic() - began, 1)
@@ -326,7 +337,7 @@ class Auditor:
                 points.open_point(folders[rank], point)
         except TrainguardError as error:
             return self._from_start(group, str(error))
-        found = self._rerun(group, begin=sealed[0].step, points=folders)
+        found = self._rerun(self._task_of(group, points=sealed))
         reason = found.unsound or (None if found.landed else _unfinished(found, last, self._ranks) or "it never landed")
         reason = reason or _unfinished(found, last, self._ranks)
         if reason is not None:
@@ -341,7 +352,7 @@ class Auditor:
     def _from_start(self, group: Sequence[plan.Segment], why: str | None) -> list[Result]:
         """Replay from the first step: needs no sealed state and skips nothing, so it decides."""
         last = group[-1].last
-        found = self._rerun(group)
+        found = self._rerun(self._task_of(group))
         difference = self._compare(found, last)
         if difference is not None:
             return self._confirmed(group, difference, found)
@@ -362,7 +373,7 @@ class Auditor:
             changed = f"it reads {first.newer[0]}, which changed since the run began; step {difference.step} differs"
             return [_not_replayed(segment, changed) for segment in group]
         self._progress(f"step {difference.step}: {difference.what} differs; replaying again to be sure")
-        again = self._rerun(until=difference.step)
+        again = self._rerun(self._task_of(until=difference.step))
         reason = _unfinished(again, difference.step, self._ranks) or self._unsteady(first, again, difference.step)
         if reason is not None:
             return [_not_replayed(segment, reason) for segment in group]
@@ -438,7 +449,7 @@ class Auditor:
                 index = points.open_point(folder, point)
             except TrainguardError:
                 continue
-            odd = points.first_unequal(points.digests(folder, index), points.digests(clean, points.read_index(clean)))
+            odd = points.first_unequal(points.digests(folder, index), clean)
             if odd is not None:
                 return step, odd
         return None
@@ -450,52 +461,64 @@ class Auditor:
         )
         return [point for point in found if point is not None]
 
-    def _rerun(
+    def _selftest_task(self) -> Task:
+        until = min(SELFTEST_STEPS, self._committed.last)
+        return self._task_of(until=until, plant=until)
+
+    def _first_task(self, group: Sequence[plan.Segment]) -> Task:
+        """What a group is replayed by at first: from its sealed states where there are such."""
+        sealed = self._points(group[0])
+        return self._task_of(group, points=sealed if sealed and sealed[0].step >= SHORTEST_WARP else ())
+
+    def _task_of(
         self,
         group: Sequence[plan.Segment] = (),
         *,
         until: int = 0,
-        begin: int = 0,
-        points: Mapping[int, Path] | None = None,
+        points: Sequence[Point] = (),
         plant: int | None = None,
-    ) -> Rerun:
-        """One replay in a sandbox of its own: of a group, or until a step."""
+    ) -> Task:
+        """One replay: of a group, from the sealed states of all ranks or from the start; or until a step."""
         start = self._committed.start
-        root = self._folder / "sandbox"
-        shutil.rmtree(root, ignore_errors=True)
-        sandbox = Sandbox(root=root, origin=Path(str(start.get("cwd"))), began_ns=_began(start))
-        environment, inputs = start.get("environment"), start.get("inputs")
-        sandbox.unchanged = frozenset(inputs if isinstance(inputs, dict) else ())  # `_changed` found them as they were
-        sandbox.prepare(skip=[self._home.root])
-        found = rerun(
-            Job(
-                command=sandbox.command(self._command),
-                cwd=sandbox.work,
-                root=root,
-                environment={str(k): str(v) for k, v in environment.items()} if isinstance(environment, dict) else {},
-                key=self._committed.key or "00" * 32,
-                began_ns=_began(start),
-                trusted=[Path(self._options.python).parent.parent] if self._options.python is not None else [],
-                cache=_private(self._home.cache / "replayed"),
-            ),
-            until=group[-1].last if group else until,
-            keep=[p.step for p in self._committed.points if group and group[0].first <= p.step <= group[-1].last],
-            begin=begin,
-            points=points,
+        lock = start.get("lock")
+        first, last = (group[0].first, group[-1].last) if group else (0, until)
+        trusted = [Path(str(self._wanted.python)).parent.parent] if self._options.python is not None else []
+        return Task(
+            run=self._run,
+            command=tuple(self._command),
+            cwd=str(start.get("cwd")),
+            state=str(self._home.root),
+            began=str(_began(start)),
+            environment=dict(settings(start.get("environment"))),
+            inputs=dict(settings(start.get("inputs"))),
+            key=self._committed.key or "00" * 32,
+            begin=points[0].step if points else 0,
+            until=last,
+            points=tuple(points),
+            keep=tuple(p.step for p in self._committed.points if group and first <= p.step <= last),
             plant=plant,
-            limit_seconds=self._options.limit_seconds,
             ranks=self._ranks,
             patience_seconds=_patience(self._committed),
+            trusted=tuple(str(folder) for folder in trusted),
+            limit_seconds=self._options.limit_seconds,
+            lock=lock if self._apart and isinstance(lock, str) else None,
+            apart=self._apart,
         )
-        found.left_out = sandbox.left_out
-        return found
+
+    def _rerun(self, task: Task) -> Rerun:
+        """A replay, once the environment it ran in is known to be admissible."""
+        outcome = self._desk.outcome(task)
+        if self._held_against is not None:
+            self._held_against.admit(*self._desk.places[task.id])
+        return outcome.rerun()
 
     # -- 6: what it means --------------------------------------------------------------------------------------------
 
     def _report(
         self, drawn: plan.Plan, state: Mapping[str, Any], selftest: dict[str, Any], results: tuple[Result, ...]
     ) -> Report:
-        shutil.rmtree(self._folder / "sandbox", ignore_errors=True)
+        apart = self._held_against
+        own = {"apart": False, "approved": False, "reason": "the run's own environment"}
         return Report(
             run=self._run,
             plan=drawn,
@@ -504,7 +527,8 @@ class Auditor:
             environment={
                 "python": self._options.python or self._command[0],
                 "build": self._committed.account.build or {},
-                **state["environment"],
+                "executor": self._executor.name,
+                **(apart.told if apart is not None else own),
             },
             selftest=selftest,
             results=results,
@@ -574,14 +598,6 @@ class Auditor:
         return msgspec.structs.replace(report, blob=blob, leaf=leaf)
 
 
-def _private(path: Path) -> Path:
-    """The folder, made if need be, ours alone."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022:
-        raise Unavailable(f"{path}: others can write there; bytecode is not taken from it")
-    return path
-
-
 def _equal(segment: plan.Segment, way: str) -> Result:
     return Result(
         segment=segment.number,
@@ -646,6 +662,22 @@ def _state(path: Path) -> dict[str, Any] | None:
     except (OSError, msgspec.DecodeError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def executor_of(options: Options, where: Wanted) -> Executor:
+    """The executor that these options ask for. Raises Misuse."""
+    worker, given = options.worker, dict(options.settings)
+    if where.image is not None and options.executor == "kubernetes":
+        given.setdefault("image", where.image)
+    elif where.image is not None:
+        if options.executor != "local":
+            raise Misuse(f"--env image:{where.image}: expected --executor local or kubernetes")
+        given["image"] = where.image
+    elif where.words:
+        if options.executor != "local":
+            raise Misuse("--env: words that lead to another machine go with --executor local")
+        worker = (*where.words, *(worker or (sys.executable,)))
+    return chosen(options.executor, worker=worker, settings=given)
 
 
 def audit(

@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trainguard.errors import MalformedEvidence, Misuse
 from trainguard.evidence import Evidence, unfold
@@ -78,9 +78,16 @@ class Job:
     """Private folder for bytecode, kept between replays: importing torch without one takes most of a short replay."""
 
 
+Frame = tuple[int, str, int | None, dict[str, Any]]
+"""What a replayed process said: its number, kind, step, body."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Rerun:
     """What a replay gave."""
+
+    TOLD: ClassVar = ("status", "timed_out", "output", "seconds", "malformed", "left_out")
+    """Fields that no frame tells."""
 
     account: Account
     """Steps of the process that trained, or of rank 0."""
@@ -106,8 +113,14 @@ class Rerun:
     faults: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Files of the working folder that the sandbox does not have, because they changed since the run began."""
-    states: dict[tuple[int, int], Path] = field(default_factory=dict)
-    """Rank and step → the replay's own state after it."""
+    states: dict[tuple[int, int], dict[str, str]] = field(default_factory=dict)
+    """Rank and step → tensor → digest, of the replay's own state after it."""
+    distances: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = field(default_factory=dict)
+    """Rank and step → tensor → (distance to the run's own state, how far the replay moved, its size)."""
+    folders: dict[tuple[int, int], Path] = field(default_factory=dict)
+    """Rank and step → folder of the state, as long as the sandbox is there."""
+    tape: list[Frame] = field(default_factory=list)
+    """Everything that was said."""
     mixed: str | None = None
     """Why the processes that made steps are no ranks of one job."""
 
@@ -117,103 +130,29 @@ class Rerun:
         return min((max(account.steps, default=0) for account in self.accounts.values()), default=0)
 
 
-class _Host:
-    """Accepts the processes of one replay."""
+class _Hearing:
+    """Makes accounts of what replayed processes say: as they say it, or from the tape of it."""
 
-    def __init__(
-        self, path: str, welcome: Mapping[str, Any], result: Rerun, ranks: int = 1, patience_seconds: float = math.inf
-    ) -> None:
+    def __init__(self, result: Rerun) -> None:
         self.result = result
-        self._ranks = ranks
-        self._over: set[int] = set()
+        self.over: set[int] = set()
         """Processes that made steps and have no more to say."""
-        self._landed: set[int] = set()
-        self._pids: dict[int, tuple[int, int]] = {}
-        """Process → pid, and a descriptor of it."""
-        self._welcome = welcome
-        self._accounts: dict[int, Account] = {}
-        self._selector = selectors.DefaultSelector()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(path)
-        self._listener.listen(128)
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._processes = 0
-        self.alone = ranks == 1
-        self.patience_seconds = patience_seconds
-        """How long ranks that have begun to make steps may be silent: where one waits for another in vain, all do."""
-        self.heard = math.inf
-        """When the last step was told; for ever away until there are ranks that make steps."""
+        self.accounts: dict[int, Account] = {}
         self.processes: dict[int, int] = {}
-        """Process → rank, once closed."""
+        """Process → rank, once concluded."""
+        self._landed: set[int] = set()
 
-    def poll(self, seconds: float) -> bool:
-        """Take what waits; returns whether anything did."""
-        events = self._selector.select(seconds)
-        for key, _ in events:
-            if key.fileobj is self._listener:
-                self._accept()
-            else:
-                self._read(key.fileobj, key.data)
-        return bool(events)
-
-    @property
-    def done(self) -> bool:
-        """Whether all ranks have said what was asked for, or one cannot go on."""
-        return len(self._over) >= self._ranks or self.result.unsound is not None
-
-    def close(self) -> None:
-        """Close every socket, end what is left, and take the accounts of the processes that trained."""
-        for key in list(self._selector.get_map().values()):
-            key.fileobj.close()  # type: ignore[union-attr]
-        self._selector.close()
-        for _, descriptor in self._pids.values():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            os.close(descriptor)
-        result = self.result
-        trained = {process: account for process, account in self._accounts.items() if account.steps}
-        result.trained = len(trained)
-        result.landed = bool(trained) and self._landed >= trained.keys()
-        for process, account in sorted(trained.items()):
-            rank = account.rank or 0
-            if rank in result.accounts:
-                result.mixed = f"{len(trained)} processes made steps, and they are no ranks of one job"
-            result.accounts[rank] = account
-            self.processes[process] = rank
-        result.account = result.accounts.get(0) or Account()
-
-    def _accept(self) -> None:
-        link, _ = self._listener.accept()
-        pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
-        with contextlib.suppress(OSError):
-            self._pids[self._processes] = (pid, os.pidfd_open(pid))
-        self._selector.register(link, selectors.EVENT_READ, self._processes)
-        self._processes += 1
-
-    def _read(self, link: Any, process: int) -> None:
+    def take(self, process: int, kind: str, step: Any, body: dict[str, Any]) -> None:
+        """One frame. What is no evidence is noted in the result."""
         try:
-            data = link.recv(FRAME_LIMIT_BYTES)
-        except OSError:
-            data = b""
-        if not data:
-            self._selector.unregister(link)
-            link.close()
-            if self._ranks > 1 and process in self._accounts:
-                self._over.add(process)
-            return
-        try:
-            frame = json.loads(data)
-            self._take(link, process, frame["k"], frame["b"], frame.get("s"))
+            self._take(process, kind, step, body)
         except (ValueError, KeyError, TypeError, MalformedEvidence) as error:
             self.result.malformed = self.result.malformed or str(error)
 
-    def _take(self, link: Any, process: int, kind: str, body: dict[str, Any], step: Any) -> None:
-        if kind == "hello":
-            link.send(json.dumps({**self._welcome, "process": process}).encode())
-        elif kind in ("step", "steps"):
+    def _take(self, process: int, kind: str, step: Any, body: dict[str, Any]) -> None:
+        if kind in ("step", "steps"):
             for each in unfold(Evidence(n=0, at=0, source="process", kind=kind, body=body, step=step)):
-                self._accounts.setdefault(process, Account()).take(each.step, each.body)
-            self.heard = math.inf if self.alone else time.monotonic()
+                self.accounts.setdefault(process, Account()).take(each.step, each.body)
         elif kind == "replay":
             self._said(process, body)
         elif kind == "note" and "fault" in body:
@@ -231,7 +170,115 @@ class _Host:
         if "newer" in body and len(self.result.newer) < 20:
             self.result.newer.append(str(body["newer"])[:1000])
         if "stopped" in body:
-            self._over.add(process)
+            self.over.add(process)
+
+    def conclude(self) -> None:
+        """Take the accounts of the processes that trained, by rank."""
+        result = self.result
+        trained = {process: account for process, account in self.accounts.items() if account.steps}
+        result.trained = len(trained)
+        result.landed = bool(trained) and self._landed >= trained.keys()
+        for process, account in sorted(trained.items()):
+            rank = account.rank or 0
+            if rank in result.accounts:
+                result.mixed = f"{len(trained)} processes made steps, and they are no ranks of one job"
+            result.accounts[rank] = account
+            self.processes[process] = rank
+        result.account = result.accounts.get(0) or Account()
+
+
+def heard(tape: Sequence[Frame]) -> Rerun:
+    """The replay that said this, as it was heard where it ran."""
+    hearing = _Hearing(Rerun(account=Account()))
+    for process, kind, step, body in tape:
+        hearing.take(process, kind, step, body)
+    hearing.conclude()
+    return hearing.result
+
+
+class _Host:
+    """Accepts the processes of one replay."""
+
+    def __init__(
+        self, path: str, welcome: Mapping[str, Any], result: Rerun, ranks: int = 1, patience_seconds: float = math.inf
+    ) -> None:
+        self.result = result
+        self.hearing = _Hearing(result)
+        self._ranks = ranks
+        self._pids: dict[int, tuple[int, int]] = {}
+        """Process → pid, and a descriptor of it."""
+        self._welcome = welcome
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(path)
+        self._listener.listen(128)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._processes = 0
+        self.alone = ranks == 1
+        self.patience_seconds = patience_seconds
+        """How long ranks that have begun to make steps may be silent: where one waits for another in vain, all do."""
+        self.heard = math.inf
+        """When the last step was told; for ever away until there are ranks that make steps."""
+
+    def poll(self, seconds: float) -> bool:
+        """Take what waits; returns whether anything did."""
+        events = self._selector.select(seconds)
+        for key, _ in events:
+            if key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._read(key.fileobj, key.data)
+        return bool(events)
+
+    @property
+    def done(self) -> bool:
+        """Whether all ranks have said what was asked for, or one cannot go on."""
+        return len(self.hearing.over) >= self._ranks or self.result.unsound is not None
+
+    def close(self) -> None:
+        """Close every socket, end what is left, and take the accounts of the processes that trained."""
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+        for _, descriptor in self._pids.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            os.close(descriptor)
+        self.hearing.conclude()
+
+    def _accept(self) -> None:
+        link, _ = self._listener.accept()
+        pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        with contextlib.suppress(OSError):
+            self._pids[self._processes] = (pid, os.pidfd_open(pid))
+        self._selector.register(link, selectors.EVENT_READ, self._processes)
+        self._processes += 1
+
+    def _read(self, link: Any, process: int) -> None:
+        try:
+            data = link.recv(FRAME_LIMIT_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(link)
+            link.close()
+            if self._ranks > 1 and process in self.hearing.accounts:
+                self.hearing.over.add(process)
+            return
+        try:
+            frame = json.loads(data)
+            self._take(link, process, frame["k"], frame["b"], frame.get("s"))
+        except (ValueError, KeyError, TypeError) as error:
+            self.result.malformed = self.result.malformed or str(error)
+
+    def _take(self, link: Any, process: int, kind: str, body: dict[str, Any], step: Any) -> None:
+        if kind == "hello":
+            link.send(json.dumps({**self._welcome, "process": process}).encode())
+        elif kind in ("step", "steps", "replay") or (kind == "note" and "fault" in body):
+            self.result.tape.append((process, kind, step, body))
+            self.hearing.take(process, kind, step, body)
+            if kind in ("step", "steps") and not self.alone:
+                self.heard = time.monotonic()
 
 
 def rerun(
@@ -291,9 +338,9 @@ def rerun(
     result.seconds = time.monotonic() - began
     for state in sorted((job.root / "points").glob("p*-step-*[0-9]")):
         process, _, step = state.name[1:].partition("-step-")
-        rank = host.processes.get(int(process))
+        rank = host.hearing.processes.get(int(process))
         if rank is not None:
-            result.states[rank, int(step)] = state
+            result.folders[rank, int(step)] = state
     return result
 
 
@@ -318,12 +365,17 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _environment(job: Job, path: str) -> dict[str, str]:
-    """The auditor's own environment, with the run's arithmetic settings, our boot folder first, and a private tmp."""
+def variables(settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a replay: the auditor's own, with the run's arithmetic settings over it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRAINGUARD_")}
     for name in INHERITED:
         env.pop(name, None)
-    env.update({name: value for name, value in job.environment.items() if name in INHERITED})
+    return env | {name: value for name, value in settings.items() if name in INHERITED}
+
+
+def _environment(job: Job, path: str) -> dict[str, str]:
+    """As `variables` gives it, with our boot folder first and a private tmp."""
+    env = variables(job.environment)
     inherited = env.get("PYTHONPATH")
     env["PYTHONPATH"] = f"{BOOT}{os.pathsep}{inherited}" if inherited else str(BOOT)
     env["TRAINGUARD_SOCKET"] = path
