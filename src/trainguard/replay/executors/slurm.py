@@ -17,8 +17,8 @@ from typing import Any
 from trainguard.errors import Misuse
 from trainguard.replay.tasks import NotPerformed, Task, outcome_path, task_path
 
-CLUSTERS = ("slurm", "local", "debug")
-"""Of submitit: a real Slurm, processes of this machine, or this process (for tests)."""
+CLUSTERS = ("slurm", "local")
+"""Of submitit: a real Slurm, or processes of this machine (to try the words)."""
 
 SPARE_MINUTES = 10
 
