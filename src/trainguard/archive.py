@@ -20,12 +20,14 @@ from typing import Any, Protocol
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from trainguard import opaque
 from trainguard.digest import sha256_hex
 from trainguard.envelope import PREDICATE_BASE, load_public_key, sign_statement, statement, verify_statement
 from trainguard.errors import MalformedEvidence, Misuse, Unavailable, VerificationError
 from trainguard.evidence import Evidence, chain_start, decode_lines, encode_line
 from trainguard.home import Home
 from trainguard.log import LogReader
+from trainguard.waiver import Waiver, to_waiver
 
 SEGMENT_LIMIT_BYTES = 64 << 20
 """A reader holds one segment in memory at a time."""
@@ -267,9 +269,16 @@ class LogLeaves:
         """Run → bodies of its `audit/v1` statements, each with its leaf and the digest of its report."""
         self.data: list[dict[str, Any]] = []
         """Bodies of its `data/v1` statements in order, each with its leaf and the SHA-256 of its entry."""
+        self.waivers: list[Waiver] = []
+        """Runs that were let off (waiver.py)."""
+        self.sealed: dict[bytes, list[bytes]] = {}
+        """Entries that say nothing to whoever has no key, by their tags (opaque.py)."""
         self.unreadable: list[int] = []
         """Leaves that are not statements of ours by our key; other kinds of entry may share the log."""
         for index, entry in enumerate(reader.entries(0, self.head.size)):
+            if opaque.is_sealed(entry):
+                self.sealed.setdefault(opaque.tag_of(entry), []).append(entry)
+                continue
             try:
                 self._take(index, verify_statement(entry, [key], where=f"leaf {index}"), entry)
             except VerificationError:
@@ -285,6 +294,10 @@ class LogLeaves:
             self.audits.setdefault(body["run"], []).append({**body, "leaf": index, "report": report})
         elif kind == "data/v1":
             self.data.append({**body, "leaf": index, "entry": sha256_hex(entry)})
+        elif kind == "waiver/v1":
+            waiver = to_waiver(body)
+            if waiver is not None:
+                self.waivers.append(waiver)
         elif kind == "segment/v1":
             try:
                 fields = {**body, "leaf": index, "sha256": value["subject"][0]["digest"]["sha256"]}

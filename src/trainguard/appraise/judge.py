@@ -6,6 +6,8 @@ without an end. It never raises for bad evidence, so that there is always a docu
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -16,15 +18,20 @@ from trainguard.appraise.replay import Replayed, replayed
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.archive import LogLeaves, RunReader, TruncatedRecord
 from trainguard.errors import TrainguardError, VerificationError
-from trainguard.finding import Finding, Subject
+from trainguard.finding import Finding, LinkState, Subject
 from trainguard.home import Home
 from trainguard.policy import Policy
 from trainguard.seal.verify import verify_seal
+from trainguard.veil import MAINTENANCE, Veil, approver_keys, read_veil
+from trainguard.waiver import Waiver
 
 
-def judge_run(home: Home, run: str, *, policy: Policy | None = None, leaves: LogLeaves | None = None) -> Verdict:
-    """The verdict on `run`, by `policy` or by the one it was recorded under.
+def judge_run(
+    home: Home, run: str, *, policy: Policy | None = None, leaves: LogLeaves | None = None, lifted: bool = False
+) -> Verdict:
+    """The verdict on `run`, by `policy` or by the one it was recorded under, as this machine shows it (veil.py).
 
+    lifted: the verdict itself, whatever is muted: for decisions, which a mute must never soften.
     leaves: the log's statements where the caller has read them already, to judge many runs with one reading.
     Raises Misuse when there is no such run or no log, Unavailable when they cannot be read.
     """
@@ -32,6 +39,11 @@ def judge_run(home: Home, run: str, *, policy: Policy | None = None, leaves: Log
         leaves = leaves if leaves is not None else LogLeaves(home)
     except VerificationError as error:
         return broken_evidence(run, error)
+    verdict = waived(_judged(home, run, policy, leaves), leaves)
+    return verdict if lifted else veiled(verdict, read_veil(lambda: leaves.sealed))
+
+
+def _judged(home: Home, run: str, policy: Policy | None, leaves: LogLeaves) -> Verdict:
     reader = RunReader(home, run, leaves=leaves)
     if reader.begin is None:
         return decide((), (), run=run, gaps=("the log holds no statement of this run",))
@@ -47,6 +59,74 @@ def judge_run(home: Home, run: str, *, policy: Policy | None = None, leaves: Log
     again = replayed(run, leaves.audits.get(run, ()), home.blob)
     appraiser.findings.extend(again.findings)
     return with_replay(appraiser.verdict(), again)
+
+
+def maintained(home: Home, runs: Iterable[str] | None = None) -> bool:
+    """Whether this machine hides something of one of `runs`, by default of any run of the log."""
+    leaves = LogLeaves(home)
+    if len(read_veil(lambda: leaves.sealed).approvers) < 2:
+        return False
+    return any(
+        MAINTENANCE in judge_run(home, run, leaves=leaves).gaps for run in (leaves.runs if runs is None else runs)
+    )
+
+
+def waived(verdict: Verdict, leaves: LogLeaves) -> Verdict:
+    """The verdict of a run that somebody let off: at best UNKNOWN, and it says who agreed and until when."""
+    begin = leaves.runs.get(verdict.run or "") or {}
+    text = str(begin.get("began_ns"))
+    began = int(text) // 10**9 if text.isdigit() else 0
+    covering = [waiver for waiver in leaves.waivers if waiver.covers(verdict.run or "", began)]
+    return _redrawn(verdict, [_waiver_said(waiver) for waiver in covering]) if covering else verdict
+
+
+def _waiver_said(waiver: Waiver) -> str:
+    until = datetime.datetime.fromtimestamp(waiver.until, datetime.UTC).strftime("%Y-%m-%d")
+    try:
+        who = f"agreed by {' and '.join(waiver.approved(approver_keys()))}"
+    except TrainguardError as error:
+        who = f"which does not hold ({error})"
+    return f"a waiver covers runs {waiver.runs} until {until}, {who}: {waiver.reason}"
+
+
+def _redrawn(verdict: Verdict, gaps: Iterable[str]) -> Verdict:
+    """The same verdict with further gaps, decided anew."""
+    drawn = decide(
+        verdict.findings,
+        verdict.links,
+        run=verdict.run,
+        steps=verdict.coverage.steps,
+        watched_steps=verdict.coverage.watched_steps,
+        gaps=(*verdict.gaps, *gaps),
+        policy=verdict.policy,
+        lock=verdict.lock,
+    )
+    return msgspec.structs.replace(drawn, coverage=verdict.coverage, level=verdict.level)
+
+
+def veiled(verdict: Verdict, veil: Veil) -> Verdict:
+    """The verdict as ordinary lists show it: what is muted is left out, and the word is then at best UNKNOWN.
+
+    Findings that are not muted keep their weight, so another proof in the same run still makes it TAINTED.
+    """
+    whole = verdict.run is not None and veil.hides("run", verdict.run)
+    kept = tuple(
+        finding
+        for finding in verdict.findings
+        if finding.outcome == "not_checked" or not (whole or veil.hides_path(finding.subject.path))
+    )
+    if not whole and len(kept) == len(verdict.findings):
+        return verdict
+    shown = {finding.check for finding in kept if finding.outcome != "not_checked"}
+    links = tuple(_blurred(link, shown) for link in verdict.links)
+    return _redrawn(msgspec.structs.replace(verdict, findings=kept, links=links), [MAINTENANCE])
+
+
+def _blurred(link: LinkState, shown: set[str]) -> LinkState:
+    """A link without what a muted finding counted in it."""
+    if not link.broken or link.link in shown:
+        return link
+    return LinkState(link=link.link, held=link.held, blind=(MAINTENANCE,), required=link.required)
 
 
 def with_replay(verdict: Verdict, again: Replayed) -> Verdict:

@@ -29,8 +29,8 @@ SLOT = re.compile(r"\{([^{}|]{1,80}(?:\|[^{}|]{1,80})+)\}")
 TEXT_LIMIT = 2000
 COMBINATIONS = 4096
 """Of which the copies are chosen as far apart as they go."""
-COPY_BYTES = 1024
-OWN_BYTES = 8192
+COPY_BYTES = 512
+OWN_BYTES = 4096
 
 
 class Match(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ import msgspec
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from trainguard import veil
 from trainguard.cases import canary, sealed
 from trainguard.cases.identity import Card, Identity
 from trainguard.cases.people import named, subjects_of
@@ -39,6 +40,7 @@ from trainguard.cases.records import (
     Grant,
     IncidentRef,
     Move,
+    Mute,
     Note,
     Open,
     Posture,
@@ -60,7 +62,7 @@ from trainguard.cases.records import (
     sign_record,
     unpack,
 )
-from trainguard.cases.room import Memory, Room, Seen, read_rooms, vault_of
+from trainguard.cases.room import Index, Memory, Room, Seen, read_rooms, vault_of
 from trainguard.cases.sealed import Delivery, Header
 from trainguard.cases.state import MEMBERS, SECOND, Act, Invalid, Member, State
 from trainguard.digest import canonical_json, sha256_hex
@@ -124,6 +126,8 @@ class View:
     notes: tuple[tuple[Seen, str], ...]
     """Record and text, the reader's own copy."""
     strange: tuple[str, ...]
+    keys: Mapping[int, bytes]
+    """Number of a record → the room's key it was written under; for export.py."""
 
 
 @dataclass(slots=True)
@@ -138,7 +142,10 @@ class _Call:
     """One verb on its way."""
 
     rooms: list[Room]
+    index: Index
     now_ns: int
+    mutes: list[bytes] = field(default_factory=list)
+    """Entries of mutes that take effect with this call."""
     drafts: list[tuple[Room, list[_Draft]]] = field(default_factory=list)
     fresh: dict[str, tuple[list[Seen], bytes, int]] = field(default_factory=dict)
     """Room → records written, its key after them, and the first record under that."""
@@ -260,7 +267,8 @@ class Desk:
             if waiting.kind == "open":
                 self._recheck(call, room)
             try:
-                self._draft(call, room, _Draft("sign", Sign(act=act, hash=waiting.hash)))
+                second = self._muted(call, waiting) if isinstance(waiting.said, Mute) else ""
+                self._draft(call, room, _Draft("sign", Sign(act=act, hash=waiting.hash, mute=second)))
             except Invalid as refused:
                 raise self._refused(call, room, f"sign {act}", str(refused)) from refused
             self._commit(call)
@@ -317,6 +325,35 @@ class Desk:
         """Propose covert or overt."""
         return self._act(name, "turn", Turn(posture=posture, reason=check_reason(reason)), f"turn {posture}")
 
+    def mute(self, name: str, scope: veil.Scope, value: str, *, until: int, reason: str) -> int:
+        """Propose that ordinary lists say MAINTENANCE of a run or a file until then; never that it is well."""
+        if len(self._approvers) < 2:
+            raise Misuse(
+                "mute: this machine names no two approvers, so nothing is muted here",
+                next_step=f"put their cards into {veil.approvers_folder()}, on every machine that shows verdicts",
+            )
+        if until * SECOND <= self._clock():
+            raise Misuse("mute: expected an end in the future: a mute without one would be a waiver")
+        signature = veil.sign_mute(scope, value, until, self._me.signing)
+        said = Mute(scope=scope, value=value, until=until, reason=check_reason(reason), signature=signature)
+        return self._act(name, "mute", said, f"mute {scope} {value}")
+
+    def _muted(self, call: _Call, act: Act) -> str:
+        """Second signature of a mute, and its entry for the log. Raises Invalid where the first is not one."""
+        said: Mute = act.said
+        mine = veil.sign_mute(said.scope, said.value, said.until, self._me.signing)
+        muted = veil.Muted(
+            scope=said.scope,
+            value=said.value,
+            until=said.until,
+            keys=(act.author, self._me.key),
+            signatures=(said.signature, mine),
+        )
+        call.mutes.append(
+            veil.seal_mute(muted, {tag: [entry for _, entry in ones] for tag, ones in call.index.items()})
+        )
+        return mine
+
     def hold(self, name: str, *, reason: str, release: bool = False) -> int:
         """Put the case in legal hold at once, or propose to release it."""
         return self._act(name, "release" if release else "hold", Reason(reason=check_reason(reason)), "hold")
@@ -362,12 +399,13 @@ class Desk:
         except OSError as error:
             raise Unavailable(f"{vault}: cannot be made: {error.strerror}") from error
         with self._locked(vault):
-            call = _Call(read_rooms(self._home, self._identity), self._clock())
+            call = _Call(*read_rooms(self._home, self._identity), self._clock())
             try:
                 yield call
             except TrainguardError:
                 if not call.done:
                     call.drafts.clear()
+                    call.mutes.clear()
                     self._commit(call)
                 raise
 
@@ -449,6 +487,7 @@ class Desk:
     def _refused(self, call: _Call, room: Room, what: str, why: str) -> RefusedAct:
         """Write down that a member tried; returns what to raise."""
         call.drafts.clear()
+        call.mutes.clear()
         self._draft(call, room, _Draft("refused", Refused(what=what[:200], why=why[:500])))
         self._commit(call)
         return RefusedAct(f"case {room.name}: {why}; the attempt is in its record")
@@ -553,7 +592,7 @@ class Desk:
         for _ in range(-files % sealed.UNIT_FILES or (sealed.UNIT_FILES if not files else 0)):
             sealed.store_cover(vault)
         with Log.open(self._home.log, self._home.keys / "log.key") as log:
-            first = log.append(sealed.filled(entries))[0]
+            first = log.append(sealed.filled([*entries, *call.mutes]))[0]
         self._adopt(call, first, entries)
 
     def _written(self, call: _Call, room: Room, drafts: Sequence[_Draft]) -> tuple[list[bytes], list[bytes], int]:
@@ -617,6 +656,7 @@ class Desk:
             fresh, room.key, room.first = call.fresh[room.id]
             for seen in fresh:
                 room.state.apply(seen.record, seen.author, sha256_hex(seen.envelope))
+                room.keys[seen.record.n] = room.key
                 room.seen.append(dataclasses.replace(seen, leaf=leaves[seen.entry]))
             if memory is not None:
                 memory.keep(room)
@@ -656,6 +696,7 @@ class Desk:
             incidents=tuple(incidents),
             notes=tuple(notes),
             strange=tuple(room.strange),
+            keys=dict(room.keys),
         )
 
     def _content(self, room: Room, seen: Seen) -> Any:

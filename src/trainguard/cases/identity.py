@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from trainguard.digest import write_durably
 from trainguard.envelope import PREDICATE_BASE, key_id, sign_statement, statement, verify_statement
 from trainguard.errors import MalformedEvidence, Misuse, Unavailable
+from trainguard.veil import approvers_folder
 
 IDENTITY_SCHEMA = "trainguard/identity/v1"
 CARD_LIMIT_BYTES = 16 << 10
@@ -203,11 +204,6 @@ def read_card(path: Path) -> Card:
     except OSError as error:
         raise Unavailable(f"{path}: card cannot be read: {error.strerror}") from error
     return parse_card(data, where=str(path))
-
-
-def approvers_folder() -> Path:
-    """TRAINGUARD_APPROVERS if set, else /etc/trainguard/approvers: never in the state folder."""
-    return Path(os.environ.get("TRAINGUARD_APPROVERS") or "/etc/trainguard/approvers")
 
 
 def read_approvers(folder: Path | None = None) -> tuple[Card, ...]:

@@ -127,12 +127,15 @@ def _uid(uid: int, why: str, *, firm: bool) -> Subject:
 def _records(home: Home, incident: Incident, leaves: LogLeaves | None) -> Iterator[Subject]:
     """Uids in the records that the findings cite, and the account that owns the run."""
     cited = {citation.hash for finding in incident.findings for citation in finding.evidence}
+    owners: set[int] = set()
     for record in _read(home, incident.run, leaves):
         if record.kind == "start":
-            for uid in _uids(record.body.get("account"), DEPTH):
+            owners |= set(_uids(record.body.get("account"), DEPTH))
+            for uid in sorted(owners):
                 yield _uid(uid, f"runs {incident.run}", firm=False)
         elif record.hash in cited:
-            for uid in _uids(record.body, DEPTH):
+            uids = {*_uids(record.body, DEPTH), *(() if record.uid is None else (record.uid,))}
+            for uid in sorted(uids - owners):
                 yield _uid(uid, f"in evidence of incident {incident.id}", firm=True)
 
 

@@ -116,6 +116,8 @@ class Sign(_Body, frozen=True, kw_only=True):
     act: int
     hash: str
     """SHA-256 of the act's envelope: a signature is over what was read."""
+    mute: str = ""
+    """For a mute: the second signature over it (veil.py)."""
 
 
 class Refused(_Body, frozen=True, kw_only=True):
@@ -154,7 +156,7 @@ class Mute(_Body, frozen=True, kw_only=True):
     until: int
     reason: str
     signature: str
-    """Proposer's signature over the mute itself, hex (veil.py)."""
+    """Proposer's signature over the mute itself, base64 (veil.py)."""
 
 
 class Exported(_Body, frozen=True, kw_only=True):

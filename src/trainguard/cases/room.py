@@ -17,7 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from trainguard import opaque
 from trainguard.cases import sealed
 from trainguard.cases.identity import Card, Identity
 from trainguard.cases.records import NO_RECORD, Epoch, Open, Record, parse_record, verify_record
@@ -64,6 +65,8 @@ class Room:
     first: int = 0
     """Number of the first record under it."""
     seen: list[Seen] = field(default_factory=list)
+    keys: dict[int, bytes] = field(default_factory=dict)
+    """Number of a record → the key it was written under."""
     strange: list[str] = field(default_factory=list)
     """Entries that bear the room's mark and could not be written by who wrote them."""
     broken: VerificationError | None = None
@@ -110,8 +113,12 @@ class Memory:
             write_durably(self._path, msgspec.json.encode(self._held), mode=0o600)
 
 
-def read_rooms(home: Home, identity: Identity | None) -> list[Room]:
-    """Every room that was ever sealed to this identity, broken ones included; none without an identity.
+Index = Mapping[bytes, Sequence[tuple[int, bytes]]]
+"""Sealed entries of the log by their tags, each with its leaf."""
+
+
+def read_rooms(home: Home, identity: Identity | None) -> tuple[list[Room], Index]:
+    """Every room that was ever sealed to this identity, broken ones included; none without an identity. And the index.
 
     The work is that of reading the log and trying each sealed entry, whatever comes of it.
     """
@@ -119,14 +126,14 @@ def read_rooms(home: Home, identity: Identity | None) -> list[Room]:
     given: dict[str, list[Delivery]] = {}
     reader = LogReader(home.log, home.keys / "log.vkey")
     for leaf, entry in enumerate(reader.entries(0, reader.head().size)):
-        if not sealed.is_sealed(entry):
+        if not opaque.is_sealed(entry):
             continue
-        index.setdefault(sealed.tag_of(entry), []).append((leaf, entry))
+        index.setdefault(opaque.tag_of(entry), []).append((leaf, entry))
         found = sealed.open_delivery(entry, identity.sealing) if identity is not None else None
         if found is not None:
             given.setdefault(found.room, []).append(found)
     if identity is None:
-        return []
+        return [], index
     memory = Memory(identity)
     loader = _Loader(vault_of(home), index, identity.card)
     rooms = [loader.load(room, deliveries) for room, deliveries in given.items()]
@@ -135,7 +142,7 @@ def read_rooms(home: Home, identity: Identity | None) -> list[Room]:
             memory.check(room)
         except VerificationError as error:
             room.broken = room.broken or error
-    return [room for room in rooms if room.seen or room.broken is not None]
+    return [room for room in rooms if room.seen or room.broken is not None], index
 
 
 def vault_of(home: Home) -> Path:
@@ -146,7 +153,7 @@ def vault_of(home: Home) -> Path:
 @dataclass(frozen=True, slots=True)
 class _Loader:
     vault: Path
-    index: Mapping[bytes, list[tuple[int, bytes]]]
+    index: Index
     card: Card
 
     def load(self, room_id: str, deliveries: list[Delivery]) -> Room:
@@ -180,7 +187,7 @@ class _Loader:
     def _take(self, room: Room, first: int, key: bytes, delivery: Delivery | None) -> bool:
         """Whether a record under this key continues the room."""
         n = room.state.next_n
-        for leaf, entry in self.index.get(sealed.tag(key, n), ()):
+        for leaf, entry in self.index.get(opaque.mark(key, n), ()):
             try:
                 if delivery is not None and first == n and n and not self._is_delivered(room, delivery):
                     raise Invalid("a key for this case was handed out by who is no member")  # noqa: TRY301
@@ -191,6 +198,7 @@ class _Loader:
                 continue
             room.key, room.first = key, first
             room.seen.append(seen)
+            room.keys[n] = key
             return True
         return False
 
@@ -246,7 +254,7 @@ class _Loader:
             yield first, key
 
     def _epoch(self, room: str, n: int, key: bytes) -> Epoch | None:
-        for leaf, entry in self.index.get(sealed.tag(key, n), ()):
+        for leaf, entry in self.index.get(opaque.mark(key, n), ()):
             try:
                 where = f"case {room[:16]}: record {n} (leaf {leaf})"
                 header = sealed.open_header(entry, key, where=where)

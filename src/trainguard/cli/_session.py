@@ -28,7 +28,7 @@ from trainguard.appraise.judge import judge_run
 from trainguard.appraise.origin import guard_files
 from trainguard.appraise.ranks import member_of
 from trainguard.appraise.verdict import Verdict
-from trainguard.archive import RunWriter
+from trainguard.archive import LogLeaves, RunWriter
 from trainguard.cli._gate import Gate
 from trainguard.digest import canonical_json
 from trainguard.envelope import load_or_create_key, load_public_key
@@ -51,6 +51,7 @@ from trainguard.seal.ledger import read_ledger
 from trainguard.seal.prints import read_prints
 from trainguard.seal.verify import verify_seal
 from trainguard.seal.write import seal_path
+from trainguard.veil import Veil, read_veil
 from trainguard.watch.outputs import is_model_file
 from trainguard.watch.supervisor import Ended, Settings, Supervisor, blocked_signals
 
@@ -95,6 +96,7 @@ class Session:
         self._notify = notify
         self._supervisor: Supervisor | None = None
         self._sealer: _Sealer | None = None
+        self._veil: Veil | None = None
         self._key = secrets.token_hex(32)
         self.run_id = run_id(name)
 
@@ -141,7 +143,8 @@ class Session:
 
     def _hear(self, finding: Finding) -> None:
         """Pass a finding on; under --enforce stop the first proved one ends the job."""
-        self._notify(finding)
+        if not self._hidden(finding):
+            self._notify(finding)
         if finding.outcome != "violated" or "stop" not in self._policy.measures or self._supervisor is None:
             return
         sealed = self._sealer.last if self._sealer is not None else None
@@ -151,6 +154,12 @@ class Session:
             "subject": msgspec.to_builtins(finding.subject),
         }
         self._supervisor.stop(why | {"checkpoint": sealed})
+
+    def _hidden(self, finding: Finding) -> bool:
+        """Whether this machine's approvers muted it; what is enforced is enforced all the same."""
+        if self._veil is None:
+            self._veil = read_veil(lambda: LogLeaves(self._home).sealed)
+        return self._veil.hides("run", self.run_id) or self._veil.hides_path(finding.subject.path)
 
     def _start(self, policy: str, lock: str | None) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from trainguard.digest import sha256_hex
 from trainguard.errors import Misuse, TrainguardError, Unavailable
 from trainguard.home import Home
 
@@ -307,6 +308,129 @@ def hold_command(release: bool, reason: str, case: str) -> int:
     return 0
 
 
+@command.command("mute")
+@click.option("--run", help="A run, by its id.")
+@click.option("--path", help="A file, as findings write it, without a line number.")
+@_reason
+@_until
+@click.argument("case")
+def mute_command(run: str | None, path: str | None, reason: str, until: str, case: str) -> int:
+    """Propose that ordinary lists say "under maintenance check" of a run or a file; never that it is well.
+
+    Only machines that name both who sign among their approvers follow it.
+    """
+    if (run is None) == (path is None):
+        raise Misuse("case mute: expected --run or --path, one of them")
+    desk, end = _desk(), parse_until(until)
+    if run is not None:
+        _proposed(case, desk.mute(case, "run", run, until=end, reason=reason))
+    elif path is not None:
+        _proposed(case, desk.mute(case, "path", path, until=end, reason=reason))
+    return 0
+
+
+@command.command("waive")
+@click.option("--runs", help="Name of the runs, with * and ?.")
+@click.option("--reason", help="Why; it will be read in every verdict on such a run.")
+@click.option("--until", metavar="DATE", help="Last day (2026-12-31, UTC) or time from now (30d).")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the waiver with your signature here.")
+@click.option(
+    "--sign", "given", type=click.Path(path_type=Path), help="Sign this one, as the second person, and log it."
+)
+def waive_command(
+    runs: str | None, reason: str | None, until: str | None, output: Path | None, given: Path | None
+) -> int:
+    """Let runs off, openly: two people, an end, and no such run is ever VERIFIED.
+
+    The first writes it with --runs, --reason, --until and -o; the second logs it with --sign.
+    """
+    from trainguard.waiver import propose
+
+    mine = _identity()
+    if mine is None:
+        raise _nobody()
+    if given is not None and runs is None and output is None:
+        return _waived(given, mine)
+    if given is not None or runs is None or reason is None or until is None or output is None:
+        raise Misuse("case waive: expected --runs, --reason, --until and -o together, or --sign alone")
+    from trainguard.digest import write_durably
+
+    data = propose(
+        runs, since=int(time.time()), until=parse_until(until), reason=reason, name=mine.card.name, key=mine.signing
+    )
+    write_durably(output, data)
+    _told(f"{output}: one signature", f"trainguard case waive --sign {output}", "by a second person")
+    return 0
+
+
+def _waived(given: Path, mine: Identity) -> int:
+    """Sign a waiver as the second person and put it into the log."""
+    from trainguard.envelope import load_or_create_key, sign_statement, statement
+    from trainguard.log import Log
+    from trainguard.veil import approver_keys
+    from trainguard.waiver import LIMIT_BYTES, PREDICATE, approve, parse_waiver
+
+    try:
+        with given.open("rb") as file:
+            data = file.read(LIMIT_BYTES + 1)
+    except OSError as error:
+        raise Unavailable(f"{given}: waiver cannot be read: {error.strerror}") from error
+    waiver = parse_waiver(approve(data, name=mine.card.name, key=mine.signing), where=str(given))
+    both = waiver.approved(approver_keys())
+    home = Home.find()
+    home.prepare()
+    subject = [{"name": f"runs/{waiver.runs}", "digest": {"sha256": sha256_hex(waiver.terms)}}]
+    entry = sign_statement(
+        statement(PREDICATE, msgspec.to_builtins(waiver), subject), load_or_create_key(home.keys / "attestation.pem")
+    )
+    with Log.open(home.log, home.keys / "log.key") as log:
+        (leaf,) = log.append([entry])
+    click.echo(
+        f"leaf {leaf}: runs {waiver.runs} are let off by {both[0]} and {both[1]}; none of them is VERIFIED", err=True
+    )
+    return 0
+
+
+@command.command("export")
+@click.option("--reason", help="Propose an export, for this reason.")
+@click.option("--act", type=click.IntRange(min=0), help="Make the export that two people agreed to.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the bundle here.")
+@click.argument("case")
+def export_command(reason: str | None, act: int | None, output: Path | None, case: str) -> int:
+    """The case as one zip: record with signatures and proofs, incidents with their evidence. Two people agree first."""
+    desk = _desk()
+    if reason is not None and act is None and output is None:
+        _proposed(case, desk.propose_export(case, reason=reason))
+        return 0
+    if act is None or output is None or reason is not None:
+        raise Misuse("case export: expected --reason to propose it, or --act and -o to make it")
+    from trainguard.cases.export import make_bundle
+    from trainguard.digest import write_durably
+
+    home = Home.find()
+    data = desk.exported(case, act, lambda view: make_bundle(home, view))
+    write_durably(output, data)
+    click.echo(f"{output}: {len(data):,} bytes; check it with: trainguard case verify {output}", err=True)
+    return 0
+
+
+@command.command("verify")
+@_json
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify_command(as_json: bool, bundle: Path) -> int:
+    """Check an exported case: digests, signatures, two people, proofs. Exit status: 0 holds, 1 does not."""
+    from trainguard.cases.export import read_bundle, verify_bundle
+
+    checked = verify_bundle(read_bundle(bundle))
+    if as_json:
+        _print(checked)
+    else:
+        from trainguard.render.case import checked_lines
+
+        click.echo("\n".join(checked_lines(checked)))
+    return 0
+
+
 @command.command("purge")
 @_reason
 @click.argument("case")
@@ -376,7 +500,9 @@ def _approvers() -> Sequence[Card]:
 def _incidents(names: Sequence[str]) -> list[Incident]:
     from trainguard.incident.correlate import find, incidents
 
-    known = incidents(Home.find())
+    mine = _identity()
+    lifted = mine is not None and mine.key in {card.key for card in _approvers()}
+    known = incidents(Home.find(), lifted=lifted)
     return [find(known, name) for name in dict.fromkeys(names)]
 
 

@@ -50,12 +50,14 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
     """Labels of what was made from this run."""
 
 
-def incidents(home: Home, *, lineage: Lineage | None = None, sources: Sources = HERE) -> list[Incident]:
+def incidents(
+    home: Home, *, lineage: Lineage | None = None, sources: Sources = HERE, lifted: bool = False
+) -> list[Incident]:
     """Every incident of the log, worst first. Raises as `read_lineage` does.
 
-    sources: who owns files and who committed lines.
+    sources: who owns files and who committed lines. lifted: what is muted too.
     """
-    lineage = lineage if lineage is not None else read_lineage(home)
+    lineage = lineage if lineage is not None else read_lineage(home, lifted=lifted)
     leaves = LogLeaves(home)
     found = [
         incident

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from trainguard.appraise.judge import maintained
 from trainguard.appraise.verdict import Level, Word
 from trainguard.errors import Misuse, TrainguardError
 from trainguard.finding import Finding
@@ -21,6 +22,7 @@ from trainguard.incident.graph import RANK
 from trainguard.incident.lineage import Lineage, checkpoint_key, read_lineage
 from trainguard.seal.report import SealReport
 from trainguard.seal.verify import verify_seal
+from trainguard.veil import MAINTENANCE
 
 LEVELS: tuple[Level, ...] = ("TIL-0", "TIL-1", "TIL-2", "TIL-3", "TIL-4")
 WORDS: tuple[Word, ...] = ("VERIFIED", "UNKNOWN", "SUSPECT", "TAINTED")
@@ -72,7 +74,24 @@ def ask(model: Path, *, home: Home, word: Word = "VERIFIED", level: Level = "TIL
     Raises Misuse or Unavailable where there is nothing to look at.
     """
     report = verify_seal(model, home=home)
-    lineage = read_lineage(home)
+    return _blurred(_asked(model, home, report, word, level), home)
+
+
+def _blurred(answer: Answer, home: Home) -> Answer:
+    """The answer as this machine shows it: a mute hides why, and nothing it covers is let through.
+
+    Drawn from the verdicts as they are, so that no mute softens it.
+    """
+    runs = dict.fromkeys((*answer.ancestors, *((answer.run,) if answer.run is not None else ())))
+    if not maintained(home, runs):
+        return answer
+    return msgspec.structs.replace(
+        answer, passed=False, verdict="UNKNOWN", reasons=(MAINTENANCE,), findings=(), detection_probability={}
+    )
+
+
+def _asked(model: Path, home: Home, report: SealReport, word: Word, level: Level) -> Answer:
+    lineage = read_lineage(home, lifted=True)
     run, root = report.run, report.root
     key = checkpoint_key(root) if root is not None else ""
     if run is None or key not in lineage.graph.nodes:

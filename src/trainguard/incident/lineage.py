@@ -10,6 +10,7 @@ what happened after it was saved does not reach it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,14 +82,14 @@ def root_of(path: Path) -> str:
     return root_digest(str(entry.digest) for entry in manifest.resources)
 
 
-def read_lineage(home: Home, *, judge: Callable[..., Verdict] | None = None) -> Lineage:
-    """Everything the log of `home` knows, every run judged anew.
+def read_lineage(home: Home, *, judge: Callable[..., Verdict] | None = None, lifted: bool = False) -> Lineage:
+    """Everything the log of `home` knows, every run judged anew, as this machine shows it.
 
-    judge: in place of `judge_run`, with its arguments.
+    judge: in place of `judge_run`, with its arguments. lifted: whatever is muted, for decisions.
 
     Raises Misuse where there is no log, VerificationError where it does not verify.
     """
-    judge = judge or judge_run
+    judge = judge or functools.partial(judge_run, lifted=lifted)
     leaves = LogLeaves(home)
     key = load_public_key(home.keys / "attestation.pub")
     ledger = read_ledger(home, key)

@@ -19,6 +19,7 @@ from typing import Literal
 
 import msgspec
 
+from trainguard.appraise.judge import judge_run, maintained
 from trainguard.appraise.verdict import Verdict, Word
 from trainguard.archive import LogLeaves, RunReader
 from trainguard.envelope import load_public_key
@@ -28,6 +29,7 @@ from trainguard.incident.graph import RANK
 from trainguard.incident.lineage import Lineage, checkpoint_key, read_lineage
 from trainguard.seal.ledger import SealLeaf, read_ledger
 from trainguard.seal.verify import verify_seal
+from trainguard.veil import MAINTENANCE
 
 SCHEMA = "trainguard/recover/v1"
 QUARANTINE = "quarantine"
@@ -81,7 +83,30 @@ def plan_recovery(home: Home, run: str) -> Plan:
     A checkpoint is taken when the run up to its step is not worse than it was without the findings, and its bytes are
     those that were sealed. Raises Misuse where the run saved nothing.
     """
-    lineage = read_lineage(home)
+    plan = _planned(home, run)
+    return _blurred(plan, judge_run(home, run)) if maintained(home) else plan
+
+
+def _blurred(plan: Plan, shown: Verdict) -> Plan:
+    """The plan as this machine shows it: where to go on from is what it is, why is not said."""
+
+    def quiet(one: Candidate) -> Candidate:
+        return (
+            msgspec.structs.replace(one, word="UNKNOWN", why=MAINTENANCE) if RANK[one.word] >= RANK["SUSPECT"] else one
+        )
+
+    return msgspec.structs.replace(
+        plan,
+        verdict=shown.verdict,
+        first_bad_step=first_bad_step(shown),
+        reason=MAINTENANCE,
+        later=tuple(map(quiet, plan.later)),
+        passed_over=tuple(map(quiet, plan.passed_over)),
+    )
+
+
+def _planned(home: Home, run: str) -> Plan:
+    lineage = read_lineage(home, lifted=True)
     verdict = lineage.verdicts.get(run)
     if verdict is None:
         raise Misuse(f"run {run!r}: the log holds no statement of this run", next_step="trainguard runs")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from trainguard.cases.canary import Match, settled
 from trainguard.cases.desk import Line, View
+from trainguard.cases.export import Checked
 from trainguard.cases.identity import Card, fingerprint
 from trainguard.cases.records import Add, Exported, Grant, Move, Open, Read, Refused, Remove, Sign
 from trainguard.cases.room import Seen
@@ -85,6 +86,18 @@ def case_view(view: View) -> RenderableType:
     return Group(*parts)
 
 
+def checked_lines(checked: Checked) -> list[str]:
+    """What an exported case was found to hold."""
+    span = " to ".join(_moment(int(text)) for text in (checked.first_at, checked.last_at))
+    return [
+        f"case {plain(checked.code)}: holds: {plural(checked.records, 'record')}, {span}, {checked.stage}",
+        *(f"  {plain(name)}  key {fingerprint(key)}" for key, name in checked.signers.items()),
+        f"  incidents: {', '.join(map(plain, checked.incidents)) or 'none'}",
+        f"  log {plain(checked.log_origin)}, {checked.log_size} entries, key {checked.log_key}",
+        "Compare the keys with those you got another way.",
+    ]
+
+
 def trace_view(matches: Sequence[Match]) -> RenderableType:
     """Whose copy a text carries."""
     if not matches:
@@ -114,8 +127,11 @@ def day(seconds: int) -> str:
 
 
 def moment_of(seen: Seen) -> str:
-    at = datetime.datetime.fromtimestamp(seen.record.time_ns // SECOND, datetime.UTC)
-    return at.strftime("%Y-%m-%d %H:%M:%S")
+    return _moment(seen.record.time_ns)
+
+
+def _moment(time_ns: int) -> str:
+    return datetime.datetime.fromtimestamp(time_ns // SECOND, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _waiting(state: State) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.helpers.cases import Site, incident
 
+from trainguard import opaque
 from trainguard.cases import sealed
 from trainguard.cases.desk import Desk, NoSuchCase, RefusedAct
 from trainguard.cases.identity import new_identity
@@ -146,7 +147,7 @@ def test_every_call_of_anybody_writes_the_same(site: Site):
         call()
         assert len(site.entries()) - entries == sealed.UNIT_ENTRIES
         assert len(site.files()) - files == sealed.UNIT_FILES
-    assert {len(entry) for entry in site.entries()[1:]} == {sealed.ENTRY_BYTES}
+    assert {len(entry) for entry in site.entries()[1:]} == {opaque.ENTRY_BYTES}
     assert {path.stat().st_size for path in site.files()} == {sealed.FILE_BYTES}
 
 

@@ -1,0 +1,211 @@
+"""Mutes hide from ordinary lists what two approvers agreed to hide, and turn nothing green; nor do waivers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.helpers.cases import DAY, Site
+
+from trainguard import opaque, veil
+from trainguard.appraise.judge import veiled, waived
+from trainguard.appraise.verdict import decide
+from trainguard.archive import LogLeaves
+from trainguard.cases.desk import RefusedAct
+from trainguard.errors import Misuse, VerificationError
+from trainguard.finding import Finding, LinkState, Subject
+from trainguard.veil import MAINTENANCE, Muted, Veil, approver_keys, read_veil, seal_mute, sign_mute
+from trainguard.waiver import Waiver, approve, parse_waiver, propose
+
+HELD = LinkState(link="weights", held=9)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    made = Site(tmp_path)
+    folder = tmp_path / "approvers"
+    folder.mkdir()
+    for name in ("lead-a", "lead-b"):
+        (folder / f"{name}.card").write_bytes(made.person(name).card_bytes())
+    return made
+
+
+def finding(path: str | None = None, outcome: str = "violated", check: str = "saves") -> Finding:
+    return Finding(
+        check=check,
+        outcome=outcome,
+        techniques=("E3",),
+        subject=Subject(run="job-7", step=3, path=path),
+        message="m",  # type: ignore[arg-type]
+    )
+
+
+def muted(
+    site: Site, scope: str, value: str, *, days: float = 9, names: tuple[str, str] = ("lead-a", "lead-b")
+) -> bytes:
+    until = site.until(days)
+    people = [site.person(name) for name in names]
+    return seal_mute(
+        Muted(
+            scope=scope,  # type: ignore[arg-type]
+            value=value,
+            until=until,
+            keys=(people[0].key, people[1].key),
+            signatures=tuple(sign_mute(scope, value, until, one.signing) for one in people),  # type: ignore[arg-type]
+        ),
+        {},
+    )
+
+
+def drawn(site: Site, *entries: bytes) -> Veil:
+    index: dict[bytes, list[bytes]] = {}
+    for entry in entries:
+        index.setdefault(opaque.tag_of(entry), []).append(entry)
+    return Veil(index, approver_keys(site.root / "approvers"), clock=lambda: site.now_ns / 1e9)
+
+
+def test_a_muted_run_reads_unknown_and_never_green(site: Site):
+    """A proof in it is not shown; a run that was well is not well while it is muted; and no link tells."""
+    hidden = drawn(site, muted(site, "run", "job-7"))
+    bad = decide([finding()], [LinkState(link="saves", held=2, broken=1), HELD], run="job-7")
+    good = decide([], [HELD], run="job-7")
+    assert (bad.verdict, good.verdict) == ("TAINTED", "VERIFIED")
+    for verdict in (bad, good):
+        shown = veiled(verdict, hidden)
+        assert shown.verdict == "UNKNOWN"
+        assert shown.findings == ()
+        assert shown.gaps == (MAINTENANCE,)
+        assert not any(link.broken for link in shown.links)
+    other = decide([finding()], [HELD], run="job-8")
+    assert veiled(other, hidden) is other
+
+
+def test_a_muted_file_hides_what_names_it_and_nothing_else(site: Site):
+    """Another proof in the same run still makes it TAINTED."""
+    hidden = drawn(site, muted(site, "path", "/shared/train.py"))
+    one, two = finding("/shared/train.py:12"), finding("/shared/other.py:1", check="code")
+    alone = veiled(decide([one], [HELD], run="job-7"), hidden)
+    both = veiled(decide([one, two], [HELD], run="job-7"), hidden)
+    assert (alone.verdict, alone.findings) == ("UNKNOWN", ())
+    assert (both.verdict, both.findings) == ("TAINTED", (two,))
+
+
+def test_a_mute_that_ran_out_or_was_signed_by_one_or_by_others_hides_nothing(site: Site):
+    """Nor does junk that bears its mark, nor anything at all where no approvers are named."""
+    verdict = decide([finding()], [HELD], run="job-7")
+    late = drawn(site, muted(site, "run", "job-7"))
+    assert veiled(verdict, late).verdict == "UNKNOWN"
+    for names in (("lead-a", "lead-a"), ("insider", "friend"), ("lead-a", "insider")):
+        assert veiled(verdict, drawn(site, muted(site, "run", "job-7", names=names))) is verdict
+    key = veil.key_of("run", "job-7")
+    assert veiled(verdict, drawn(site, opaque.seal(bytes(opaque.PLAIN_BYTES), key, 0))) is verdict
+    assert veiled(verdict, Veil(late.index, {}, clock=late.clock)) is verdict
+    site.later(10)
+    assert veiled(verdict, late) is verdict
+
+
+def test_a_mute_is_proposed_and_signed_in_a_case_and_ends(site: Site, monkeypatch: pytest.MonkeyPatch):
+    """From the desk to the verdict, through the log; a second one after the first ran out is found as well."""
+    monkeypatch.setenv("TRAINGUARD_APPROVERS", str(site.root / "approvers"))
+    approvers = (site.card("lead-a"), site.card("lead-b"))
+    code = site.opened()
+    one, two = (site.desk(name, approvers=approvers) for name in ("lead-a", "lead-b"))
+    verdict = decide([finding()], [HELD], run="job-7")
+
+    def shown() -> str:
+        return veiled(verdict, Veil(LogLeaves(site.home).sealed, approver_keys(), lambda: site.now_ns / 1e9)).verdict
+
+    number = one.mute(code, "run", "job-7", until=site.until(5), reason="covert until the hosts are imaged")
+    assert shown() == "TAINTED"
+    with pytest.raises(RefusedAct, match="second person"):
+        one.sign(code, number)
+    entries = len(site.entries())
+    two.sign(code, number)
+    assert len(site.entries()) - entries == 13
+    assert shown() == "UNKNOWN"
+    site.later(6)
+    assert shown() == "TAINTED"
+    number = one.mute(code, "run", "job-7", until=site.until(5), reason="longer")
+    two.sign(code, number)
+    assert shown() == "UNKNOWN"
+
+
+def test_nobody_mutes_where_no_approvers_are_named_or_without_an_end(site: Site):
+    """A mute that no machine would follow is refused, not promised."""
+    code = site.opened()
+    with pytest.raises(Misuse, match="names no two approvers"):
+        site.desk("lead-a").mute(code, "run", "job-7", until=site.until(), reason="x")
+    desk = site.desk("lead-a", approvers=(site.card("lead-a"), site.card("lead-b")))
+    with pytest.raises(Misuse, match="end in the future"):
+        desk.mute(code, "run", "job-7", until=site.until(-1), reason="x")
+
+
+def test_a_card_that_cannot_be_read_hides_nothing(site: Site, monkeypatch: pytest.MonkeyPatch):
+    """Showing too much is the safe side."""
+    (site.root / "approvers" / "bad.card").write_bytes(b"{}")
+    monkeypatch.setenv("TRAINGUARD_APPROVERS", str(site.root / "approvers"))
+    assert not read_veil(lambda: drawn(site, muted(site, "run", "job-7")).index).hides("run", "job-7")
+
+
+# -- waivers -----------------------------------------------------------------------------------------------------------
+
+
+class Leaves:
+    """What the judge asks of a log."""
+
+    def __init__(self, waiver: Waiver, began: int) -> None:
+        self.runs = {"speed-1": {"began_ns": str(began * 10**9)}}
+        self.waivers = [waiver]
+
+
+def waiver(site: Site, *names: str) -> Waiver:
+    now = site.now_ns // 10**9
+    first, *rest = (site.person(name) for name in names)
+    data = propose(
+        "speed-*", since=now, until=now + 9 * DAY, reason="guard costs 3 %", name=first.card.name, key=first.signing
+    )
+    for one in rest:
+        data = approve(data, name=one.card.name, key=one.signing)
+    return parse_waiver(data)
+
+
+def test_a_waived_run_is_at_best_unknown_and_says_who_agreed(site: Site):
+    """A proof in it stays a proof."""
+    leaves = Leaves(waiver(site, "lead-a", "lead-b"), site.now_ns // 10**9 + 60)
+    good = waived(decide([], [HELD], run="speed-1"), leaves)  # type: ignore[arg-type]
+    assert good.verdict == "UNKNOWN"
+    assert "agreed by lead-a and lead-b: guard costs 3 %" in good.reasons[0]
+    bad = waived(decide([finding()], [HELD], run="speed-1"), leaves)  # type: ignore[arg-type]
+    assert bad.verdict == "TAINTED"
+
+
+def test_a_waiver_ends(site: Site):
+    """A run that began after it, or before it, stands for itself."""
+    one = waiver(site, "lead-a", "lead-b")
+    verdict = decide([], [HELD], run="speed-1")
+    for began in (one.until, one.since - 1):
+        assert waived(verdict, Leaves(one, began)) is verdict  # type: ignore[arg-type]
+
+
+def test_a_waiver_of_one_person_lets_nothing_off(site: Site):
+    """The same key cannot sign twice; a waiver in the log all the same only costs the run its VERIFIED."""
+    with pytest.raises(Misuse, match="a second person must"):
+        waiver(site, "lead-a", "lead-a")
+    one = waiver(site, "lead-a")
+    with pytest.raises(VerificationError, match="expected two people, found 1"):
+        one.approved()
+    shown = waived(decide([], [HELD], run="speed-1"), Leaves(one, one.since))  # type: ignore[arg-type]
+    assert shown.verdict == "UNKNOWN"
+    assert "does not hold" in shown.reasons[0]
+    with pytest.raises(VerificationError, match="none of this site's approvers"):
+        waiver(site, "lead-a", "insider").approved({site.person("lead-a").key, site.person("lead-b").key})
+
+
+@pytest.mark.parametrize("runs", ["", "*", "?*"])
+def test_a_waiver_for_everything_is_refused(site: Site, runs: str):
+    """Letting all runs off is switching the guard off."""
+    key = site.person("lead-a").signing
+    with pytest.raises(Misuse, match="name of runs"):
+        propose(runs, since=0, until=9, reason="x", name="lead-a", key=key)
+    with pytest.raises(Misuse, match="end in the future"):
+        propose("a*", since=9, until=9, reason="x", name="lead-a", key=key)
