@@ -35,6 +35,8 @@ FIRST_LOGIN_UID = 1000
 """Below it stand the system's own accounts, which are nobody's alone (login.defs, UID_MIN)."""
 ACCOUNT = re.compile(r"account (?:(?P<name>[^\s()]{1,64}) \()?uid (?P<uid>\d{1,10})\)?")
 """As candidates write accounts (incident/attribute.py): `account insider (uid 1002)`, `account uid 1002`."""
+COMMITTED = re.compile(r"(?:by|names) ([^<>;:]{1,100}) <([^<>\s]{1,128})>")
+"""As candidates write what git says: `from commit 0123456789ab by A B <a@example.org>`."""
 UIDS = frozenset({"uid", "loginuid", "euid"})
 DEPTH = 6
 PLACES = 64
@@ -109,6 +111,10 @@ def _candidates(incident: Incident) -> Iterator[Subject]:
             yield from _account(match, f"a candidate of incident {incident.id}", firm=firm)
         if candidate.uid is not None:
             yield _uid(candidate.uid, f"a candidate of incident {incident.id}", firm=firm)
+        for text in (*candidate.supports, *candidate.against):
+            for author in COMMITTED.finditer(text):
+                for value in author.groups():
+                    yield Subject(kind="author", value=value, why=f"named by git in incident {incident.id}", firm=False)
     for text in incident.attribution.excluded:
         for match in ACCOUNT.finditer(text):
             yield from _account(match, f"named in incident {incident.id}, and spoken against", firm=False)
