@@ -166,12 +166,16 @@ class Library:
 
     name: str
     package: str
+    distributions: tuple[str, ...] = ()
+    """Distributions that bring the package, first installed first; its own name where there are none."""
     uses: tuple[str, ...] = ()
     """Packages whose classes may be bases."""
     training: tuple[str, ...] = ()
     """Modules whose classes real training state holds; these go into the training tier."""
     framework: tuple[str, ...] = ()
     """Packages whose classes go into the framework tier."""
+    named: tuple[str, ...] = ()
+    """Packages of these whose classes training state may name (an activation among hyper-parameters), not make."""
     skip: tuple[str, ...] = (
         "test",
         "tests",
@@ -199,6 +203,14 @@ DISTANCES = (
 )
 """sklearn's compiled distances, without the one that holds a Python function."""
 
+TORCH_FUNCTIONS = (
+    *(f"torch.nn.functional.{name}" for name in ("relu", "gelu", "silu", "elu", "leaky_relu", "relu6", "mish")),
+    *(f"torch.nn.functional.{name}" for name in ("softplus", "tanh", "sigmoid", "hardswish", "dropout")),
+    *(f"torch.{name}" for name in ("relu", "tanh", "sigmoid")),
+    *(f"torch._C._nn.{name}" for name in ("gelu", "relu6", "silu", "mish", "hardswish")),
+)
+"""Activations, which modules hold and configs name: they compute and nothing else."""
+
 LIBRARIES = (
     Library(
         name="torch",
@@ -223,24 +235,12 @@ LIBRARIES = (
             "torch.utils.data",
             "torch.fx.immutable_collections",
         ),
+        named=("torch.nn.modules", "torch.optim"),
         extra={
             "training": {
                 "torch_tensor_class": ("torch.distributed.tensor.DTensor", "torch.distributed.tensor._api.DTensor"),
                 "text": ("torch.torch_version.TorchVersion",),
-            },
-            "framework": {
-                "function": (
-                    *(
-                        f"torch.nn.functional.{name}"
-                        for name in ("relu", "gelu", "silu", "elu", "leaky_relu", "relu6", "mish")
-                    ),
-                    *(
-                        f"torch.nn.functional.{name}"
-                        for name in ("softplus", "tanh", "sigmoid", "hardswish", "dropout")
-                    ),
-                    *(f"torch.{name}" for name in ("relu", "tanh", "sigmoid")),
-                    *(f"torch._C._nn.{name}" for name in ("gelu", "relu6", "silu", "mish", "hardswish")),
-                )
+                "function": TORCH_FUNCTIONS,
             },
         },
     ),
@@ -287,11 +287,38 @@ LIBRARIES = (
         },
     ),
     Library(
-        name="torchmetrics", package="torchmetrics", uses=("torch", "lightning_utilities"), framework=("torchmetrics",)
+        name="torchmetrics",
+        package="torchmetrics",
+        uses=("torch", "lightning_utilities"),
+        framework=("torchmetrics",),
+        extra={
+            "framework": {
+                "function": (
+                    *(f"torchmetrics.utilities.data.dim_zero_{how}" for how in ("cat", "sum", "mean", "max", "min")),
+                    "torchmetrics.metric.jit_distributed_available",
+                )
+            }
+        },
+    ),
+    Library(
+        name="xgboost",
+        package="xgboost",
+        distributions=("xgboost-cpu", "xgboost"),
+        uses=("sklearn",),
+        framework=("xgboost.sklearn",),
+        extra={"framework": {"xgboost_booster": ("xgboost.core.Booster",)}},
+    ),
+    Library(
+        name="lightgbm",
+        package="lightgbm",
+        uses=("sklearn",),
+        framework=("lightgbm.sklearn", "lightgbm.compat"),
+        extra={"framework": {"lightgbm_booster": ("lightgbm.basic.Booster",)}},
     ),
     Library(
         name="sklearn",
         package="sklearn",
+        distributions=("scikit-learn",),
         framework=("sklearn",),
         skip=("test", "tests", "conftest", "datasets", "_build_utils", "externals"),
         extra={
@@ -309,6 +336,14 @@ LIBRARIES = (
                         for name in DISTANCES
                         for bits in ("32", "64", "")
                     ),
+                ),
+                "function": tuple(
+                    f"sklearn.feature_selection.{module}.{name}"
+                    for module, names in (
+                        ("_univariate_selection", ("f_classif", "f_oneway", "f_regression", "chi2", "r_regression")),
+                        ("_mutual_info", ("mutual_info_classif", "mutual_info_regression")),
+                    )
+                    for name in names
                 ),
                 "constant": (
                     "sklearn.cluster._kmeans._kmeans_single_lloyd",
@@ -362,6 +397,8 @@ class Sources:
         self.names: dict[str, dict[str, str]] = {}
         """module → name in it → what it was imported as, qualified."""
         self.stars: dict[str, list[str]] = {}
+        self.renamed: dict[str, str] = {}
+        """Class → the name it is pickled by, where its module sets `Class.__module__`."""
         self.digests: dict[str, str] = {}
         self._chains: dict[str, list[ClassShape | str]] = {}
 
@@ -401,6 +438,8 @@ class Sources:
                         self.stars.setdefault(module, []).append(source)
                     else:
                         names[alias.asname or alias.name] = f"{source}.{alias.name}"
+            elif isinstance(node, ast.Assign) and (moved := moved_to(node)) is not None:
+                self.renamed[f"{module}.{moved[0]}"] = f"{moved[1]}.{moved[0]}"
             elif isinstance(node, ast.ClassDef):
                 full = f"{module}.{node.name}"
                 names[node.name] = full
@@ -445,6 +484,15 @@ class Sources:
             made += self.chain(self.resolve(module, base), (*seen, name))
         self._chains[name] = made
         return made
+
+
+def moved_to(node: ast.Assign) -> tuple[str, str] | None:
+    """(class, module) of a statement `Class.__module__ = "module"`, or None."""
+    target = node.targets[0]
+    if not isinstance(target, ast.Attribute) or target.attr != "__module__" or not isinstance(target.value, ast.Name):
+        return None
+    value = node.value.value if isinstance(node.value, ast.Constant) else None
+    return (target.value.id, value) if isinstance(value, str) else None
 
 
 def top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -544,17 +592,21 @@ def generate(library: Library) -> dict[str, dict[str, Any]]:
     for package in (*library.uses, library.package):
         sources.read_package(package)
     tiers: dict[str, dict[str, set[str]]] = {"training": {}, "framework": {}}
+    renamed = {sources.final(name, frozenset()): new for name, new in sources.renamed.items()}
     for name in sources.classes:
         module = name.rpartition(".")[0]
         tier = tier_for(library, module)
         kind = kind_of(sources, name) if tier else None
         if tier and kind:
-            tiers[tier].setdefault(kind, set()).add(name)
+            names = {name} | ({renamed[name]} if name in renamed else set())
+            tiers[tier].setdefault(kind, set()).update(names)
+            if tier == "framework" and within(module, library.named):
+                tiers["training"].setdefault("named", set()).update(names)
     for tier, kinds in library.extra.items():
         for kind, names in kinds.items():
             if names:
                 tiers[tier].setdefault(kind, set()).update(names)
-    version = importlib.metadata.version(library.name if library.name != "sklearn" else "scikit-learn")
+    version = version_of(library)
     return {
         tier: {
             "library": library.name,
@@ -571,14 +623,28 @@ def generate(library: Library) -> dict[str, dict[str, Any]]:
     }
 
 
+def version_of(library: Library) -> str:
+    """The installed release of a library."""
+    for distribution in library.distributions or (library.name,):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise SystemExit(f"{library.name}: not installed")
+
+
 def tier_for(library: Library, module: str) -> str | None:
     """The tier the classes of a module belong to, or None."""
     if module in library.training:
         return "training"
     if set(module.split(".")) & set(library.skip):
         return None
-    fits = any(module == package or module.startswith(package + ".") for package in library.framework)
-    return "framework" if fits else None
+    return "framework" if within(module, library.framework) else None
+
+
+def within(module: str, packages: tuple[str, ...]) -> bool:
+    """Whether `module` is one of `packages` or lies in one."""
+    return any(module == package or module.startswith(package + ".") for package in packages)
 
 
 def version_range(version: str) -> str:

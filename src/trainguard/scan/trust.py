@@ -100,14 +100,15 @@ def parse_trust(data: bytes, *, where: str) -> tuple[str, ...]:
 
 @functools.cache
 def _names_up_to(tier: str) -> dict[str, tuple[str, str]]:
-    """name → (kind, tier) for `tier` and everything below it."""
+    """name → (kind, tier) for `tier` and everything below it. What one tier may only name, a higher may make."""
     wanted = TIERS[: TIERS.index(tier) + 1] if tier in TIERS else TIERS[:2]
     names: dict[str, tuple[str, str]] = {}
     for shelf in _shelves(framework="framework" in wanted):
         for level in wanted:
             for kind, members in shelf["tiers"].get(level, {}).items():
                 for name in members:
-                    names.setdefault(name, (kind, level))
+                    if names.get(name, ("named",))[0] == "named":
+                        names[name] = (kind, level)
     return names
 
 

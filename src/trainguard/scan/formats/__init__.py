@@ -11,12 +11,13 @@ from trainguard.scan.formats.onnx import ONNX, SENTENCEPIECE
 from trainguard.scan.formats.pickles import PICKLE_FORMAT
 from trainguard.scan.formats.safetensors import SAFETENSORS
 from trainguard.scan.formats.tar import TAR
+from trainguard.scan.formats.ubjson import UBJSON
 from trainguard.scan.formats.zips import ZIP
 
 STRONG: tuple[Format, ...] = (
     SAFETENSORS,  # before pickle: one header length in a few hundred looks like a PROTO opcode
     PICKLE_FORMAT,
-    *(ZIP, NPY, HDF5, GGUF, ARCHIVE_FORMAT),
+    *(ZIP, NPY, HDF5, GGUF, UBJSON, ARCHIVE_FORMAT),
     *COMPRESSED[:5],
     *(IMAGE, CODE_FORMAT),
 )

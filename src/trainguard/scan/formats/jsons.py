@@ -47,6 +47,19 @@ def parse(data: bytes, policy: ScanPolicy) -> Any:
         raise BadJson(f"not JSON: {error}") from error
 
 
+def is_json(data: bytes, policy: ScanPolicy) -> bool:
+    """Whether a reader would take `data` for JSON at all, with or without what `parse` refuses."""
+    if len(data) > policy.json_bytes or data.count(b",") + data.count(b"[") + data.count(b"{") > policy.json_nodes:
+        return True
+    try:
+        json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        return True
+    except (ValueError, UnicodeDecodeError):
+        return False
+    return True
+
+
 def keys(source: Source) -> Iterator[str]:
     """Every string that stands before a colon, without building objects; for files too big to parse."""
     carry = b""

@@ -1,18 +1,26 @@
-"""Text: JSON goes to hf.py; Python source is code that a loader may import; templates are looked at; prose is inert."""
+"""Text: JSON goes to hf.py, YAML to yamls.py, LightGBM's models to lightgbm.py; templates are looked at.
+
+Source is code that a loader may import, by its name. Prose is inert.
+"""
 
 from __future__ import annotations
 
 import codecs
 
-from trainguard.scan.formats import hf, templates
+from trainguard.scan.formats import hf, jsons, lightgbm, templates, yamls
 from trainguard.scan.formats.interface import Job
 from trainguard.scan.source import Source
 
 STEP_BYTES = 1 << 20
-CONTROLS = bytes(set(range(32)) - {9, 10, 12, 13}) + b"\x7f"
+CONTROLS = bytes(set(range(32)) - {7, 8, 9, 10, 12, 13, 27}) + b"\x7f"
+"""Bytes no text has. Logs have bells, backspaces and escape sequences: reports escape what they print of them."""
 IMPORTED = (".py", ".pth", ".pyw", ".pyi", ".start")
 """Names that make the import system or the start of an interpreter read a text file."""
 RUN = (".sh", ".bash", ".bat", ".cmd", ".ps1")
+TEMPLATES = (".jinja", ".jinja2", ".j2")
+YAML = (".yaml", ".yml")
+JSON = (".json", ".jsonl", ".ndjson", ".ipynb", ".webmanifest", ".geojson")
+"""Names whose readers expect JSON: text of another shape there is broken, elsewhere it is just text."""
 
 
 def looks_like_text(head: bytes) -> bool:
@@ -39,16 +47,23 @@ def is_text(source: Source) -> bool:
 
 
 def judge(job: Job) -> tuple[str, str]:
-    """Judge a text file."""
+    """Judge a text file. What is imported, run or rendered by its name is that, whatever it looks like."""
     start = job.source.read(0, 4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start[:1] in (b"{", b"["):
-        data = job.source.read(0, job.source.size) if job.source.size <= job.policy.json_bytes else None
-        if start[:1] == b"{" and start[1:].lstrip()[:1] not in (b'"', b"}"):
-            return _prose(job)
-        if _is_lines(start, data):
-            return _lines(job)
-        return hf.judge(job, data)
-    return _prose(job)
+    name = job.name.lower()
+    if name.endswith(IMPORTED + RUN + TEMPLATES):
+        return _prose(job)
+    if lightgbm.looks_like_model(start) and not name.endswith(YAML):
+        return lightgbm.judge(job)
+    if start[:1] not in (b"{", b"[") or (start[:1] == b"{" and start[1:].lstrip()[:1] not in (b'"', b"}")):
+        return _prose(job)
+    data = job.source.read(0, job.source.size) if job.source.size <= job.policy.json_bytes else None
+    if not name.endswith(YAML) and _is_lines(start, data):
+        return _lines(job)
+    if not name.endswith(JSON) and data is not None and not jsons.is_json(data, job.policy):
+        return _prose(job)
+    if name.endswith(YAML):
+        yamls.judge(job)
+    return hf.judge(job, data)
 
 
 def _is_lines(start: bytes, data: bytes | None) -> bool:
@@ -72,24 +87,12 @@ def _prose(job: Job) -> tuple[str, str]:
     if name.endswith(RUN):
         job.unknown("source", "a script beside a model")
         return "script", "none"
-    if name.endswith((".jinja", ".jinja2", ".j2")):
+    if name.endswith(TEMPLATES):
         why = templates.problem(job.source.read(0, templates.TEMPLATE_BYTES + 1).decode("utf-8", "replace"))
         if why:
             job.unsafe("template", why)
         return "template", "jinja"
-    if name.endswith((".yaml", ".yml")):
-        _yaml(job)
+    if name.endswith(YAML):
+        yamls.judge(job)
         return "yaml", "yaml"
     return "text", "none"
-
-
-def _yaml(job: Job) -> None:
-    """YAML tags that name Python objects run code in yaml.load; hydra's `_target_` names a callable."""
-    text = job.source.read(0, job.policy.json_bytes)
-    for mark in (b"!!python/", b"tag:yaml.org,2002:python/"):
-        if mark in text:
-            job.unsafe("config", f"{mark.decode()} tag: yaml.load would make any Python object", text.index(mark))
-            return
-    for mark in (b"_target_:", b"class_path:"):
-        if mark in text:
-            job.unknown("config", f"{mark.decode()} names something to be called", text.index(mark))

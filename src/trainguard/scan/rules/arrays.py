@@ -44,6 +44,8 @@ BIT_GENERATORS = frozenset(("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"))
 MAX_DIMENSIONS = 64
 """NPY_MAXDIMS of numpy 2; 32 before."""
 MAX_FIELDS = 4096
+OBJECT_FLAGS = 0x07
+"""NPY_ITEM_REFCOUNT, NPY_LIST_PICKLE, NPY_ITEM_IS_POINTER: with one of them numpy takes bytes for object pointers."""
 
 
 class DType(NamedTuple):
@@ -119,6 +121,7 @@ SIZED = {
 SCALAR_TYPES = {
     "bool_": DType(1),
     "object_": DType(8, has_objects=True),
+    "record": DType(-1),  # its state says how long it is
     **{f"{kind}{bits}": DType(bits // 8) for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
     **{f"float{bits}": DType(bits // 8) for bits in (16, 32, 64)},
     **{f"complex{bits}": DType(bits // 8) for bits in (64, 128)},
@@ -138,14 +141,18 @@ def dtype_state(machine: Machine, target: Object, state: Value) -> Value:
     if len(state) == 9 and not _is_metadata(state[8]):
         raise refuse("build", target.origin, "metadata made of constants", state[8])
     if fields is None and names is None and subarray is None:
-        if size not in (-1, known.item_bytes):
+        if size not in (-1, known.item_bytes) or known.item_bytes < 0:
             raise refuse("build", target.origin, f"an item size of {known.item_bytes}", size)
+        if type(flags) is not int or (flags & OBJECT_FLAGS and not known.has_objects):
+            raise refuse("build", target.origin, "flags of a dtype without objects", flags)
         return target
-    if size < 0 or size > max(known.item_bytes, 0):
+    if size < 0 or (size > known.item_bytes and known.item_bytes >= 0):
         raise refuse("build", target.origin, f"an item size of {known.item_bytes}", size)
     objects = _fields_have_objects(target, names, fields, size) if fields is not None else False
     if subarray is not None:
         objects = _subarray_has_objects(target, subarray, size) or objects
+    if type(flags) is not int or (flags & OBJECT_FLAGS and not objects):
+        raise refuse("build", target.origin, "flags of a dtype without objects", flags)
     target.facts = DType(size, has_objects=objects)
     return target
 
@@ -164,7 +171,8 @@ def _fields_have_objects(target: Object, names: Value, fields: Value, size: int)
         if type(field) is not tuple or len(field) not in (2, 3) or not isinstance(field[0], Object):
             raise refuse("build", target.origin, "(dtype, offset)", field)
         inner, offset = field[0].facts, field[1]
-        if not isinstance(inner, DType) or type(offset) is not int or not 0 <= offset <= size - inner.item_bytes:
+        fits = isinstance(inner, DType) and type(offset) is int and inner.item_bytes >= 0
+        if not fits or not 0 <= offset <= size - inner.item_bytes:
             raise refuse("build", target.origin, f"a field inside {size} bytes", field)
         objects = objects or inner.has_objects
     return objects
@@ -217,7 +225,7 @@ def _is_array_type(value: Value) -> bool:
 
 def array_state(machine: Machine, target: Object, state: Value) -> Value:
     """(version, shape, dtype, Fortran order, bytes or list of objects); a masked array adds its mask and fill value."""
-    if type(state) is tuple and len(state) == 7 and is_inert(state[6]):
+    if type(state) is tuple and len(state) == 7 and _is_fill_value(state[6]):
         length = length_of(state[5])
         count = count_of(state[1])
         if length is None or count is None or length % max(count, 1):
@@ -231,6 +239,13 @@ def array_state(machine: Machine, target: Object, state: Value) -> Value:
     check_data(target.origin, shape, kind.facts, data)
     target.facts = ArrayState(kind.facts.item_bytes, kind.facts.has_objects)
     return target
+
+
+def _is_fill_value(value: Value) -> bool:
+    """What a masked array shows in the place of a masked item: a constant, or a numpy scalar or array of its dtype."""
+    plain = isinstance(value, Object) and isinstance(value.facts, ArrayState) and not value.facts.has_objects
+    made = isinstance(value, Object) and value.origin.listed is not None and value.origin.listed.kind == "numpy_scalar"
+    return is_inert(value) or plain or made
 
 
 def check_data(origin: Global, shape: Value, kind: DType, data: Value) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from trainguard.scan.rules.interface import CallRule, Kind, Refused, refuse
-from trainguard.scan.values import Bag, FrozenBag, Global, Map, Object, Span, Value, is_constant, is_inert
+from trainguard.scan.values import Bag, FrozenBag, Global, Map, Object, Span, Value, is_constant, is_inert, length_of
 
 if TYPE_CHECKING:
     from trainguard.scan.machine import Machine
 
+ARRAY_CODES = "bBuwhHiIlLqQfd"
+PATTERN_LENGTH = 4096
+RATIO = re.compile(r"-?\d{1,4300}(/\d{1,4300})?\Z", re.ASCII)
 FORBIDDEN_ATTRIBUTES = frozenset(("__class__", "__dict__", "__reduce__", "__reduce_ex__", "__setstate__", "__del__"))
 
 
@@ -74,6 +78,12 @@ def anything(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value
     return Object(origin)
 
 
+def named_and_called(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """A name that this tier may only name, called or instantiated all the same: as unknown as one on no list."""
+    machine.unlisted(origin, "call" if args else "instance")
+    return Object(origin)
+
+
 def one_constant(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     """An enum member by value: one constant, or a tuple of constants."""
     if len(args) != 1 or not is_inert(args[0]):
@@ -113,7 +123,7 @@ def raw_bytes(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Valu
     if not args and origin.name == "builtins.bytes":
         return b""
     if not args or (len(args) == 1 and _is_bytes(args[0])):
-        return args[0] if args and origin.name == "builtins.bytes" else Object(origin)
+        return args[0] if args and origin.name == "builtins.bytes" else Object(origin, args[0] if args else b"")
     if len(args) == 2 and isinstance(args[0], str | Span) and type(args[1]) is str:
         return encode(machine, origin, args)
     if len(args) == 1 and type(args[0]) in (list, tuple) and all(type(item) is int for item in args[0]):
@@ -243,6 +253,38 @@ def _is_harmless(value: Value) -> bool:
     return isinstance(value, Global) and value.listed is not None and value.listed.kind in ("function", "factory")
 
 
+def numbers(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """array.array(type code, list of numbers): how an array pickles below protocol 3."""
+    if len(args) != 2 or type(args[0]) is not str or args[0] not in ARRAY_CODES:
+        raise refuse("arguments", origin, "(type code, numbers)", args)
+    if not (type(args[1]) is list and all(type(item) in (int, float) for item in args[1])):
+        raise refuse("arguments", origin, "(type code, numbers)", args)
+    return Object(origin)
+
+
+def array_bytes(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """array._array_reconstructor(array.array, type code, format code, bytes)."""
+    fits = len(args) == 4 and isinstance(args[0], Global) and args[0].name == "array.array"
+    if not fits or args[1] not in tuple(ARRAY_CODES) or type(args[2]) is not int or length_of(args[3]) is None:
+        raise refuse("arguments", origin, "(array.array, type code, format code, bytes)", args)
+    return Object(origin)
+
+
+def pattern(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """re._compile(text, flags): a short pattern; compiling takes time in proportion to its text."""
+    if len(args) != 2 or type(args[0]) not in (str, bytes) or len(args[0]) > PATTERN_LENGTH or type(args[1]) is not int:
+        raise refuse("arguments", origin, f"(at most {PATTERN_LENGTH} characters, flags)", args)
+    return Object(origin)
+
+
+def fraction(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """Fraction('1/3') or Fraction(1, 3); in text no exponent, which would be worked out as an integer."""
+    fits = len(args) <= 2 and all(type(arg) is int or (type(arg) is str and RATIO.match(arg)) for arg in args)
+    if not fits:
+        raise refuse("arguments", origin, "whole numbers", args)
+    return Object(origin)
+
+
 def tree(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     """sklearn.tree._tree.Tree(features, classes per output, outputs): two numbers and an array."""
     if len(args) != 3 or type(args[0]) is not int or type(args[2]) is not int or not isinstance(args[1], Object):
@@ -261,6 +303,7 @@ def one_class(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Valu
 
 PLAIN: dict[str, Kind] = {
     "constant": Kind(),
+    "named": Kind(call=named_and_called, new=named_and_called, state=any_state),
     "function": Kind(),
     "anything": Kind(call=anything, new=anything, state=any_state),
     "instance": Kind(call=None, new=bare, state=attributes),
@@ -279,7 +322,11 @@ PLAIN: dict[str, Kind] = {
     "sklearn_tree": Kind(call=tree, state=attributes),
     "sklearn_pairs": Kind(call=one_class),
     "sklearn_state": Kind(new=bare, state=any_state),
-    "enum": Kind(call=one_constant, new=one_constant, state=attributes, enum=True),
+    "enum": Kind(call=one_constant, new=one_constant, enum=True),
+    "array": Kind(call=numbers),
+    "array_bytes": Kind(call=array_bytes),
+    "pattern": Kind(call=pattern),
+    "fraction": Kind(call=fraction, new=fraction),
     "constants": Kind(call=constants, new=constants, state=constant_state),
     "number": Kind(call=constants, new=constants, factory=True, base=True),
     "base": Kind(call=bare, new=bare, base=True),
