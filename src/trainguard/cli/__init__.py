@@ -35,6 +35,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "lineage": ("trainguard.cli.lineage", "What was made from what; what is tainted, what is not affected."),
     "data": ("trainguard.cli.data", "Sources of training data: register, withdraw, prove that one was not used."),
     "gate": ("trainguard.cli.gate", "May this model be released or served?"),
+    "export": (
+        "trainguard.cli.export",
+        "Findings, models and lineage in others' formats; signed delivery to a webhook.",
+    ),
     "log": ("trainguard.cli.log", "The transparency log: head, show, prove, verify."),
     "demo": ("trainguard.cli.demo", "The whole story on a small model."),
     "node": ("trainguard.cli.node", "As root: record who signals whom on this machine, for every run on it."),
