@@ -47,23 +47,25 @@ class Muted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     scope: Scope
     value: str
+    since: int
+    """When it was proposed, seconds since the epoch; of several for the same thing the last one decides."""
     until: int
-    """Seconds since the epoch."""
+    """End; where it is not after `since`, it ends one that was there."""
     keys: tuple[str, str]
     signatures: tuple[str, str]
     """Over `statement_of`, base64, in the order of the keys."""
 
 
-def statement_of(scope: str, value: str, until: int) -> bytes:
+def statement_of(scope: str, value: str, since: int, until: int) -> bytes:
     """What the two sign."""
-    return b"trainguard/veil/v1\0%s\0%s\0%d" % (scope.encode(), value.encode(), until)
+    return b"trainguard/veil/v1\0%s\0%s\0%d\0%d" % (scope.encode(), value.encode(), since, until)
 
 
-def sign_mute(scope: str, value: str, until: int, key: ec.EllipticCurvePrivateKey) -> str:
+def sign_mute(scope: str, value: str, since: int, until: int, key: ec.EllipticCurvePrivateKey) -> str:
     """One person's signature. Raises Misuse for what cannot be muted."""
     if scope not in ("run", "path") or not 0 < len(value) <= VALUE_LIMIT or not value.isprintable():
         raise Misuse(f"mute: expected a run or a path of at most {VALUE_LIMIT} printable characters")
-    return base64.b64encode(key.sign(statement_of(scope, value, until), _ECDSA)).decode()
+    return base64.b64encode(key.sign(statement_of(scope, value, since, until), _ECDSA)).decode()
 
 
 def key_of(scope: str, value: str) -> bytes:
@@ -93,14 +95,13 @@ class Veil:
         """Whether a mute that holds covers this run or file."""
         if len(self.approvers) < 2:
             return False
-        key = key_of(scope, value)
+        key, last = key_of(scope, value), (0, 0)
         for n in range(RENEWALS):
             entries = self.index.get(opaque.mark(key, n))
             if not entries:
-                return False
-            if any(self._holds(entry, key, scope, value) for entry in entries):
-                return True
-        return False
+                break
+            last = max(last, *(self._span(entry, key, scope, value) for entry in entries))
+        return last[1] > self.clock()
 
     def hides_path(self, place: str | None) -> bool:
         """The same for `file:line` or a file, as findings write it."""
@@ -109,17 +110,19 @@ class Veil:
         name, _, line = place.rpartition(":")
         return self.hides("path", name if name and line.isdigit() else place)
 
-    def _holds(self, entry: bytes, key: bytes, scope: str, value: str) -> bool:
+    def _span(self, entry: bytes, key: bytes, scope: str, value: str) -> tuple[int, int]:
+        """Since when and until when the entry says so; zeros for one that two approvers did not sign."""
         try:
             plain = opaque.unseal(entry, key, where="mute")
             muted = msgspec.json.decode(plain[2 : 2 + int.from_bytes(plain[:2], "big")], type=Muted)
         except (VerificationError, msgspec.DecodeError, UnicodeDecodeError):
-            return False
-        if (muted.scope, muted.value) != (scope, value) or muted.until <= self.clock() or len(set(muted.keys)) != 2:
-            return False
-        said = statement_of(scope, value, muted.until)
+            return 0, 0
+        if (muted.scope, muted.value) != (scope, value) or len(set(muted.keys)) != 2:
+            return 0, 0
+        said = statement_of(scope, value, muted.since, muted.until)
         pairs = zip(muted.keys, muted.signatures, strict=True)
-        return all(_signed(self.approvers.get(one), signature, said) for one, signature in pairs)
+        holds = all(_signed(self.approvers.get(one), signature, said) for one, signature in pairs)
+        return (muted.since, muted.until) if holds else (0, 0)
 
 
 NO_VEIL = Veil({}, {})

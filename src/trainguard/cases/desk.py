@@ -325,26 +325,34 @@ class Desk:
         """Propose covert or overt."""
         return self._act(name, "turn", Turn(posture=posture, reason=check_reason(reason)), f"turn {posture}")
 
-    def mute(self, name: str, scope: veil.Scope, value: str, *, until: int, reason: str) -> int:
-        """Propose that ordinary lists say MAINTENANCE of a run or a file until then; never that it is well."""
+    def mute(self, name: str, scope: veil.Scope, value: str, *, until: int | None, reason: str) -> int:
+        """Propose that ordinary lists say MAINTENANCE of a run or a file until then; never that it is well.
+
+        until: seconds since the epoch; None proposes to end it.
+        """
         if len(self._approvers) < 2:
             raise Misuse(
                 "mute: this machine names no two approvers, so nothing is muted here",
                 next_step=f"put their cards into {veil.approvers_folder()}, on every machine that shows verdicts",
             )
-        if until * SECOND <= self._clock():
-            raise Misuse("mute: expected an end in the future: a mute without one would be a waiver")
-        signature = veil.sign_mute(scope, value, until, self._me.signing)
-        said = Mute(scope=scope, value=value, until=until, reason=check_reason(reason), signature=signature)
+        since = self._clock() // SECOND
+        if until is not None and until <= since:
+            raise Misuse("mute: expected an end in the future")
+        until = until if until is not None else since
+        signature = veil.sign_mute(scope, value, since, until, self._me.signing)
+        said = Mute(
+            scope=scope, value=value, since=since, until=until, reason=check_reason(reason), signature=signature
+        )
         return self._act(name, "mute", said, f"mute {scope} {value}")
 
     def _muted(self, call: _Call, act: Act) -> str:
         """Second signature of a mute, and its entry for the log. Raises Invalid where the first is not one."""
         said: Mute = act.said
-        mine = veil.sign_mute(said.scope, said.value, said.until, self._me.signing)
+        mine = veil.sign_mute(said.scope, said.value, said.since, said.until, self._me.signing)
         muted = veil.Muted(
             scope=said.scope,
             value=said.value,
+            since=said.since,
             until=said.until,
             keys=(act.author, self._me.key),
             signatures=(said.signature, mine),

@@ -153,6 +153,7 @@ class Turn(_Body, frozen=True, kw_only=True):
 class Mute(_Body, frozen=True, kw_only=True):
     scope: Literal["run", "path"]
     value: str
+    since: int
     until: int
     reason: str
     signature: str

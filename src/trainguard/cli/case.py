@@ -34,7 +34,21 @@ _quiet = click.option("--quiet", is_flag=True, help="Print nothing; the exit sta
 _lift = click.option("--lift", "lifts", multiple=True, metavar="NAME", help="An exclusion that two people set aside.")
 
 
-@click.group("case")
+ORDER = (
+    *("identity", "card", "open", "list", "show", "sign", "note", "trace", "add", "move", "grant", "remove", "leave"),
+    *("turn", "mute", "hold", "export", "verify", "purge", "waive", "cover"),
+)
+"""As a case goes."""
+
+
+class _InOrder(click.Group):
+    """Lists its verbs as they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self.commands, key=ORDER.index)
+
+
+@click.group("case", cls=_InOrder)
 def command() -> None:
     """Need-to-know rooms: members by name, reason and expiry; two people grant; the evidence excludes.
 
@@ -55,7 +69,10 @@ def command() -> None:
 def identity_command(
     name: str, accounts: tuple[str, ...], authors: tuple[str, ...], passphrase: bool, output: Path | None
 ) -> int:
-    """Make your keys (in your own home folder, or at TRAINGUARD_IDENTITY) and your card."""
+    """Make your keys and your card.
+
+    They lie in your own home folder, or at TRAINGUARD_IDENTITY: never in the state folder.
+    """
     from trainguard.cases.identity import create_identity, identity_path
     from trainguard.digest import write_durably
     from trainguard.render.case import card_lines
@@ -115,7 +132,10 @@ def list_command(as_json: bool, quiet: bool) -> int:
 @_quiet
 @click.argument("case")
 def show_command(as_json: bool, quiet: bool, case: str) -> int:
-    """All of one case: what waits, incidents, who is kept out, members, notes, and its record."""
+    """All of one case.
+
+    What waits, incidents, who is kept out, members, notes, and its record.
+    """
     from trainguard.render.case import case_view, document
 
     view = _desk().show(case)
@@ -131,7 +151,10 @@ def show_command(as_json: bool, quiet: bool, case: str) -> int:
 @click.argument("case")
 @click.argument("text", type=click.File("r", errors="replace"))
 def trace_command(as_json: bool, case: str, text: Any) -> int:
-    """Whose copy of a note of yours the file TEXT (- for stdin) carries. Exit status: 0 one copy, 3 none or several."""
+    """Whose copy of a note a text carries.
+
+    TEXT is a file, - for stdin; only notes you wrote are looked at. Exit status: 0 one copy, 3 none or several.
+    """
     from trainguard.cases.canary import settled
 
     matches = _desk().trace(case, text.read(1 << 20))
@@ -147,7 +170,10 @@ def trace_command(as_json: bool, case: str, text: Any) -> int:
 
 @command.command("cover")
 def cover_command() -> int:
-    """Leave the trace of a call and do nothing. Put it on a schedule, so that calls cannot be counted."""
+    """Leave the trace of a call and do nothing.
+
+    Put it on a schedule, so that calls cannot be counted.
+    """
     from trainguard.cases.desk import Desk
 
     Desk(Home.find(), None).cover()
@@ -176,8 +202,9 @@ def open_command(
     code: str | None,
     incident: tuple[str, ...],
 ) -> int:
-    """Propose a case on INCIDENT…; it is one when the owner of --with CARD has signed.
+    """Propose a case on INCIDENT…
 
+    It is one when the owner of --with CARD has signed.
     Whoever the incidents name, and who approved what they rest on, cannot be in it.
     """
     from trainguard.cases.identity import read_card
@@ -206,7 +233,10 @@ def open_command(
 @click.argument("case")
 @click.argument("act", type=click.IntRange(min=0))
 def sign_command(yes: bool, case: str, act: int) -> int:
-    """Give the second signature to an act; it takes effect at once."""
+    """Give the second signature to an act.
+
+    It takes effect at once.
+    """
     desk = _desk()
     if not yes:
         _ask(desk, case, act)
@@ -236,7 +266,10 @@ def grant_command(role: Any, reason: str, until: str, lifts: tuple[str, ...], ca
 @click.argument("case")
 @click.argument("member")
 def remove_command(reason: str, case: str, member: str) -> int:
-    """Propose to remove MEMBER (a name, or the beginning of a key). The room then gets a new key."""
+    """Propose to remove a member.
+
+    MEMBER is a name, or the beginning of a key. The room then gets a new key.
+    """
     _proposed(case, _desk().remove(case, member, reason=reason))
     return 0
 
@@ -264,7 +297,9 @@ def add_command(case: str, incident: tuple[str, ...]) -> int:
 @click.argument("case")
 @click.argument("text")
 def note_command(case: str, text: str) -> int:
-    """Write a note to all members. Alternatives in it make every copy another one:
+    """Write a note to all members.
+
+    Alternatives in it make every copy another one:
 
     trainguard case note CASE "we replay {Monday|Tuesday} on {node-3|node-9}"
     """
@@ -279,7 +314,10 @@ def note_command(case: str, text: str) -> int:
 @click.argument("case")
 @click.argument("stage", type=click.Choice(["open", "contained", "eradicated", "recovered", "closed"]))
 def move_command(severity: Any, reason: str, case: str, stage: Any) -> int:
-    """Say where the case stands, and how bad it is. Closing it waits for a second lead."""
+    """Say where the case stands.
+
+    Closing it waits for a second lead.
+    """
     number = _desk().move(case, stage, severity=severity, reason=reason)
     if stage == "closed":
         _proposed(case, number)
@@ -291,7 +329,10 @@ def move_command(severity: Any, reason: str, case: str, stage: Any) -> int:
 @click.argument("case")
 @click.argument("posture", type=click.Choice(["covert", "overt"]))
 def turn_command(reason: str, case: str, posture: Any) -> int:
-    """Propose another posture: covert (nobody is told) or overt."""
+    """Propose another posture.
+
+    Covert: nobody is told, and mutes may stand. Overt: access is cut, people are told.
+    """
     _proposed(case, _desk().turn(case, posture, reason=reason))
     return 0
 
@@ -301,7 +342,10 @@ def turn_command(reason: str, case: str, posture: Any) -> int:
 @_reason
 @click.argument("case")
 def hold_command(release: bool, reason: str, case: str) -> int:
-    """Put a case in legal hold: nothing of it can be deleted, and no lead's membership runs out."""
+    """Put a case in legal hold.
+
+    Nothing of it can be deleted, and no lead's membership runs out. Two people end it.
+    """
     number = _desk().hold(case, reason=reason, release=release)
     if release:
         _proposed(case, number)
@@ -312,16 +356,20 @@ def hold_command(release: bool, reason: str, case: str) -> int:
 @click.option("--run", help="A run, by its id.")
 @click.option("--path", help="A file, as findings write it, without a line number.")
 @_reason
-@_until
+@click.option("--until", metavar="DATE", help="Last day (2026-12-31, UTC) or time from now (30d).")
+@click.option("--end", "ends", is_flag=True, help="Propose to end a mute instead.")
 @click.argument("case")
-def mute_command(run: str | None, path: str | None, reason: str, until: str, case: str) -> int:
-    """Propose that ordinary lists say "under maintenance check" of a run or a file; never that it is well.
+def mute_command(run: str | None, path: str | None, reason: str, until: str | None, ends: bool, case: str) -> int:
+    """Propose to keep ordinary lists quiet.
 
+    They say "under maintenance check" of a run or a file, never that it is well.
     Only machines that name both who sign among their approvers follow it.
     """
     if (run is None) == (path is None):
         raise Misuse("case mute: expected --run or --path, one of them")
-    desk, end = _desk(), parse_until(until)
+    if (until is None) != ends:
+        raise Misuse("case mute: expected --until or --end, one of them")
+    desk, end = _desk(), parse_until(until) if until is not None else None
     if run is not None:
         _proposed(case, desk.mute(case, "run", run, until=end, reason=reason))
     elif path is not None:
@@ -340,8 +388,9 @@ def mute_command(run: str | None, path: str | None, reason: str, until: str, cas
 def waive_command(
     runs: str | None, reason: str | None, until: str | None, output: Path | None, given: Path | None
 ) -> int:
-    """Let runs off, openly: two people, an end, and no such run is ever VERIFIED.
+    """Let runs off, openly.
 
+    Two people, an end, and no such run is ever VERIFIED.
     The first writes it with --runs, --reason, --until and -o; the second logs it with --sign.
     """
     from trainguard.waiver import propose
@@ -397,7 +446,10 @@ def _waived(given: Path, mine: Identity) -> int:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the bundle here.")
 @click.argument("case")
 def export_command(reason: str | None, act: int | None, output: Path | None, case: str) -> int:
-    """The case as one zip: record with signatures and proofs, incidents with their evidence. Two people agree first."""
+    """Write the case as one zip.
+
+    Its record with signatures and proofs, incidents with their evidence. Two people agree first.
+    """
     desk = _desk()
     if reason is not None and act is None and output is None:
         _proposed(case, desk.propose_export(case, reason=reason))
@@ -418,7 +470,10 @@ def export_command(reason: str | None, act: int | None, output: Path | None, cas
 @_json
 @click.argument("bundle", type=click.Path(path_type=Path))
 def verify_command(as_json: bool, bundle: Path) -> int:
-    """Check an exported case: digests, signatures, two people, proofs. Exit status: 0 holds, 1 does not."""
+    """Check an exported case.
+
+    Digests, signatures, two people, proofs. Exit status: 0 holds, 1 does not.
+    """
     from trainguard.cases.export import read_bundle, verify_bundle
 
     checked = verify_bundle(read_bundle(bundle))
@@ -435,7 +490,10 @@ def verify_command(as_json: bool, bundle: Path) -> int:
 @_reason
 @click.argument("case")
 def purge_command(reason: str, case: str) -> int:
-    """Propose to delete the contents of a closed case; its record stays. Never in legal hold."""
+    """Propose to delete the contents of a closed case.
+
+    Its record stays. Never in legal hold.
+    """
     _proposed(case, _desk().propose_purge(case, reason=reason))
     return 0
 

@@ -15,7 +15,7 @@ from trainguard.cases.canary import Match, settled
 from trainguard.cases.desk import Line, View
 from trainguard.cases.export import Checked
 from trainguard.cases.identity import Card, fingerprint
-from trainguard.cases.records import Add, Exported, Grant, Move, Open, Read, Refused, Remove, Sign
+from trainguard.cases.records import Add, Exported, Grant, Move, Mute, Open, Read, Refused, Remove, Sign
 from trainguard.cases.room import Seen
 from trainguard.cases.state import SECOND, Act, Member, State
 from trainguard.render.line import plain
@@ -136,12 +136,15 @@ def _moment(time_ns: int) -> str:
 
 def _waiting(state: State) -> list[tuple[str, str]]:
     return [
-        (f"trainguard case sign {state.code} {act.n}", f"{_act(act)}; proposed by {plain(state.called(act.author))}")
+        (
+            f"trainguard case sign {state.code} {act.n}",
+            f"{_act(act, state)}; proposed by {plain(state.called(act.author))}",
+        )
         for act in state.pending.values()
     ]
 
 
-def _act(act: Act) -> str:
+def _act(act: Act, state: State) -> str:
     said = act.said
     if isinstance(said, Grant):
         lifted = f", although named as {', '.join(said.lifts)}" if said.lifts else ""
@@ -149,8 +152,17 @@ def _act(act: Act) -> str:
         return plain(
             f"admit {said.card.name} ({key}) as {said.role} until {day(said.until)}{lifted}: {said.reason}", 300
         )
-    reason = getattr(said, "reason", "")
-    return plain(f"{act.kind}{f': {reason}' if reason else ''}", 300)
+    if isinstance(said, Remove):
+        return plain(f"remove {state.called(said.key)}: {said.reason}", 300)
+    return plain(_plainly(act.kind, said), 300)
+
+
+def _plainly(kind: str, said: Any) -> str:
+    """An act with what it is about and why: `turn overt: the account is disabled`."""
+    about = [str(getattr(said, name)) for name in ("posture", "scope", "value") if getattr(said, name, "")]
+    if isinstance(said, Mute):
+        about.append(f"until {day(said.until)}" if said.until > said.since else "no longer")
+    return f"{' '.join([kind, *about])}: {getattr(said, 'reason', '')}"
 
 
 def _incidents(view: View) -> RenderableType:
@@ -251,11 +263,9 @@ def said_of(seen: Seen, state: State) -> str:
         return "the room has a new key"
     if kind == "note":
         return "wrote a note"
-    words = {"hold": "put the case in legal hold", "leave": "left", "release": "proposed to end the legal hold",
-             "turn": "proposed to turn the case", "export": "proposed to export", "purge": "proposed to delete",
-             "mute": "proposed a mute"}  # fmt: skip
-    more = [str(getattr(said, name)) for name in ("posture", "value", "reason") if getattr(said, name, "")]
-    return f"{words.get(kind, kind)}: {' '.join(more)}"
+    if kind in ("hold", "leave"):
+        return f"{'put the case in legal hold' if kind == 'hold' else 'left'}: {said.reason}"
+    return f"proposed to {_plainly(kind, said)}"
 
 
 def document(view: View) -> dict[str, Any]:

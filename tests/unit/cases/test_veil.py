@@ -14,6 +14,7 @@ from trainguard.archive import LogLeaves
 from trainguard.cases.desk import RefusedAct
 from trainguard.errors import Misuse, VerificationError
 from trainguard.finding import Finding, LinkState, Subject
+from trainguard.log import Log
 from trainguard.veil import MAINTENANCE, Muted, Veil, approver_keys, read_veil, seal_mute, sign_mute
 from trainguard.waiver import Waiver, approve, parse_waiver, propose
 
@@ -43,15 +44,16 @@ def finding(path: str | None = None, outcome: str = "violated", check: str = "sa
 def muted(
     site: Site, scope: str, value: str, *, days: float = 9, names: tuple[str, str] = ("lead-a", "lead-b")
 ) -> bytes:
-    until = site.until(days)
+    since, until = site.until(0), site.until(days)
     people = [site.person(name) for name in names]
     return seal_mute(
         Muted(
             scope=scope,  # type: ignore[arg-type]
             value=value,
+            since=since,
             until=until,
             keys=(people[0].key, people[1].key),
-            signatures=tuple(sign_mute(scope, value, until, one.signing) for one in people),  # type: ignore[arg-type]
+            signatures=tuple(sign_mute(scope, value, since, until, one.signing) for one in people),  # type: ignore[arg-type]
         ),
         {},
     )
@@ -128,6 +130,22 @@ def test_a_mute_is_proposed_and_signed_in_a_case_and_ends(site: Site, monkeypatc
     number = one.mute(code, "run", "job-7", until=site.until(5), reason="longer")
     two.sign(code, number)
     assert shown() == "UNKNOWN"
+    number = one.mute(code, "run", "job-7", until=None, reason="overt now")
+    assert shown() == "UNKNOWN"
+    two.sign(code, number)
+    assert shown() == "TAINTED"
+    again = [entry for entry in LogLeaves(site.home).sealed.values() for entry in entry]
+    with Log.open(site.home.log, site.home.keys / "log.key") as log:
+        log.append([_resealed(again)])
+    assert shown() == "TAINTED"
+
+
+def _resealed(entries: list[bytes]) -> bytes:
+    """A mute that ended, taken from the log by one who knows the run, and written again as if it were the last."""
+    key = veil.key_of("run", "job-7")
+    marks = {opaque.mark(key, n): n for n in range(9)}
+    mine = {marks[opaque.tag_of(entry)]: entry for entry in entries if opaque.tag_of(entry) in marks}
+    return opaque.seal(opaque.unseal(mine[1], key, where="mute"), key, len(mine))
 
 
 def test_nobody_mutes_where_no_approvers_are_named_or_without_an_end(site: Site):
