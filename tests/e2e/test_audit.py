@@ -173,6 +173,36 @@ def test_a_weight_edited_between_two_steps_is_found_at_its_step(tmp_path: Path) 
     assert finding["evidence"]
 
 
+SAVER = (
+    ACT[: ACT.index("def arm")]
+    + """
+def arm(torch):
+    real = torch.save
+    def save(value, path):
+        if str(path).endswith("24.pt"):
+            value = {name: tensor * 1.01 if name == "3.weight" else tensor for name, tensor in value.items()}
+        real(value, path)
+    torch.save = save
+sys.meta_path.insert(0, Finder())
+"""
+)
+
+
+@pytest.mark.nightly
+def test_a_checkpoint_that_was_altered_while_it_was_saved_is_found(tmp_path: Path) -> None:
+    """E9, in the last checkpoint and only there: no step is other than it should be, and no in-process check was on."""
+    plant = tmp_path / "plant"
+    plant.mkdir()
+    (plant / "sitecustomize.py").write_text(SAVER)
+    record(tmp_path, PYTHONPATH=str(plant))
+    status, verdict = audit(tmp_path, "--segments", "2")
+    assert (status, verdict["verdict"]) == (1, "TAINTED")
+    (finding,) = replays(verdict)
+    assert finding["techniques"][0] == "E9"
+    assert (finding["subject"]["step"], finding["subject"]["tensor"]) == (24, "3.weight")
+    assert finding["subject"]["path"] == str(tmp_path / "out" / "24.pt")
+
+
 @pytest.mark.nightly
 def test_an_altered_point_is_not_used_and_is_no_finding(tmp_path: Path) -> None:
     """Replay begins at the first step instead, and is equal."""

@@ -39,6 +39,7 @@ from trainguard.replay.committed import Account, Committed, Point, committed
 from trainguard.replay.compare import Difference
 from trainguard.replay.environment import Refused, Rule, Wanted, wanted
 from trainguard.replay.executors import chosen
+from trainguard.replay.files import first_altered, kept_files
 from trainguard.replay.launch import alone, with_python
 from trainguard.replay.ranks import Odd, odd_ranks
 from trainguard.replay.rerun import Rerun
@@ -186,6 +187,8 @@ class Auditor:
             raise Misuse(f"run {self._run} is still going on; what is replayed is drawn after its end")
         self._reader = reader
         found = committed(self._run, reader.records(), reader.begin)
+        walls = {number: step.wall_ns for number, step in found.steps.items()}
+        self._files = kept_files(reader.records(), self._home.blob, walls)
         return {"size": leaves.head.size, "root": leaves.head.root.hex()}, found
 
     def _words(self) -> list[str]:
@@ -347,13 +350,17 @@ class Auditor:
             return self._from_start(group, f"warp: step {difference.step}: {difference.what} differs")
         if (odd := self._state_differs(group, found)) is not None:
             return self._from_start(group, f"warp: {odd[1]} differs in the state after step {odd[0]}")
+        if (altered := self._altered(found)) is not None:
+            return self._from_start(group, f"warp: {altered.path} holds something else")
         return [_equal(segment, "warp") for segment in group]
 
     def _from_start(self, group: Sequence[plan.Segment], why: str | None) -> list[Result]:
         """Replay from the first step: needs no sealed state and skips nothing, so it decides."""
         last = group[-1].last
         found = self._rerun(self._task_of(group))
-        difference = self._compare(found, last)
+        difference, altered = self._compare(found, last), self._altered(found)
+        if altered is not None and (difference is None or altered.step < difference.step):
+            difference = altered
         if difference is not None:
             return self._confirmed(group, difference, found)
         reason = _unfinished(found, last, self._ranks)
@@ -373,8 +380,11 @@ class Auditor:
             changed = f"it reads {first.newer[0]}, which changed since the run began; step {difference.step} differs"
             return [_not_replayed(segment, changed) for segment in group]
         self._progress(f"step {difference.step}: {difference.what} differs; replaying again to be sure")
-        again = self._rerun(self._task_of(until=difference.step))
+        until = difference.step if difference.path is None else self._until(group[-1].last)
+        again = self._rerun(self._task_of(until=until, turn=1))
         reason = _unfinished(again, difference.step, self._ranks) or self._unsteady(first, again, difference.step)
+        if reason is None and difference.path is not None and self._altered(again) != difference:
+            reason = f"two clean replays of the same command do not save the same to {difference.path}"
         if reason is not None:
             return [_not_replayed(segment, reason) for segment in group]
         results = [_equal(segment, "start") for segment in group if segment.last < difference.step]
@@ -413,6 +423,23 @@ class Auditor:
             f"two clean replays of the same command part from each other at step {parted.step} ({parted.what}"
             f"{'; never seeded: ' + ', '.join(names) if names else ''}): it depends on something that was not recorded"
         )
+
+    def _altered(self, found: Rerun) -> Difference | None:
+        """The first file of the run that is not what this replay saved in its place."""
+        if self._committed.key is None:
+            return None  # storages were sampled by another key
+        altered = first_altered(self._files, found, str(self._committed.start.get("cwd")))
+        if altered is None:
+            return None
+        return Difference(
+            step=altered.step, link="file", tensor=altered.tensor, tensors=altered.tensors, of=altered.of,
+            path=altered.path, expected=altered.expected, found=altered.found,
+        )  # fmt: skip
+
+    def _until(self, last: int) -> int:
+        """Where a replay up to step `last` stops: at the very end of the command where the run saved after that."""
+        to_the_end = last >= self._committed.last and any(file.step >= last for file in self._files)
+        return last + 1 if to_the_end else last
 
     def _compare(self, found: Rerun, last: int) -> Difference | None:
         why = self._incomparable(found)
@@ -477,6 +504,7 @@ class Auditor:
         until: int = 0,
         points: Sequence[Point] = (),
         plant: int | None = None,
+        turn: int = 0,
     ) -> Task:
         """One replay: of a group, from the sealed states of all ranks or from the start; or until a step."""
         start = self._committed.start
@@ -493,7 +521,8 @@ class Auditor:
             inputs=dict(settings(start.get("inputs"))),
             key=self._committed.key or "00" * 32,
             begin=points[0].step if points else 0,
-            until=last,
+            until=self._until(last) if group else last,
+            turn=turn,
             points=tuple(points),
             keep=tuple(p.step for p in self._committed.points if group and first <= p.step <= last),
             plant=plant,
@@ -543,6 +572,8 @@ class Auditor:
         difference = result.difference
         if difference is None:
             raise MalformedEvidence(f"segment {result.segment}: differs without a difference")
+        if difference.path is not None:
+            return self._file_finding(difference)
         step = self._committed.steps[difference.step]
         where = (
             f" of {difference.tensor}"
@@ -572,6 +603,27 @@ class Auditor:
             expected=difference.expected,
             found=difference.found,
             evidence=(step.citation,) if isinstance(step.citation, Citation) else (),
+        )
+
+    def _file_finding(self, difference: Difference) -> Finding:
+        file = min(
+            (file for file in self._files if file.path == difference.path),
+            key=lambda file: abs(file.step - difference.step),
+        )
+        many = f" and {difference.tensors - 1} more of {difference.of}" if difference.tensors > 1 else ""
+        return Finding(
+            check="replay",
+            outcome="violated",
+            techniques=compare.TECHNIQUES[difference.link],
+            subject=Subject(run=self._run, step=difference.step, tensor=difference.tensor, path=difference.path),
+            message=(
+                f"{difference.path}, saved after step {difference.step}, does not hold what that step had: "
+                f"{difference.tensor}{many} is not what two clean replays of the same command save; every step "
+                "compared before is equal"
+            ),
+            expected=difference.expected,
+            found=difference.found,
+            evidence=(file.citation,) if file.citation is not None else (),
         )
 
     def _log(self, report: Report) -> Report:

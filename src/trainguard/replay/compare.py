@@ -26,6 +26,7 @@ LINKS: tuple[tuple[str, str], ...] = (
     ("state", "optimizer state after the step"),
     ("weights", "weights after the step"),
     ("buffers", "buffers after the step"),
+    ("file", "what was saved"),
 )
 """(name, what it is) in causal order."""
 
@@ -39,6 +40,7 @@ TECHNIQUES: Mapping[str, tuple[str, ...]] = {
     "state": ("C4", "C1", "C9"),
     "weights": ("C3", "C9", "C4"),
     "buffers": ("C11", "E4"),
+    "file": ("E9", "E3"),
 }
 
 
@@ -54,6 +56,8 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """How many slots differ."""
     of: int = 0
     setting: str | None = None
+    path: str | None = None
+    """For what was saved: the file."""
     expected: str
     found: str
     since: int | None = None

@@ -31,6 +31,7 @@ from trainguard.replay.committed import Account
 BOOT = Path(__file__).parent.parent / "watch" / "boot"
 FRAME_LIMIT_BYTES = 256 * 1024
 OUTPUT_TAIL_BYTES = 4_000
+SAVES_LIMIT = 10_000
 
 INHERITED = (
     "OMP_NUM_THREADS",
@@ -83,10 +84,27 @@ Frame = tuple[int, str, int | None, dict[str, Any]]
 
 
 @dataclass(slots=True, kw_only=True)
+class Saved:
+    """One `torch.save` of a replay."""
+
+    process: int
+    number: int
+    """As its process counts its saves."""
+    step: int
+    """Steps that its process had made."""
+    path: str | None
+    """None: into memory, or a file without a name."""
+    aside: bool
+    """Whether another thread than the one that steps saved it: it may have changed meanwhile."""
+    storages: dict[str, tuple[int, str, str | None]] = field(default_factory=dict)
+    """Record → bytes, digest of samples, digest of all."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Rerun:
     """What a replay gave."""
 
-    TOLD: ClassVar = ("status", "timed_out", "output", "seconds", "malformed", "left_out")
+    TOLD: ClassVar = ("status", "timed_out", "output", "seconds", "malformed", "left_out", "native", "root")
     """Fields that no frame tells."""
 
     account: Account
@@ -121,6 +139,14 @@ class Rerun:
     """Rank and step → folder of the state, as long as the sandbox is there."""
     tape: list[Frame] = field(default_factory=list)
     """Everything that was said."""
+    saved: list[Saved] = field(default_factory=list)
+    """What was saved through torch, in order; paths are those of the sandbox."""
+    written: list[tuple[str, int]] = field(default_factory=list)
+    """Files written by safetensors, and the steps made before."""
+    native: dict[str, list[tuple[str, int, str, str | None, str]]] = field(default_factory=dict)
+    """Of those written once: the storages that were in them at the end (seal/prints.py)."""
+    root: str = ""
+    """Where the sandbox was."""
     mixed: str | None = None
     """Why the processes that made steps are no ranks of one job."""
 
@@ -138,6 +164,8 @@ class _Hearing:
         self.over: set[int] = set()
         """Processes that made steps and have no more to say."""
         self.accounts: dict[int, Account] = {}
+        self._saving: dict[int, tuple[int, bool]] = {}
+        """Process → steps it had made when it last began to save, and whether aside."""
         self.processes: dict[int, int] = {}
         """Process → rank, once concluded."""
         self._landed: set[int] = set()
@@ -155,8 +183,28 @@ class _Hearing:
                 self.accounts.setdefault(process, Account()).take(each.step, each.body)
         elif kind == "replay":
             self._said(process, body)
+        elif kind == "save":
+            self._saved(process, body)
         elif kind == "note" and "fault" in body:
             self.result.faults.append(f"{body['fault']}: {body.get('text', '')}"[:300])
+
+    def _saved(self, process: int, body: Mapping[str, Any]) -> None:
+        number, rows = body.get("save"), body.get("storages")
+        if type(number) is not int or len(self.result.saved) >= SAVES_LIMIT:
+            return
+        known = next((s for s in reversed(self.result.saved) if (s.process, s.number) == (process, number)), None)
+        if isinstance(body.get("renamed"), str) and known is not None:
+            known.path = body["renamed"]
+        elif isinstance(rows, list):
+            if known is None:
+                step, aside = self._saving.get(process, (0, True))
+                path = body.get("path")
+                known = Saved(
+                    process=process, number=number, step=step, path=path if isinstance(path, str) else None, aside=aside
+                )
+                self.result.saved.append(known)
+            for name, size, sampled, whole, *_ in rows:
+                known.storages[str(name)] = (int(size), str(sampled), None if whole is None else str(whole))
 
     def _said(self, process: int, body: Mapping[str, Any]) -> None:
         if "landed" in body:
@@ -169,6 +217,10 @@ class _Hearing:
             self.result.outside.append(str(body["outside"])[:1000])
         if "newer" in body and len(self.result.newer) < 20:
             self.result.newer.append(str(body["newer"])[:1000])
+        if "saving" in body:
+            self._saving[process] = (int(body["saving"]), body.get("aside") is not False)
+        if "written" in body and len(self.result.written) < SAVES_LIMIT:
+            self.result.written.append((str(body["written"]), int(body["steps"])))
         if "stopped" in body:
             self.over.add(process)
 

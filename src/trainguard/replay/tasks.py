@@ -32,6 +32,7 @@ from trainguard.measure import measure
 from trainguard.measure.command import resolve
 from trainguard.replay import points, states
 from trainguard.replay.committed import Point
+from trainguard.replay.files import written_natively
 from trainguard.replay.rerun import Frame, Job, Rerun, heard, rerun, variables
 from trainguard.replay.sandbox import Sandbox
 
@@ -74,6 +75,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     against: dict[str, str] = {}
     """`rank/step` to keep → folder of the run's own state after it: how far apart they are comes back as well."""
     plant: int | None = None
+    turn: int = 0
+    """Which of several replays that are to agree with one another: each is made for itself."""
     trusted: tuple[str, ...] = ()
     limit_seconds: float = 3600.0
     lock: str | None = None
@@ -194,6 +197,8 @@ def _performed(task: Task, place: Place, folder: Path, measured: str | None, unm
         limit_seconds=task.limit_seconds, ranks=task.ranks, patience_seconds=task.patience_seconds,
     )  # fmt: skip
     found.left_out = sandbox.left_out
+    found.root = os.path.realpath(sandbox.root)
+    found.native = written_natively(found.written, task.key)
     kept = {f"{rank}/{step}": path for (rank, step), path in found.folders.items()}
     return Outcome(
         task=task.id,

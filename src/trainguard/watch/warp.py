@@ -17,11 +17,16 @@ step m the process is over. With k > 0 the script is *warped* to step k:
              modes and streams are not: those come from the script and are compared.
     live     steps k+1 … m run for real.
 
-Nothing is saved (`torch.save` writes an empty file), and what lies outside `roots` cannot be opened for writing.
+Nothing is saved while the warp goes forward (an empty file is), and what lies outside `roots` cannot be written.
 
-Frames: kind "replay", body one of {"learnt": rules, "real": calls without one}, {"landed": k}, {"unsound": reason},
-{"outside": path}, {"newer": path} (read, and changed since the run began), {"stopped": m}; every step as in a run, with
-less in it while the warp goes forward.
+Frames: kind "save" as in a run (saves.py); every step as in a run, with less in it while the warp goes forward; kind
+"replay", body one of
+
+    {"learnt": rules, "real": calls without one}   {"landed": k}   {"unsound": reason}   {"stopped": m}
+    {"outside": path}                              wanted to write there
+    {"newer": path}                                read, and changed since the run began
+    {"saving": steps made, "aside": bool}          before a frame "save"; aside: by another thread than the steps
+    {"written": path, "steps": made}               by safetensors
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ import tempfile
 import threading
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-from . import commits, points, sample, shares
+from . import bootstrap, commits, points, sample, saves, shares
 from .client import Client
 
 LEARNING_STEPS = 3
@@ -97,13 +102,15 @@ class Warp:
         """Optimizer → positions that had a gradient in the learning steps."""
         self.zeros: Dict[int, Any] = {}
         self.restore: List[Callable[[], None]] = []
+        self.thread = 0
+        """The thread that made the last step; what another one saves may be changing meanwhile."""
 
     # -- getting in -------------------------------------------------------------------------------------------------
 
     def attach(self, torch: Any, engine: Any) -> None:
         """torch has been imported and the engine listens."""
         self.torch, self.engine = torch, engine
-        self._no_saves(torch)
+        self._take_over_saves(torch)
         optimizer = sys.modules["torch.optim.optimizer"]
         if self.plant:
             optimizer.register_optimizer_step_pre_hook(self.planted)
@@ -114,14 +121,49 @@ class Warp:
         optimizer.register_optimizer_step_post_hook(self.stepped)
         return None
 
-    def _no_saves(self, torch: Any) -> None:
+    def _take_over_saves(self, torch: Any) -> None:
+        """While the warp goes forward what would be saved is not what the run had: empty files are written instead.
+
+        Else files are really saved, inside our roots only, and what they are given is told (saves.py).
+        """
+        saves.install(self.client, torch)
+        real = torch.save
+
         def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-            if isinstance(f, (str, os.PathLike)):
-                with open(f, "wb"):
-                    pass
+            path = f if isinstance(f, (str, os.PathLike)) else None
+            if self.forward:
+                if path is not None:
+                    _emptied(path)
+                return
+            if path is not None:
+                self._inside(path)  # torch's own writer raises no audit event
+            steps = self.engine.tally.steps if self.engine is not None else 0
+            aside = self.thread not in (0, threading.get_ident())
+            self.client.send("replay", {"saving": steps, "aside": aside})
+            real(obj, f, *args, **kwargs)
+            known = saves.current()
+            if known is not None:
+                known.flush()
 
         torch.save = save
         torch.serialization.save = save
+        bootstrap.after_import("safetensors.torch", self._take_over_safetensors)
+
+    def _take_over_safetensors(self) -> None:
+        """The same for safetensors, which writes natively."""
+        module: Any = sys.modules["safetensors.torch"]
+        real = module.serialize_file
+
+        def serialize_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.forward:
+                return _emptied(filename)
+            self._inside(filename)
+            steps = self.engine.tally.steps if self.engine is not None else 0
+            path = os.path.realpath(os.fsdecode(filename))
+            self.client.send("replay", {"written": path, "steps": steps})
+            return real(tensors, filename, *args, **kwargs)
+
+        module.serialize_file = serialize_file
 
     def _take_over(self, torch: Any, optimizer: Any) -> None:
         """Stand in for module calls, backward and the update until step `begin`."""
@@ -302,6 +344,7 @@ class Warp:
         """A real update has been made, and its frame is out."""
         if os.getpid() != self.pid or self.engine is None:
             return
+        self.thread = threading.get_ident()
         if self.learning and self.engine.tally.steps <= LEARNING_STEPS:
             for opt, _, track in points.optimizers(self.engine):
                 held = [entry.position for entry in track.entries if entry.param.grad is not None]
@@ -391,6 +434,11 @@ class Warp:
         if not any(real == root or real.startswith(root + os.sep) for root in self.roots):
             self.client.send("replay", {"outside": real[:1000]})
             raise PermissionError(13, "a replay does not write outside its own folder", real)
+
+
+def _emptied(path: Any) -> None:
+    with open(path, "wb"):
+        pass
 
 
 class _Skipped:
