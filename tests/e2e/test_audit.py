@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,9 @@ from tests.helpers import guarded
 
 from trainguard.archive import LogLeaves, RunReader
 from trainguard.home import Home
+from trainguard.replay.audit import Auditor, Options
+from trainguard.replay.committed import committed
+from trainguard.replay.rerun import Rerun
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(400)]
 """Each replay is a process that imports torch; the first one of a machine compiles it too."""
@@ -248,3 +256,175 @@ def test_an_option_that_cannot_be_meant_is_a_usage_error(clean: Path, options: t
     done = trainguard(clean, "audit", "r", *options)
     assert done.returncode == 2
     assert word in done.stderr
+
+
+# -- audits that are cut short, and input that is not as it was: replays are stood in for, the rest is real ----------
+
+
+class Stand:
+    """Stands in for replays: gives the run's own account again, and counts. `act` may raise or change the result."""
+
+    def __init__(self, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+        reader = RunReader(home, "r", leaves=LogLeaves(home))
+        assert reader.begin is not None
+        self.account = committed("r", reader.records(), reader.begin).account
+        self.asked: list[tuple[int, int]] = []
+        """(begin, until) of every replay that was asked for; the self-test is (-1, …)."""
+        self.act: Callable[[Rerun], None] = lambda _: None
+        monkeypatch.setattr(Auditor, "_rerun", lambda _, task: self.give(task.begin, task.until, task.plant))
+
+    def give(self, begin: int, until: int, plant: int | None) -> Rerun:
+        """One replay."""
+        self.asked.append((-1 if plant else begin, until))
+        account = deepcopy(self.account)
+        account.steps = {number: step for number, step in account.steps.items() if number <= until}
+        if plant:
+            turned = {**account.steps[plant].vectors, "weights": bytes(4 * len(account.tensors[0]))}
+            account.steps[plant] = msgspec.structs.replace(account.steps[plant], vectors=turned)
+        result = Rerun(account=account, accounts={0: account}, trained=1, landed=begin > 0, status=0)
+        if not plant:
+            self.act(result)
+        return result
+
+
+@pytest.fixture
+def home(clean: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.chdir(clean)
+    return Home(clean / ".trainguard")
+
+
+def test_an_audit_that_was_cut_short_goes_on_where_it_was(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same draw, nothing that was done is done again, and no verdict in between."""
+    stand, options = Stand(home, monkeypatch), Options(only=(0, 2), limit_seconds=11.0)
+    turns = iter((None, KeyboardInterrupt))
+
+    def cut(_: Rerun) -> None:
+        if (error := next(turns, None)) is not None:
+            raise error
+
+    stand.act = cut
+    before = len(LogLeaves(home).audits["r"]) if "r" in LogLeaves(home).audits else 0
+    with pytest.raises(KeyboardInterrupt):
+        Auditor(home, "r", options).run()
+    assert stand.asked == [(-1, 3), (0, 8), (16, 25)]
+    assert len(LogLeaves(home).audits.get("r", ())) == before
+    stand.asked.clear()
+    report = Auditor(home, "r", options).run()
+    assert stand.asked == [(16, 25)]
+    assert [result.outcome for result in report.results] == ["equal", "equal"]
+    assert report.exit_status == 0
+
+
+def test_results_that_cannot_be_read_are_made_again(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task cut off while it was written, or of another kind, counts as not done."""
+    stand, options = Stand(home, monkeypatch), Options(only=(0, 2), limit_seconds=12.0)
+    turns = iter((None, KeyboardInterrupt))
+    stand.act = lambda _: (_ for _ in ()).throw(error) if (error := next(turns, None)) else None
+    with pytest.raises(KeyboardInterrupt):
+        Auditor(home, "r", options).run()
+    folders = [f for f in (home.root / "audits" / "r").iterdir() if not (f / "report.json").exists()]
+    (task,) = (path for path in (folders[0] / "tasks").iterdir() if len(path.stem) == 32)
+    task.write_text('{"results": [{"segment": 0}]}')
+    stand.asked.clear()
+    assert Auditor(home, "r", options).run().exit_status == 0
+    assert stand.asked == [(0, 8), (16, 25)]
+
+
+def test_two_audits_at_once_do_not_share_a_draw(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second draws for itself while the first is at it; neither deletes the other's files."""
+    stand, options = Stand(home, monkeypatch), Options(only=(0,), limit_seconds=13.0)
+    inner: list[str] = []
+
+    def second(_: Rerun) -> None:
+        if not inner:
+            inner.append("")
+            inner[0] = Auditor(home, "r", options).run().plan.nonce
+
+    stand.act = second
+    assert Auditor(home, "r", options).run().plan.nonce != inner[0]
+
+
+@pytest.mark.parametrize("how", ["build", "failed", "silent", "parted"])
+def test_what_could_not_be_replayed_is_said_and_is_no_finding(
+    home: Home, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Another torch, data that is gone, time that is up, a command that depends on what was not recorded: status 3."""
+    stand, count = Stand(home, monkeypatch), itertools.count()
+    why = {
+        "build": "not comparable yet: torch: the run had",
+        "failed": "it ended with status 1 at step 0 of 8: FileNotFoundError: data.bin",
+        "silent": "it came to step 0 of 8 in the time it was given",
+        "parted": "two clean replays of the same command part from each other at step 5",
+    }[how]
+
+    def act(result: Rerun) -> None:
+        if how == "build":
+            result.account.build = {**(result.account.build or {}), "torch": "2.0"}
+        elif how == "parted":
+            odd = {**result.account.steps[5].vectors, "raw": bytes([next(count)] * 4 * len(result.account.tensors[0]))}
+            result.account.steps[5] = msgspec.structs.replace(result.account.steps[5], vectors=odd)
+        else:
+            result.account.steps.clear()
+            result.status, result.timed_out = 1, how == "silent"
+            result.output = "Traceback\nFileNotFoundError: data.bin"
+
+    stand.act = act
+    limit = 20.0 + len(how) + len(why)
+    report = Auditor(home, "r", Options(only=(0,), limit_seconds=limit)).run()
+    assert report.exit_status == 3
+    assert report.findings == ()
+    (result,) = report.results
+    assert (result.outcome, why in str(result.reason)) == ("not replayed", True)
+
+
+@pytest.mark.parametrize("how", ["gone", "altered", "no folder"])
+def test_a_point_that_is_not_as_it_was_sealed_is_not_used(
+    home: Home, clean: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Replay begins at the first step instead, and says why."""
+    stand, point = Stand(home, monkeypatch), home.run("r") / "points" / "p0-step-00000016"
+    aside = clean / f"aside-{how.replace(' ', '-')}"
+    shutil.copytree(point, aside)
+    if how == "no folder":
+        shutil.rmtree(point)
+    elif how == "gone":
+        (point / "data").unlink()
+    else:
+        (point / "index.json").write_text((point / "index.json").read_text().replace("16", "17", 1))
+    try:
+        report = Auditor(home, "r", Options(only=(2,), limit_seconds=40.0 + len(how))).run()
+    finally:
+        shutil.rmtree(point, ignore_errors=True)
+        shutil.move(aside, point)
+    assert stand.asked[-1] == (0, 25)
+    (result,) = report.results
+    assert (result.outcome, result.way) == ("equal", "start")
+    assert ("altered after it was sealed" if how == "altered" else "replay point of step 16") in str(result.reason)
+
+
+@pytest.mark.nightly
+def test_an_audit_that_is_killed_half_way_goes_on_where_it_was(clean: Path) -> None:
+    """SIGKILL after the first of two replays: the second call finds it done, and both are equal."""
+    arguments = ("audit", "r", "--segments", "0,2", "--limit", "300")
+    folder = clean / ".trainguard" / "audits" / "r"
+    known = set(folder.iterdir()) if folder.is_dir() else set()
+    command = [sys.executable, "-m", "trainguard", *arguments]
+    first = subprocess.Popen(command, cwd=clean, env=guarded.clean_environment(), stderr=subprocess.DEVNULL)
+    try:
+        while first.poll() is None and not (done := _tasks(folder, known)):
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
+    assert first.returncode == -9, "it was over before it could be killed"
+    written = {path: path.stat().st_mtime_ns for path in done}
+    status, verdict = audit(clean, *arguments[2:])
+    assert (status, replays(verdict)) == (0, [])
+    assert {path: path.stat().st_mtime_ns for path in done} == written
+    assert len(set(folder.iterdir()) - known) == 1
+
+
+def _tasks(folder: Path, known: set[Path]) -> list[Path]:
+    """Results of replays of an audit that was begun since; the self-test has a name of its own."""
+    fresh = (path for path in (folder.iterdir() if folder.is_dir() else ()) if path not in known)
+    return [task for path in fresh for task in (path / "tasks").glob("*.json") if len(task.stem) == 32]

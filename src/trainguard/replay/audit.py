@@ -15,6 +15,7 @@ Nothing here says violated because something could not be done: what is missing,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
@@ -152,6 +153,12 @@ class Auditor:
         head, self._committed = self._read()
         self._command = self._words()
         folder, state = self._open(head)
+        try:
+            return self._audited(folder, state)
+        finally:
+            os.close(self._lock)
+
+    def _audited(self, folder: Path, state: dict[str, Any]) -> Report:
         self._folder = folder
         self._desk = Desk(folder / "tasks", self._executor, self._home.store_blob)
         self._held_against = self._rule() if self._apart else None
@@ -218,7 +225,9 @@ class Auditor:
         options = sha256_hex(msgspec.json.encode(self._options))
         for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
             state = _state(folder / "draw.json")
-            if state is not None and state.get("options") == options and not (folder / "report.json").exists():
+            if state is None or state.get("options") != options or (folder / "report.json").exists():
+                continue
+            if self._claim(folder):
                 return folder, state
         drawn = secrets.token_hex(32)
         nonce = plan.make_nonce(self._run, head["root"], head["size"], drawn)
@@ -228,8 +237,20 @@ class Auditor:
             (folder / "tasks").mkdir(parents=True, mode=0o700)
         except OSError as error:
             raise Unavailable(f"{folder}: cannot be made: {error.strerror}") from error
+        self._claim(folder)
         write_durably(folder / "draw.json", canonical_json(state))
         return folder, state
+
+    def _claim(self, folder: Path) -> bool:
+        """Whether this audit is ours alone to go on with; another process that is at it lets go when it ends."""
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self._lock = descriptor
+        return True
 
     def _rule(self) -> Rule:
         """What every environment that replays is held against."""
@@ -310,11 +331,21 @@ class Auditor:
         groups = plan.neighbours(drawn)
         for turn, group in enumerate(groups, 1):
             self._progress(f"replay {turn} of {len(groups)}: steps {group[0].first} to {group[-1].last}")
-            kept = self._kept(self._task(group), lambda group=group: {"results": self._group(group)})  # type: ignore[misc]
-            results.extend(msgspec.convert(kept["results"], list[Result]))
+            results.extend(self._done(group))
             if results[-1].outcome == "differs":
                 break  # the rest follows from it
         return tuple(results)
+
+    def _done(self, group: Sequence[plan.Segment]) -> list[Result]:
+        """What came of a group: as an earlier attempt left it, or by replaying it now."""
+        name = self._task(group)
+        path = self._folder / "tasks" / f"{name}.json"
+        known = _results(_state(path), group)
+        if known is not None:
+            return known
+        found = self._group(group)
+        write_durably(path, msgspec.json.encode({"results": found}))
+        return msgspec.convert(found, list[Result])
 
     # -- 5: neighbouring segments, in one process ---------------------------------------------------------------------
 
@@ -714,6 +745,16 @@ def _state(path: Path) -> dict[str, Any] | None:
     except (OSError, msgspec.DecodeError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _results(kept: Mapping[str, Any] | None, group: Sequence[plan.Segment]) -> list[Result] | None:
+    """The results of a task as they were kept; None where there are none, or they are not about this group."""
+    try:
+        found = msgspec.convert((kept or {})["results"], list[Result])
+    except (KeyError, msgspec.ValidationError):
+        return None
+    places = [(segment.first, segment.last) for segment in group]
+    return found if found and all((result.first, result.last) in places for result in found) else None
 
 
 def executor_of(options: Options, where: Wanted) -> Executor:

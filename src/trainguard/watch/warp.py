@@ -345,6 +345,8 @@ class Warp:
         if os.getpid() != self.pid or self.engine is None:
             return
         self.thread = threading.get_ident()
+        if not self.client.alive:
+            os._exit(1)  # nobody listens: the audit was killed
         if self.learning and self.engine.tally.steps <= LEARNING_STEPS:
             for opt, _, track in points.optimizers(self.engine):
                 held = [entry.position for entry in track.entries if entry.param.grad is not None]
