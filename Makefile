@@ -32,7 +32,7 @@ types: .venv/test.stamp
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 nightly: .venv/test.stamp
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "nightly or not nightly"

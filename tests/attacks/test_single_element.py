@@ -36,7 +36,7 @@ def test_one_changed_element_of_sixteen_thousand_is_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.torch
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_the_thread_nothing_is_found(tmp_path: Path) -> None:
     """The same script, quiet."""
     (tmp_path / "train.py").write_text(SCRIPT.format(attack=False))

@@ -1,7 +1,8 @@
 """The import graph keeps its absences, and src/ keeps its habits."""
 
 import ast
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,16 @@ def room(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def imported(path: Path) -> Iterator[str]:
     """Every module a file imports, absolute; relative ones are resolved against the file's package."""
     package = ("trainguard", *path.relative_to(SOURCE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -38,36 +45,40 @@ def rooms_imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imported(path) if name.startswith("trainguard.") and name.count(".") >= 1}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_no_judge_meets_torch_or_the_watchers(path: Path) -> None:
+def those(broken: Callable[[Path], bool], *rooms: str) -> list[str]:
+    """Files, of all rooms or of these, for which a rule is broken."""
+    return [str(p.relative_to(SOURCE)) for p in MODULES if (not rooms or room(p) in rooms) and broken(p)]
+
+
+def test_no_judge_meets_torch_or_the_watchers() -> None:
     """appraise, incident, render and server judge values: they import neither torch nor what runs in the job."""
-    if room(path) not in JUDGES:
-        return
-    assert not rooms_imported(path) & WATCHERS
-    assert not {name.split(".")[0] for name in imported(path)} & {"torch", "numpy"}
+
+    def meets(path: Path) -> bool:
+        outside = {name.split(".")[0] for name in imported(path)}
+        return bool(rooms_imported(path) & WATCHERS or outside & {"torch", "numpy"})
+
+    assert those(meets, *JUDGES) == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_no_watcher_judges_or_signs(path: Path) -> None:
+def test_no_watcher_judges_or_signs() -> None:
     """measure and watch import no judge and nothing that can sign a statement or a tree head."""
-    if room(path) not in WATCHERS:
-        return
-    assert not rooms_imported(path) & (JUDGES | {"log", "envelope", "archive", "cli"})
+    signers = JUDGES | {"log", "envelope", "archive", "cli"}
+    assert those(lambda path: bool(rooms_imported(path) & signers), *WATCHERS) == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_only_the_command_line_prints(path: Path) -> None:
+def test_only_the_command_line_prints() -> None:
     """Library code returns data; cli/ prints it."""
-    if room(path) in ("cli", "__main__"):
-        return
-    calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-    assert not [c for c in calls if isinstance(c, ast.Name) and c.id == "print"]
+
+    def prints(path: Path) -> bool:
+        calls = [node.func for node in nodes(path) if isinstance(node, ast.Call)]
+        return any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
+
+    assert those(lambda path: room(path) not in ("cli", "__main__") and prints(path)) == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_no_assert_in_source(path: Path) -> None:
+def test_no_assert_in_source() -> None:
     """`python -O` removes asserts, so no run-time check is one."""
-    assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+    assert those(lambda path: any(isinstance(node, ast.Assert) for node in nodes(path))) == []
 
 
 @pytest.mark.parametrize("name", sorted(INSIDE))
