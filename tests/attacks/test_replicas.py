@@ -12,9 +12,9 @@ import pytest
 from tests.helpers.ranks import (
     Gradients as Sampled,
 )
-from tests.helpers.ranks import all_reduced, forked, frame, leave, process, round_of
+from tests.helpers.ranks import all_reduced, forked, frame, leave, process, round_of, scattered
 from tests.helpers.recorded import judge
-from tests.helpers.watched import watch, write
+from tests.helpers.watched import digest_line, plain, watch, write
 
 from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.optimizer import Optimizer
@@ -88,6 +88,66 @@ def test_a_reduction_that_is_left_out_is_found() -> None:
     findings, _ = judge(Replicas, records)
     assert [(f.outcome, f.techniques[0]) for f in findings] == [("suspicious", "F3")]
     assert "own gradient" in findings[0].message
+
+
+def sharded(ranks: int, steps: int, odd: dict[int, list[float]]) -> list[Evidence]:
+    """Steps of ranks that hold shards, with equal shares of the reduction but those of `odd`."""
+    records = []
+    for step in range(2, steps + 1):
+        shares = odd.get(step, [1.0] * ranks)
+        records += scattered(step, batches(step, ranks), [share / ranks for share in shares])
+    return records
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("share", [-1.0, 1.3])
+def test_a_rank_that_gives_another_gradient_to_a_reduce_scatter_is_named(ranks: int, share: float) -> None:
+    """F2 where weights are sharded: what backward left on every rank, beside what reached the shard of one."""
+    shares = [1.0] * ranks
+    shares[ranks - 1] = share
+    findings, states = judge(Replicas, sharded(ranks, 31, {30: shares}))
+    assert [(f.outcome, f.techniques[0], f.subject.rank, f.subject.step) for f in findings] == [
+        ("violated", "F2", ranks - 1, 30)
+    ]
+    assert (states["replicas"].held, states["replicas"].blind) == (29, ())
+
+
+def test_a_rank_that_works_with_other_weights_than_were_gathered_is_named_among_three() -> None:
+    """F3: one rank's copy of what all gathered; of two, neither is named."""
+    for ranks, who in ((3, 1), (2, None)):
+        records = sharded(ranks, 20, {}) + scattered(21, batches(21, ranks), [1 / ranks] * ranks, odd=1)
+        findings, _ = judge(Replicas, records)
+        assert [(f.outcome, f.techniques[0], f.subject.rank, f.subject.step) for f in findings] == [
+            ("suspicious", "F3", who, 21)
+        ]
+        assert "worked with" in findings[0].message
+
+
+def test_shards_whose_gradients_cannot_be_had_are_blind_with_the_reason() -> None:
+    """Quiet: another mesh, another library."""
+    said = {"gradients": {"armed": True, "world": 2}, "shards": {"blind": "the shards are not those of fully_shard"}}
+    findings, states = judge(Replicas, [frame(r, i, **said) for i in range(2, 9) for r in range(2)])
+    assert (findings, states["replicas"].state) == ([], "blind")
+    assert "not those of fully_shard" in states["replicas"].blind[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tensors": 7},
+        {"tensors": [["a", 0, [0, 1]]]},
+        {"tensors": [["a", 0, [0, 1, 1 << 40]]]},
+        {"local": {"f": "<d", "b": ""}},
+        {"gathered": None},
+        {"rank": "0"},
+    ],
+)
+def test_malformed_shards_are_a_finding(other: dict[str, Any]) -> None:
+    """Evidence is an attacker's."""
+    record = scattered(2, batches(2, 2), [0.5, 0.5])[0]
+    record.body["shards"] |= other
+    findings, _ = judge(Replicas, [record])
+    assert [(f.outcome, f.techniques) for f in findings] == [("suspicious", ("G2",))]
 
 
 def started(ranks: int, steps: int, odd: dict[int, list[str]], who: int | None = None) -> list[Evidence]:
@@ -523,3 +583,54 @@ def test_of_three_real_ranks_the_one_that_scales_its_loss_is_named_soon(
         ("F2", "suspicious", rank) for rank in named
     ]
     assert all("counts its loss 0.65 times" in f.message and (f.subject.step or 0) <= 30 for f in findings)
+
+
+SHARDED = """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 15), nn.LayerNorm(15), nn.ReLU(), nn.Linear(15, 15), nn.ReLU(), nn.Linear(15, 3))
+    fully_shard(net[3], mesh=init_device_mesh("cpu", (WORLD,)))
+    fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    teacher = nn.Linear(8, 3)
+    torch.manual_seed(100 + rank)
+    now = 0
+    def turn(p):  # rank 1 gives -g to the reduction of step 12
+        if now == 12 and rank == 1:
+            p.grad.neg_()
+    for now in range(1, 25):
+        for part in range(2):
+            net.set_requires_gradient_sync(part == 1)
+            x = torch.randn(16, 8)
+            loss = (net(x) - teacher(x).detach()).pow(2).mean() / 2
+            if TURNED and now == 1 and part == 0:
+                for each in net[3]._get_fsdp_state()._fsdp_param_groups[0].fsdp_params:
+                    each._unsharded_param.register_post_accumulate_grad_hook(turn)
+            loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = [p.full_tensor().detach() for p in net.parameters()]
+    if rank == 0:
+        print("digest", __import__("hashlib").sha256(b"".join(p.numpy().tobytes() for p in whole)).hexdigest())
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("turned", [True, False])
+def test_of_two_real_ranks_with_sharded_weights_the_one_that_turns_its_gradient_is_named(
+    tmp_path: Path, turned: bool
+) -> None:
+    """fully_shard with accumulation over two passes: named in its step; honest, all is held and no bit is another."""
+    write(tmp_path, {"train.py": forked(2, SHARDED.replace("TURNED", str(turned)))})
+    run = watch(tmp_path, tensors=8)
+    assert (run.status, run.faults()) == (0, []), run.output
+    findings, link = run.judge(Replicas)
+    assert [(f.outcome, f.techniques[0], f.subject.rank, f.subject.step) for f in findings] == (
+        [("violated", "F2", 1, 12)] if turned else []
+    )
+    assert (link.held, link.blind) == (23 - turned, ())
+    assert digest_line(run.output) == digest_line(plain(tmp_path))

@@ -129,6 +129,29 @@ def all_reduced(
     return [reduced(rank, len(locals_), index, local, used, **said(rank)) for rank, local in enumerate(locals_)]
 
 
+def scattered(
+    index: int, locals_: Sequence[Gradients], shares: Sequence[float], odd: int | None = None
+) -> list[Evidence]:
+    """One step of all ranks that hold shards, reduced with these shares; `odd`: a rank that gathers other weights."""
+    world, names = len(locals_), list(locals_[0])
+    places = [[name, i % world, [10 * i, 1, len(locals_[0][name])]] for i, name in enumerate(names)]
+    records = []
+    for rank, local in enumerate(locals_):
+        used, weights, held = [], [], []
+        for i, name in enumerate(names):
+            columns = list(zip(*(each[name] for each in locals_), strict=True))
+            weight = [index + i + n / 8 for n in range(len(columns))]
+            weights += [1.01 * w for w in weight] if rank == odd else weight
+            if i % world == rank:
+                used += [sum(s * v for s, v in zip(shares, column, strict=True)) for column in columns]
+                held += weight
+        value = {"world": world, "rank": rank, "tensors": places, "calls": [1] * len(names)}
+        value["local"] = _blob([v for name in names for v in local[name]])
+        value |= {"gathered": _blob(weights), "reduced": _blob(used), "held": _blob(held)}
+        records.append(frame(rank, index, shards=value, gradients={"armed": True, "world": world}))
+    return records
+
+
 def between(world: int, index: int, olds: Sequence[Gradients], news: Sequence[Gradients]) -> list[Evidence]:
     """Link *weights* of all ranks for the interval before step `index`: sampled weights before and after it."""
     return [between_of(rank, world, index, olds[rank], news[rank]) for rank in range(len(olds))]

@@ -25,6 +25,8 @@ HALF_SMALLEST = 2.0**-24
 RANKS_LIMIT = 64
 """Shares are solved for this many ranks at most: the time grows with the third power."""
 SHARE_TOLERANCE = 1e-3
+NEARLY = 8
+"""Roundings of bfloat16 by which shares may seem to differ that are equal."""
 SPARE_ELEMENTS = 4
 """Elements needed beyond twice the number of ranks, so that a fit cannot be chance."""
 
@@ -88,6 +90,9 @@ def reduce_of(locals_: list[list[Values]], reduced: list[Values]) -> Reduction:
         if equal is not None and _fits(mean, target, equal, spread, ends, roundoff, count):
             return Reduction("mean", equal, (1.0,) * count, (equal,) * count, roundoff)
         if solved and _fits(mixed, target, 1.0, [each * wide for each in spread], ends, roundoff, count):
+            nearly = roundoff == ROUNDOFFS[1] and equal is not None and _nearly(solved)
+            if nearly and _fits(mean, target, equal or 0.0, spread, ends, ROUNDOFFS[2], count):
+                return Reduction("mean", equal or 0.0, (1.0,) * count, (equal or 0.0,) * count, ROUNDOFFS[2])
             absolute = tuple(weights[i] * count if i in parts else 1.0 for i in range(count))
             return Reduction("shares", shares=_normal(solved, parts, count), absolute=absolute, roundoff=roundoff)
     return Reduction("unlike" if enough or len(target) >= SPARE_ELEMENTS else "nothing")
@@ -166,6 +171,12 @@ def _fits(
     bottom = math.fsum(v * v for v in values) * factor * factor
     error = math.fsum((t - factor * v) ** 2 for t, v in zip(target, values, strict=True))
     return error <= 1e-2 * bottom
+
+
+def _nearly(solved: list[float]) -> bool:
+    """Whether these shares are equal up to what rounding to bfloat16 makes of shares solved for."""
+    top = max(solved)
+    return top > 0 and min(solved) > (1 - NEARLY * ROUNDOFFS[2]) * top
 
 
 def _normal(solved: list[float], parts: list[int], count: int) -> tuple[float, ...]:

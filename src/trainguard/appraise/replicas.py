@@ -7,6 +7,8 @@
 3. *identity*: ranks run the same bytes with the same settings; each rank is one process.
 4. *factors*: every rank multiplies its loss by what the others do, before backward (factors.py; F2).
 5. *hosts*: what ranks on other hosts left in the job's store agrees with what was held here.
+6. *shards*: where weights are sharded, 1. for one rank's shard of some tensors, from what backward left on every rank;
+   and all ranks worked with the weights that the holder of the shard has (shards.py; F1, F3).
 
 What is so from the first steps on is the script's own way (shards, local steps, another kind of reduction): blind with
 its reason, not held. A rank that stands alone may have faulty hardware, so it is suspicious, whatever it did; that a
@@ -27,6 +29,7 @@ from trainguard.appraise.factors import Factors, Odd
 from trainguard.appraise.interface import Context, finding_from
 from trainguard.appraise.ranks import Ranks
 from trainguard.appraise.reduction import ROUNDOFFS, Reduction, Way, one_tensor, way_of
+from trainguard.appraise.shards import Shards, parse_shards
 from trainguard.appraise.steps import Sample, Tensor, parse_sample
 from trainguard.errors import MalformedEvidence
 from trainguard.evidence import Evidence
@@ -77,6 +80,7 @@ class _Report:
     evidence: Evidence
     sample: Sample | None = None
     value: dict[str, Any] = field(default_factory=dict)
+    shards: Shards | None = None
 
 
 @dataclass(slots=True)
@@ -92,6 +96,8 @@ class _Habit:
     """Checksum → names of operations, from the loss on."""
     own_tails: set[tuple[int, str]] = field(default_factory=set)
     """Rank, and what its backward alone started from in the first steps."""
+    gathered: Counter[bool] = field(default_factory=Counter)
+    """Whether gathered weights were those of the shard → how often."""
 
 
 @dataclass(slots=True)
@@ -162,6 +168,8 @@ class Replicas:
         for waiting in self._steps.values():
             self._blind["not all ranks recorded the same step"] += len(waiting)
         alone = self._world < 2
+        if any(habit.gathered[True] for habit in self._habits.values()):
+            self._blind = Counter({r: n for r, n in self._blind.items() if not r.endswith(_SHARDS)})
         blind = [reason for reason, count in self._blind.items() if reason.startswith("!") or count > self._held]
         yield LinkState(
             link=self.name,
@@ -186,9 +194,14 @@ class Replicas:
         opt, index = _int(evidence, "opt"), _int(evidence, "index")
         if value.get("sharded") is True:
             self._sharded.add(evidence.process)
-        if value.get("armed") is not True or other is None:
+        shards = evidence.body.get("shards")
+        if shards is None and (value.get("armed") is not True or other is None):
             return
-        if evidence.process in self._sharded:
+        if isinstance(shards, dict) and isinstance(shards.get("blind"), str):
+            self._sharded.add(evidence.process)
+            self._blind[f"reduction is not seen: {shards['blind'][:200]}"] += 1
+            return
+        if shards is None and evidence.process in self._sharded:
             self._blind["weights are shards: each rank's gradients are reduced before they reach them"] += 1
             return
         key = (self._ranks.attempt(evidence), opt, index)
@@ -197,7 +210,11 @@ class Replicas:
             self._step_order.append(key)
         rank = self._ranks.rank(evidence)
         rank = rank if rank is not None else len(waiting)
-        waiting[rank] = _Report(rank, evidence, parse_sample(other))
+        if shards is not None:
+            self._sharded.add(evidence.process)
+            waiting[rank] = _Report(rank, evidence, shards=parse_shards(shards))
+        else:
+            waiting[rank] = _Report(rank, evidence, parse_sample(other))
         if len(waiting) == world:
             del self._steps[key]
             yield from self._reduced([waiting[r] for r in sorted(waiting)], self._habits.setdefault(key[:2], _Habit()))
@@ -209,6 +226,9 @@ class Replicas:
     def _reduced(self, reports: list[_Report], habit: _Habit) -> Iterator[Finding]:
         """One step of all ranks."""
         yield from self._lineage(reports, habit)
+        if any(report.shards is not None for report in reports):
+            yield from self._scattered(reports, habit)
+            return
         tables = [_table(report.sample) for report in reports]
         keys = [key for key in tables[0] if all(key in table for table in tables)]
         if not keys:
@@ -216,6 +236,17 @@ class Replicas:
             return
         locals_ = [[table[key].local or [] for key in keys] for table in tables]
         used = [[table[key].grad or [] for key in keys] for table in tables]
+        yield from self._by_way(reports, habit, [name for name, *_ in keys], locals_, used)
+
+    def _by_way(
+        self,
+        reports: list[_Report],
+        habit: _Habit,
+        names: list[str],
+        locals_: list[list[list[float]]],
+        used: list[list[list[float]]],
+    ) -> Iterator[Finding]:
+        """How the gradients of some tensors were reduced, beside how they were before."""
         habit.checked += 1
         early = habit.checked <= LEARN_STEPS
         kind, found = way_of(locals_, used)
@@ -228,7 +259,7 @@ class Replicas:
         elif kind == "shares" and found.turned:
             yield from self._turned(reports, found)
         elif kind == "unlike" and (parts := one_tensor(locals_, used[0])) is not None:
-            yield from self._turned(reports, parts[1], keys[parts[0]][0])
+            yield from self._turned(reports, parts[1], names[parts[0]])
         elif self._ranks.torch_hook("powerSGD_hook", "post_localSGD_hook"):
             self._blind["!a communication hook of torch reduces approximately, or not at every step"] += len(reports)
         elif habit.kinds[kind] >= 2:
@@ -237,6 +268,65 @@ class Replicas:
             self._blind["the ranks' gradients were weighted in some steps, as for batches of unequal size"] += 1
         elif not early:  # once among the first may be chance; the second time it is a habit
             yield from self._departed(reports, kind, found, habit)
+
+    # -- shards -----------------------------------------------------------------------------------------------
+
+    def _scattered(self, reports: list[_Report], habit: _Habit) -> Iterator[Finding]:
+        """One step of all ranks that hold shards: reduction, and the weights they worked with."""
+        parts = [report.shards for report in reports]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or any(part.places != known[0].places for part in known):
+            self._blind["the ranks sampled different places of their shards"] += len(reports)
+            return
+        by_rank = {report.rank: part for report, part in zip(reports, known, strict=True)}
+        yield from self._gathered(reports, habit, by_rank)
+        judged = [
+            i for i, (_, owner, *_) in enumerate(known[0].places) if owner in by_rank and i in by_rank[owner].reduced
+        ]
+        if not judged:
+            self._blind["no reduced gradient of a sampled shard was recorded"] += len(reports)
+            return
+        reduced = [by_rank[known[0].places[i][1]].reduced[i] for i in judged]
+        locals_ = [[part.local[i] for i in judged] for part in known]
+        yield from self._by_way(
+            reports, habit, [known[0].places[i][0] for i in judged], locals_, [reduced] * len(known)
+        )
+
+    def _gathered(self, reports: list[_Report], habit: _Habit, by_rank: dict[int, Shards]) -> Iterator[Finding]:
+        """Did all ranks work with the same weights, and with those that the holder of each shard has?"""
+        places = by_rank[reports[0].rank].places
+        apart: list[tuple[str, list[list[_Report]]]] = []
+        for i, (name, owner, *_) in enumerate(places):
+            groups = _groups(reports, lambda report: repr(by_rank[report.rank].gathered[i]))  # noqa: B023 used at once
+            held = by_rank[owner].held.get(i) if owner in by_rank else None
+            if len(groups) > 1:
+                apart.append((name, groups))
+            elif held is not None:
+                habit.gathered[held == by_rank[owner].gathered[i]] += 1
+        if apart:
+            name, groups = apart[0]
+            alone = groups[-1] if len(groups[0]) > len(groups[-1]) else None
+            what = f"other weights than the others, gathered from the ranks' shards: {name}"
+            what = what if alone else f"different weights, gathered from the ranks' shards: {name}"
+            more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
+            text = f"{_ranks_text([r.rank for r in alone or reports])} worked with {what}{more}"
+            records = [report.evidence for report in (*groups[0][:2], *groups[-1][:2])]
+            self._broken += 1
+            yield self._finding(
+                *records,
+                outcome="suspicious",
+                techniques=("F3", "F1", "E4"),
+                text=self._at(reports, text + "; faulty hardware does this as well as an act"),
+                tensor=name,
+                nobody=alone is None,
+            )
+        if habit.gathered[False] == 1 and habit.gathered[True] >= LEARN_STEPS:
+            habit.gathered[False] += 1  # said once
+            self._broken += 1
+            text = "all ranks worked with weights that are not those of the shard they were gathered from"
+            yield self._finding(
+                reports[0].evidence, outcome="suspicious", techniques=("F3", "E4"), text=self._at(reports, text)
+            )
 
     def _lineage(self, reports: list[_Report], habit: _Habit) -> Iterator[Finding]:
         """Did backward start from the same operations on every rank?"""
@@ -514,7 +604,7 @@ class Replicas:
             return
         if not learnt and (alone is None or len(groups[0]) < 2 or len(alone) > 1):
             agreement.own_way = True
-            self._blind[f"!ranks hold {ASPECTS[aspect][0]} from the first steps on: shards, or not kept equal"] += 1
+            self._blind[f"!ranks hold {ASPECTS[aspect][0]} {_SHARDS}"] += 1
             return
         agreement.own_way = True  # said once: what has come apart stays apart
         self._broken += 1
@@ -761,6 +851,7 @@ class Replicas:
 _OWN_FLAGS = ("num_threads", "env.OMP_NUM_THREADS", "env.MKL_NUM_THREADS", "anomaly_mode")
 """Flags that may differ between attempts: how many processors there are, and looking for a fault."""
 
+_SHARDS = "from the first steps on: shards, or not kept equal"
 _OWN_WAYS = {
     "shares": "the ranks' gradients take part in unequal shares",
     "unlike": "the reduced gradient is no weighting of what backward left on the ranks",

@@ -74,7 +74,7 @@ class _Watch:
 
         handle = entry.param.register_post_accumulate_grad_hook(copy)
         self.handles.append(handle)
-        _put_first(entry.param._post_accumulate_grad_hooks, handle.id)
+        put_first(entry.param._post_accumulate_grad_hooks, handle.id)
         if entry.param._backward_hooks:
             self._embrace(number, entry)
 
@@ -102,7 +102,7 @@ class _Watch:
 
         first = entry.param.register_hook(before)
         self.handles += [first, entry.param.register_hook(after)]
-        _put_first(entry.param._backward_hooks, first.id)
+        put_first(entry.param._backward_hooks, first.id)
 
     def turned(self) -> List[Any]:
         """What hooks on the sampled tensors changed: [tensor, places, before, after], JSON values."""
@@ -229,7 +229,7 @@ class Gradients:
             watch.remove()
 
 
-def _put_first(hooks: Any, own: int) -> None:
+def put_first(hooks: Any, own: int) -> None:
     """Have our hook run first. Autograd walks the plain dictionary, which `move_to_end` does not reorder."""
     if len(hooks) > 1:
         others = [(key, hook) for key, hook in hooks.items() if key != own]

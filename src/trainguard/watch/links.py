@@ -37,6 +37,7 @@ NAMES: Tuple[Tuple[str, str], ...] = (
     ("batches", "Batches"),
     ("truth", "Truth"),
     ("gradients", "Gradients"),
+    ("shards", "Shards"),
     ("hyperparameters", "Hyperparameters"),
     ("optimizer", "Optimizer"),
     ("weights", "Weights"),

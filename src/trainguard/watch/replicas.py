@@ -58,6 +58,7 @@ COLLECTIVES = (
     "all_reduce",
     "all_gather",
     "all_gather_into_tensor",
+    "all_gather_single",
     "all_to_all",
     "all_to_all_single",
     "barrier",
@@ -67,6 +68,7 @@ COLLECTIVES = (
     "new_group",
     "reduce",
     "reduce_scatter",
+    "reduce_scatter_single",
     "reduce_scatter_tensor",
 )
 HOSTS_ROUND = 8
