@@ -61,7 +61,7 @@ class Inputs:
 
 
 # os.path and not Path asks whether a word is a path: a word may be too long to be one, and only Path raises then.
-# ruff: noqa: PTH110, PTH113
+# ruff: noqa: PTH110, PTH112, PTH113
 
 
 def inputs_of(
@@ -87,7 +87,7 @@ def inputs_of(
             not os.path.exists(path)
             or path.suffix == ".py"
             or path in (cwd, code_root)
-            or (limits is CONVENTION_LIMITS and str(path) in SHARED_FOLDERS)
+            or (limits is CONVENTION_LIMITS and not _is_data(path) and not _is_data_folder(path))
             or code_root.is_relative_to(path)
         ):
             continue
@@ -109,8 +109,12 @@ def _role(path: Path, option: str) -> str:
     return "weights" if _holds_weights(path, option) else "data"
 
 
+def _is_data_folder(path: Path) -> bool:
+    return os.path.isdir(path) and str(path) not in SHARED_FOLDERS
+
+
 def _is_data(path: Path) -> bool:
-    """Whether a file that a script's text reads is one that comes from outside: no code, no device, not of a run."""
+    """Whether a file that a script's text names is one that comes from outside: no code, no device, not of a run."""
     weights = path.suffix.lower() in WEIGHTS and LOOKS_WRITTEN.search(path.stem)
     return (
         os.path.isfile(path) and path.suffix != ".py" and not weights and not str(path).startswith(("/proc/", "/sys/"))

@@ -56,7 +56,7 @@ def test_a_default_counts_unless_the_command_gives_its_option(tmp_path: Path) ->
     for name in ("rows.csv", "other.csv", "start.pt", "model.pt"):
         (tmp_path / name).write_text("x")
     literals = Literals(
-        options=(("data", "rows.csv"), ("log-dir", "logs"), ("cache", "/tmp"), ("at", ".")),
+        options=(("data", "rows.csv"), ("log-dir", "logs"), ("cache", "/tmp"), ("at", "."), ("model", "model.pt")),
         read=("start.pt", "model.pt", "absent.txt", "/dev/zero"),
     )
 
