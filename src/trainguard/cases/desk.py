@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from trainguard import veil
 from trainguard.cases import canary, sealed
-from trainguard.cases.identity import Card, Identity
+from trainguard.cases.identity import NAME, Card, Identity
 from trainguard.cases.people import named, subjects_of
 from trainguard.cases.records import (
     TWO_PERSON,
@@ -232,6 +232,8 @@ class Desk:
             Grant(card=second, role="lead", reason=reason, until=until, lifts=tuple(lifts)),
             *members,
         ]
+        if code is not None and not NAME.fullmatch(code):
+            raise Misuse(f"case: expected a code name of letters, digits, space and ._@+-, found {code[:60]!r}")
         with self._call() as call:
             self._may_open(grants, found, call.now_ns)
             taken = [msgspec.to_builtins(incident) for incident in incidents]
@@ -538,7 +540,7 @@ class Desk:
         taken = self._content(room, room.seen[0])
         try:
             anew = subjects_of(self._home, [msgspec.convert(one, Incident) for one in taken])
-        except (msgspec.ValidationError, TrainguardError) as error:
+        except (msgspec.ValidationError, TrainguardError, TypeError) as error:
             raise self._refused(call, room, "sign 0", f"the incidents cannot be read again: {error}") from error
         stated = {one.name for one in waiting.said.subjects}
         missing = [one for one in anew if one.name not in stated]
@@ -693,7 +695,7 @@ class Desk:
                 continue
             value = self._content(room, seen)
             if seen.record.kind in ("open", "add"):
-                incidents += [one for one in value if _stated(one, seen.record.said.incidents)]
+                incidents += [one for one in _listed(value) if _stated(one, seen.record.said.incidents)]
             elif seen.record.kind == "note":
                 notes.append((seen, canary.mine(value, self._me) or "(written before you joined)"))
         return View(
@@ -726,6 +728,13 @@ def _behind(room: Room, now_ns: int) -> str:
         return ""
     seconds = (room.state.last_ns - now_ns) / SECOND
     return f"this machine's clock is {seconds:,.0f} s before the case's last record; nothing is shown"
+
+
+def _listed(value: Any) -> list[dict[str, Any]]:
+    """The incidents in a content; what a member put there that is none is left out."""
+    found = value if isinstance(value, list) else []
+    texts = ("id", "run", "severity")
+    return [one for one in found if isinstance(one, dict) and all(isinstance(one.get(name), str) for name in texts)]
 
 
 def _stated(incident: Any, stated: Sequence[IncidentRef]) -> bool:

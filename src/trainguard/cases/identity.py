@@ -125,7 +125,7 @@ def new_identity(name: str, *, accounts: Sequence[str] = (), authors: Sequence[s
         sealing=sealing.public_key().public_bytes_raw().hex(),
     )
     try:
-        _check(card, "card")
+        check_card(card, "card")
     except MalformedEvidence as error:
         raise Misuse(str(error)) from error
     return Identity(card, signing, sealing)
@@ -167,7 +167,7 @@ def load_identity(path: Path, *, passphrase: bytes | None = None) -> Identity:
         raise MalformedEvidence(f"{path}: not an identity: {error}") from error
     if file.schema != IDENTITY_SCHEMA:
         raise MalformedEvidence(f"{path}: expected schema {IDENTITY_SCHEMA}, found {file.schema[:60]!r}")
-    _check(file.card, str(path))
+    check_card(file.card, str(path))
     signing, sealing = (_private(pem, passphrase, path) for pem in (file.signing, file.sealing))
     if not isinstance(signing, ec.EllipticCurvePrivateKey) or not isinstance(sealing, X25519PrivateKey):
         raise MalformedEvidence(f"{path}: expected an ECDSA P-256 and an X25519 private key, found other kinds")
@@ -223,7 +223,7 @@ def to_card(value: object, where: str) -> Card:
         card = msgspec.convert(value, Card)
     except msgspec.ValidationError as error:
         raise MalformedEvidence(f"{where}: not a card: {error}") from error
-    _check(card, where)
+    check_card(card, where)
     return card
 
 
@@ -232,7 +232,8 @@ def fingerprint(key: str) -> str:
     return " ".join(key[at : at + 4] for at in range(0, 16, 4))
 
 
-def _check(card: Card, where: str) -> None:
+def check_card(card: Card, where: str) -> None:
+    """Raises MalformedEvidence for a name, list or key that a card cannot hold."""
     if not NAME.fullmatch(card.name):
         raise MalformedEvidence(f"{where}: name: expected letters, digits, space or ._@+-, found {card.name[:64]!r}")
     for field, values in (("accounts", card.accounts), ("authors", card.authors)):

@@ -163,7 +163,8 @@ class _Loader:
         except VerificationError as error:
             room.broken = error
             newest = max(delivery.first for delivery in deliveries)
-            room.ended = any(not delivery.key and delivery.first == newest for delivery in deliveries)
+            last = [delivery for delivery in deliveries if not delivery.key and delivery.first == newest]
+            room.ended = any(self._is_delivered(room, delivery) for delivery in last)
         return room
 
     def _fold(self, room: Room, deliveries: list[Delivery]) -> None:

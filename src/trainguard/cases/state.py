@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainguard.cases.identity import Card
+from trainguard.cases.identity import NAME, Card, check_card
 from trainguard.cases.people import named
 from trainguard.cases.records import (
     MOVES,
@@ -148,6 +148,10 @@ class State:
         if not isinstance(said, Open) or author != said.proposer.card.key:
             raise Invalid("record 0: expected the opening of a case, signed by who proposes it")
         grants = (said.proposer, said.second, *said.members)
+        if not NAME.fullmatch(said.code):
+            raise Invalid("record 0: expected a code name of letters, digits, space and ._@+-")
+        for grant in grants:
+            check_card(grant.card, "record 0")
         if not distinct([grant.card for grant in grants]) or len(grants) > MEMBERS:
             raise Invalid(f"record 0: expected at most {MEMBERS} people, each once")
         if said.proposer.role != "lead" or said.second.role != "lead":
@@ -190,6 +194,7 @@ class State:
     def _check(self, kind: str, said: Any, at_ns: int) -> None:
         """What can be told of a two-person act before anybody signs it, and again when it takes effect."""
         if isinstance(said, Grant):
+            check_card(said.card, "grant")
             hits = self.named(said.card, said.lifts)
             if hits:
                 raise Invalid(f"{said.card.name} is named by the evidence as {hits[0].value}: {hits[0].why}")

@@ -173,8 +173,10 @@ def _incidents(view: View) -> RenderableType:
         table.add_column(no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
     for one in view.incidents:
-        sentence = one.get("attribution", {}).get("sentence") or ""
-        table.add_row(one["id"], one["severity"], plain(one["run"], 60), plain(sentence, 300))
+        told = one.get("attribution")
+        sentence = told.get("sentence") if isinstance(told, dict) else ""
+        words = (one["id"], one["severity"], one["run"])
+        table.add_row(*(plain(word, 60) for word in words), plain(str(sentence or ""), 300))
     return table
 
 

@@ -402,3 +402,53 @@ def test_a_membership_in_the_past_is_refused(site: Site):
     code = site.opened()
     with pytest.raises(Misuse, match="ends in the future"):
         site.desk("lead-a").grant(code, site.card("y"), role="reader", reason="x", until=site.until(-1))
+
+
+def test_two_who_act_at_once_both_stand_in_the_record(site: Site):
+    """Calls wait for each other; no record is lost or written over."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    code = site.opened()
+    desks = [site.desk("lead-a"), site.desk("lead-b")]
+    with ThreadPoolExecutor(2) as pool:
+        numbers = list(pool.map(lambda n: desks[n % 2].note(code, f"note {n}"), range(6)))
+    view = site.desk("lead-a").show(code)
+    assert len(set(numbers)) == 6
+    assert {text for _, text in view.notes} == {f"note {n}" for n in range(6)}
+    assert view.strange == ()
+
+
+@pytest.mark.parametrize("code", ["", "a\x1b[31mb", "x" * 65, "a\nb"])
+def test_a_code_name_is_what_can_be_read_to_somebody(site: Site, code: str):
+    """Refused by the tool; and a room that somebody made with one by another tool is none."""
+    more = {"second": site.card("lead-b"), "reason": "x", "until": site.until()}
+    with pytest.raises(Misuse, match="code name"):
+        site.desk("lead-a").open([incident()], code=code, **more)  # type: ignore[arg-type]
+
+
+def test_junk_sealed_to_a_member_does_no_harm(site: Site):
+    """Deliveries of rooms that are not there, of keys that are none, from the future or before the first record."""
+    from trainguard.log import Log
+
+    code = site.opened()
+    room = site.desk("lead-a").show(code).state.room
+    mailbox = site.card("lead-a").mailbox
+    odd = [
+        {"room": "x", "key": "zz", "first": 0},
+        {"room": room, "key": "00" * 32, "first": -5},
+        {"room": room, "key": "", "first": 3},
+        {"room": room, "key": "", "first": 10**12},
+        {"room": "\x1b[31m" * 20, "key": "11" * 32, "first": 7},
+    ]
+    entries = [
+        sealed.deliver(sealed.Delivery(author="a" * 64, signature="!", **one), mailbox)  # type: ignore[arg-type]
+        for one in odd
+    ]
+    with Log.open(site.home.log, site.home.keys / "log.key") as log:
+        log.append([*entries, opaque.MAGIC + bytes(opaque.ENTRY_BYTES - 8)])
+    assert [line.code for line in site.desk("lead-a").cases()] == [code]
+    assert site.desk("lead-a").show(code).strange == ()
+    for path in site.files():
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(VerificationError, match="was altered"):
+        site.desk("lead-a").show(site.desk("lead-a").cases()[0].code)

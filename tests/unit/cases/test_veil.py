@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from tests.helpers.cases import DAY, Site
+from tests.helpers.family import Family
+from tests.helpers.family import finding as bad
 
 from trainguard import opaque, veil
 from trainguard.appraise.judge import veiled, waived
@@ -14,6 +17,8 @@ from trainguard.archive import LogLeaves
 from trainguard.cases.desk import RefusedAct
 from trainguard.errors import Misuse, VerificationError
 from trainguard.finding import Finding, LinkState, Subject
+from trainguard.incident.gate import ask
+from trainguard.incident.recover import plan_recovery
 from trainguard.log import Log
 from trainguard.veil import MAINTENANCE, Muted, Veil, approver_keys, read_veil, seal_mute, sign_mute
 from trainguard.waiver import Waiver, approve, parse_waiver, propose
@@ -163,6 +168,45 @@ def test_a_card_that_cannot_be_read_hides_nothing(site: Site, monkeypatch: pytes
     (site.root / "approvers" / "bad.card").write_bytes(b"{}")
     monkeypatch.setenv("TRAINGUARD_APPROVERS", str(site.root / "approvers"))
     assert not read_veil(lambda: drawn(site, muted(site, "run", "job-7")).index).hides("run", "job-7")
+
+
+# -- what decides ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def family(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
+    """Models of a run that is tainted from step 6 on and muted, and of one that was made from it."""
+    from trainguard.appraise import judge
+
+    made = Family(site.home, tmp_path / "models")
+    (late,) = [path for path in made.run("job-7", bad(6), saves={5: "a-5.pt", 10: "a-10.pt"}) if path.name == "a-10.pt"]
+    made.run("tuned", saves={10: "tuned.pt"}, opens=[late])
+    monkeypatch.setattr(judge, "_judged", lambda home, run, policy, leaves: replace(made.verdicts[run], run=run))
+    monkeypatch.setenv("TRAINGUARD_APPROVERS", str(tmp_path / "approvers"))
+    monkeypatch.setattr(Veil.__init__, "__defaults__", (lambda: site.now_ns / 1e9,))
+    with Log.open(site.home.log, site.home.keys / "log.key") as log:
+        log.append([muted(site, "run", "job-7")])
+    return made
+
+
+@pytest.mark.parametrize("model", ["a-10.pt", "tuned.pt"])
+@pytest.mark.parametrize("word", ["VERIFIED", "UNKNOWN", "TAINTED"])
+def test_a_mute_lets_nothing_through_the_gate_and_says_nothing(family: Family, model: str, word: str):
+    """Not even where UNKNOWN would do; and what was made from it is no way round."""
+    answer = ask(family.folder / model, home=family.home, word=word)  # type: ignore[arg-type]
+    assert (answer.passed, answer.verdict, answer.exit_status) == (False, "UNKNOWN", 3)
+    assert answer.reasons == (MAINTENANCE,)
+    assert "a weight changed" not in str(answer)
+
+
+def test_recovery_under_a_mute_goes_on_from_the_same_place_and_says_nothing(family: Family):
+    """The tainted checkpoint is not offered because nobody may say why it is not."""
+    plan = plan_recovery(family.home, "job-7")
+    assert plan.checkpoint is not None
+    assert plan.checkpoint.step == 5
+    assert (plan.verdict, plan.first_bad_step, plan.reason) == ("UNKNOWN", None, MAINTENANCE)
+    assert "TAINTED" not in str(plan)
+    assert "a weight changed" not in str(plan)
 
 
 # -- waivers -----------------------------------------------------------------------------------------------------------
