@@ -137,6 +137,8 @@ class Kills:
         self._processes: dict[int, _Process] = {}
         self._sent: dict[int, list[_Sent]] = {}
         self._told: set[tuple[Any, ...]] = set()
+        self._reached: int | None = None
+        """The step that some rank finished last: a signal carries none, and what was saved before it is as it was."""
         self._gone: dict[int, int] = {}
         self._memory = {"group": 0, "host": 0}
         self._world = 1
@@ -164,6 +166,8 @@ class Kills:
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         self._first = evidence.at if self._first is None else self._first
         self._last = evidence.at
+        if evidence.kind == "step":
+            self._reached = evidence.step
         inside = evidence.kind in ("kill", "foreign", "spawn", "bye")
         handler = getattr(self, f"_see_{evidence.kind}", None)
         if handler is not None and (evidence.source == "process") == inside:
@@ -338,6 +342,7 @@ class Kills:
             run=self._run,
             techniques=techniques,
             path=place,
+            step=self._reached,
             expected="signals to a process of the job only from itself, its launcher or what started it",
             found=_account(sender),
         )

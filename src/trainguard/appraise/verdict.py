@@ -10,7 +10,7 @@ The decision is a pure function of findings and link states, so anyone with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -138,14 +138,17 @@ def _reasons(
     return tuple(reasons)
 
 
-def until(verdict: Verdict, step: int) -> Verdict:
+def until(verdict: Verdict, step: int, *, concerns: Callable[[Finding], bool] | None = None) -> Verdict:
     """The verdict on a run's work up to and including optimizer step `step`: later findings do not reach back.
+
+    concerns: tells of a finding with a step whether it is of that work; by default by its step alone.
 
     A finding without a step concerns all of the run. A link that broke later counts as held where it held before; a
     link that was blind stays blind. What a sampled check saw at a step may have begun some steps before: replay of the
     steps in between (`trainguard audit`) settles that, this function does not.
     """
-    kept = tuple(f for f in verdict.findings if f.subject.step is None or f.subject.step <= step)
+    concerns = concerns or (lambda finding: finding.subject.step is None or finding.subject.step <= step)
+    kept = tuple(finding for finding in verdict.findings if finding.subject.step is None or concerns(finding))
     if len(kept) == len(verdict.findings):
         return verdict
     links = tuple(msgspec.structs.replace(link, broken=0) if link.broken else link for link in verdict.links)

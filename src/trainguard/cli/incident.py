@@ -54,27 +54,34 @@ def showing(as_json: bool, quiet: bool, name: str) -> int:
 
 
 @command.command("report")
+@click.option(
+    "--kind",
+    type=click.Choice(["technical", "plain", "flash"]),
+    default="technical",
+    help="technical: everything; plain: two pages in plain words; flash: a one-page notice that names nobody.",
+)
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write the page here.")
-@click.option("--pdf", "pdf_path", type=click.Path(path_type=Path), help="Write it as PDF (needs weasyprint).")
+@click.option("--pdf", "pdf_path", type=click.Path(path_type=Path), help="Write it as PDF/A (needs weasyprint).")
+@click.option("--prices", "prices_path", type=click.Path(path_type=Path), help="Prices for what it cost (TOML).")
+@click.option("--device", help="Which price to use, where the file has several.")
 @click.argument("name")
-def reporting(html_path: Path | None, pdf_path: Path | None, name: str) -> int:
-    """Write an incident as a report to hand on."""
-    from trainguard.errors import Misuse
-    from trainguard.incident.correlate import find, incidents
-    from trainguard.incident.lineage import family, read_lineage
-    from trainguard.render.html import write_page
-    from trainguard.render.incident import incident_page, write_pdf
+def reporting(
+    kind: str, html_path: Path | None, pdf_path: Path | None, prices_path: Path | None, device: str | None, name: str
+) -> int:
+    """Write an incident as a document to hand on."""
+    from trainguard.cli._documents import write_document
+    from trainguard.incident.damage import NO_PRICES, read_prices
+    from trainguard.incident.dossier import make_dossier
+    from trainguard.render.documents import flash_page, plain_page
+    from trainguard.render.incident import incident_page
 
-    if html_path is None and pdf_path is None:
-        raise Misuse("incident report: expected --html FILE or --pdf FILE")
-    home = Home.find()
-    lineage = read_lineage(home)
-    incident = find(incidents(home, lineage=lineage), name)
-    page = incident_page(incident, family(lineage))
-    if html_path is not None:
-        write_page(html_path, page)
-    if pdf_path is not None:
-        write_pdf(pdf_path, page, identity=incident.id)
+    prices = read_prices(prices_path) if prices_path is not None else NO_PRICES
+    dossier = make_dossier(Home.find(), name, prices=prices, device=device)
+    if kind == "technical":
+        page = incident_page(dossier.incident, dossier.family)
+    else:
+        page = plain_page(dossier) if kind == "plain" else flash_page(dossier)
+    write_document(page, html_path, pdf_path, identity=f"{kind} {dossier.incident.id}", verb="incident report")
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -10,16 +12,36 @@ import msgspec
 from trainguard.cli.verdict import named_run
 from trainguard.home import Home
 
+if TYPE_CHECKING:
+    from trainguard.incident.recover import Plan
+
 
 @click.command("recover")
 @click.option("--quarantine", is_flag=True, help="Set aside what came after it (moved, never deleted).")
 @click.option(
     "--check", "reference", metavar="RUN", help="Does RUN end where this one, resumed, ends? Compares tensors."
 )
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write the recovery certificate here.")
+@click.option("--pdf", "pdf_path", type=click.Path(path_type=Path), help="Write it as PDF/A (needs weasyprint).")
+@click.option(
+    "--ends",
+    nargs=2,
+    metavar="RESUMED REFERENCE",
+    help="For the certificate: the run that went on, and one that was never attacked.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan.")
 @click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 @click.argument("run")
-def command(quarantine: bool, reference: str | None, as_json: bool, quiet: bool, run: str) -> int:
+def command(
+    quarantine: bool,
+    reference: str | None,
+    html_path: Path | None,
+    pdf_path: Path | None,
+    ends: tuple[str, str] | None,
+    as_json: bool,
+    quiet: bool,
+    run: str,
+) -> int:
     """Show where RUN can go on from: its last checkpoint before the first finding, if its bytes are still there.
 
     With --check, RUN is the resumed run, and the last checkpoint of each is compared tensor by tensor.
@@ -33,6 +55,8 @@ def command(quarantine: bool, reference: str | None, as_json: bool, quiet: bool,
         return _check(home, named_run(home, run), named_run(home, reference), as_json=as_json, quiet=quiet)
     plan = recover.plan_recovery(home, named_run(home, run))
     moved = recover.quarantine(plan) if quarantine else ()
+    if html_path is not None or pdf_path is not None:
+        _certify(home, plan, ends, html_path, pdf_path)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode({**msgspec.to_builtins(plan), "moved": moved}) + b"\n")
     elif not quiet:
@@ -53,3 +77,18 @@ def _check(home: Home, resumed: str, reference: str, *, as_json: bool, quiet: bo
 
         click.echo("\n".join(ends_lines(ends)))
     return ends.exit_status
+
+
+def _certify(
+    home: Home, plan: Plan, ends: tuple[str, str] | None, html_path: Path | None, pdf_path: Path | None
+) -> None:
+    from trainguard.appraise.judge import judge_run
+    from trainguard.cli._documents import write_document
+    from trainguard.incident.dossier import source_of
+    from trainguard.incident.recover import compare_ends
+    from trainguard.render.documents import certificate_page
+
+    compared = compare_ends(home, named_run(home, ends[0]), named_run(home, ends[1])) if ends is not None else None
+    detection = judge_run(home, plan.run).coverage.detection_probability
+    page = certificate_page(plan, source_of(home), detection=detection, ends=compared)
+    write_document(page, html_path, pdf_path, identity=f"recovery {plan.run}", verb="recover")

@@ -24,6 +24,7 @@ from trainguard.archive import LogLeaves, RunReader
 from trainguard.envelope import load_public_key
 from trainguard.errors import Misuse, Unavailable, VerificationError
 from trainguard.evidence import Evidence
+from trainguard.finding import Finding
 from trainguard.home import Home
 from trainguard.incident.graph import RANK, Graph, Node, Standing, Standings
 from trainguard.seal.ledger import Ledger, SealLeaf, read_ledger
@@ -97,12 +98,14 @@ def read_lineage(home: Home, *, judge: Callable[..., Verdict] | None = None, lif
         raise Unavailable(f"{home.root}: no log here", next_step="record a run first: trainguard run -- CMD")
     by_content = _by_content(ledger, key)
     lineage = Lineage(graph=Graph(), verdicts={}, seals=ledger.seals)
+    courses: dict[str, _Course] = {}
     for run in leaves.runs:
         lineage.verdicts[run] = judge(home, run, leaves=leaves)
-        lineage.used[run] = _opened(home, run, leaves)
+        courses[run] = _course(home, run, leaves, lineage.verdicts[run])
+        lineage.used[run] = courses[run].opened
         _add_run(lineage, run, lineage.verdicts[run])
     for seal in ledger.seals:
-        _add_checkpoint(lineage, seal)
+        _add_checkpoint(lineage, seal, courses.get(seal.run) if seal.run is not None else None)
     for run, contents in lineage.used.items():
         for content in contents:
             for seal in by_content.get(content, ()):
@@ -199,7 +202,7 @@ def _add_run(lineage: Lineage, run: str, verdict: Verdict) -> None:
     lineage.graph.join(_start(run), run_key(run), witnessed=True)
 
 
-def _add_checkpoint(lineage: Lineage, seal: SealLeaf) -> None:
+def _add_checkpoint(lineage: Lineage, seal: SealLeaf, course: _Course | None) -> None:
     key = checkpoint_key(seal.root)
     verdict = lineage.verdicts.get(seal.run) if seal.run is not None else None
     if verdict is None:
@@ -208,7 +211,7 @@ def _add_checkpoint(lineage: Lineage, seal: SealLeaf) -> None:
             Node(key=key, kind="checkpoint", label=seal.name, word="UNKNOWN", reason=reason, place=seal.place)
         )
         return
-    so_far = until(verdict, seal.step) if seal.step is not None else verdict
+    so_far = _so_far(verdict, seal, course)
     label = f"{seal.name} (run {seal.run}, step {seal.step})" if seal.step is not None else f"{seal.name} ({seal.run})"
     node = Node(
         key=key,
@@ -246,17 +249,65 @@ def _by_content(ledger: Ledger, key: Any) -> dict[str, list[SealLeaf]]:
     return found
 
 
-def _opened(home: Home, run: str, leaves: LogLeaves) -> dict[str, int | None]:
+@dataclass(slots=True)
+class _Course:
+    """What the record of a run says of files and of order.
+
+    A rank that is started again counts its steps from 1 again. So what came first is told by turns: the number of
+    processes that had made steps and ended when a process began. Steps are compared within a turn only.
+    """
+
+    opened: dict[str, int | None] = field(default_factory=dict)
     """Content of every file the run reported to have opened for reading → step of the first opening."""
-    found: dict[str, int | None] = {}
+    seals: dict[int, int] = field(default_factory=dict)
+    """Leaf of a seal → turn of the newest process that had begun when it was made."""
+    cited: dict[str, int] = field(default_factory=dict)
+    """Hash of a cited record → turn of its process."""
+
+    def concerns(self, finding: Finding, seal: SealLeaf) -> bool:
+        """Whether a finding with a step is about work that went into a checkpoint."""
+        turns = [self.cited[citation.hash] for citation in finding.evidence if citation.hash in self.cited]
+        own = self.seals.get(seal.leaf)
+        if turns and own is not None and min(turns) != own:
+            return min(turns) < own
+        step = finding.subject.step
+        return step is None or seal.step is None or step <= seal.step
+
+
+def _so_far(verdict: Verdict, seal: SealLeaf, course: _Course | None) -> Verdict:
+    """The verdict on what went into a checkpoint."""
+    if seal.step is None:
+        return verdict
+    if course is None:
+        return until(verdict, seal.step)
+    return until(verdict, seal.step, concerns=lambda finding: course.concerns(finding, seal))
+
+
+def _course(home: Home, run: str, leaves: LogLeaves, verdict: Verdict) -> _Course:
+    """One pass over the records of a run."""
+    course = _Course()
+    wanted = {citation.hash for finding in verdict.findings for citation in finding.evidence}
+    turns: dict[int | None, int] = {}
+    stepped: set[int] = set()
+    ended = newest = 0
     try:
         for record in RunReader(home, run, leaves=leaves).records():
             if record.kind == "open":
                 for digest, step in _contents(record):
-                    found.setdefault(digest, step)
+                    course.opened.setdefault(digest, step)
+            elif record.kind == "process" and record.process is not None:
+                turns[record.process] = newest = ended
+            elif record.kind in ("step", "steps") and record.process is not None:
+                stepped.add(record.process)
+            elif record.kind == "exit" and record.process in stepped:
+                ended += 1
+            elif record.kind == "seal" and isinstance(record.body.get("leaf"), int):
+                course.seals[record.body["leaf"]] = newest
+            if record.hash in wanted:
+                course.cited[str(record.hash)] = turns.get(record.process, newest)
     except VerificationError:
         pass  # the run's verdict says so already: check `log`
-    return found
+    return course
 
 
 def _contents(record: Evidence) -> Iterator[tuple[str, int | None]]:

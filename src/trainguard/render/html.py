@@ -70,6 +70,12 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
     return _page(template, **values)
 
 
+def render_paper(template: str, values: Mapping[str, Any]) -> str:
+    """A document to hand on, in the style sheet for paper; `values` are escaped by the template."""
+    sheet, source = style("paper.css")
+    return _environment().get_template(template).render(sheet=sheet, style_source=source, version=__version__, **values)
+
+
 # -- values for the template --------------------------------------------------------------------------------------
 
 
@@ -222,9 +228,9 @@ def _environment() -> jinja2.Environment:
 
 
 @cache
-def style() -> tuple[str, str]:
-    """The style sheet and its hash as a Content-Security-Policy source."""
-    sheet = (Path(__file__).parent / "templates" / "page.css").read_text()
+def style(name: str = "page.css") -> tuple[str, str]:
+    """A style sheet and its hash as a Content-Security-Policy source."""
+    sheet = (Path(__file__).parent / "templates" / name).read_text()
     return sheet, f"sha256-{base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()}"
 
 

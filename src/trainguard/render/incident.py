@@ -1,17 +1,13 @@
-"""An incident for people: in the terminal, as a page, as a PDF. Facts, inferences and what is not known stand apart."""
+"""An incident for people: in the terminal and as a page. Facts, inferences and what is not known stand apart."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trainguard.digest import write_durably
-from trainguard.errors import Unavailable
 from trainguard.incident.attribute import Candidate
 from trainguard.incident.correlate import Incident
 from trainguard.incident.lineage import Family
@@ -22,6 +18,8 @@ from trainguard.render.terminal import commands, heading
 from trainguard.render.words import plural
 
 FINDINGS_SHOWN = 40
+ROWS_SHOWN = 2000
+"""Findings beyond the first that the page lists in a table, one line each."""
 NOT_KNOWN = (
     "Who controlled an account at that time: software cannot tell, and this report does not say.",
     "Intent: an honest mistake can look the same.",
@@ -134,7 +132,17 @@ def incident_page(incident: Incident, family: Family) -> str:
             }
             for f in incident.findings[:FINDINGS_SHOWN]
         ],
-        "more": max(0, len(incident.findings) - FINDINGS_SHOWN),
+        "rows": [
+            {
+                "outcome": f.outcome,
+                "where": steps_of_finding(f.subject.step, f.subject.rank, f.subject.tensor),
+                "message": plain(f"{f.check}: {f.message}", 300),
+                "leaf": f.evidence[0].leaf if f.evidence else None,
+            }
+            for f in incident.findings[FINDINGS_SHOWN : FINDINGS_SHOWN + ROWS_SHOWN]
+        ],
+        "more": max(0, len(incident.findings) - FINDINGS_SHOWN - ROWS_SHOWN),
+        "around": [plain(line, 400) for line in incident.attribution.around],
         "affected": [plain(line.label) for line in family.affected][:200],
         "cleared": [plain(line.label) for line in family.cleared][:200],
         "undecided": [plain(line.label) for line in family.unknown][:200],
@@ -151,14 +159,3 @@ def steps_of_finding(step: int | None, rank: int | None, tensor: str | None) -> 
         plain(tensor or ""),
     ]
     return ", ".join(part for part in parts if part)
-
-
-def write_pdf(path: Path, page: str, *, identity: str) -> None:
-    """The page as PDF/A-3b, the same bytes every time. Raises Unavailable where WeasyPrint is not installed."""
-    try:
-        from weasyprint import HTML
-    except (ImportError, OSError) as error:
-        raise Unavailable(f"PDF needs WeasyPrint: {error}", next_step="pip install weasyprint, or use --html") from None
-    identifier = hashlib.sha256(identity.encode()).digest()[:16]
-    data = HTML(string=page).write_pdf(pdf_variant="pdf/a-3b", pdf_identifier=identifier)
-    write_durably(path, data)

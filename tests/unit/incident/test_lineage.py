@@ -6,14 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.helpers.family import Family, finding
+from msgspec.structs import replace
+from tests.helpers import told
+from tests.helpers.family import Family, finding, verdict
 
+from trainguard.archive import RunReader
 from trainguard.errors import MalformedEvidence, Misuse, Unavailable
+from trainguard.finding import Citation
 from trainguard.home import Home
 from trainguard.incident.claims import parse_claims
 from trainguard.incident.graph import Standing
 from trainguard.incident.lineage import Lineage, checkpoint_key, read_lineage, root_of, run_key
 from trainguard.incident.lineage import family as listed
+from trainguard.seal.write import seal_path
 
 
 @pytest.fixture
@@ -46,6 +51,33 @@ def test_taint_reaches_every_descendant_and_no_one_else(made: Family) -> None:
     said = lineage.reasons(standing(lineage, grandchild))
     assert said[0].startswith("bad-10.pt (run bad, step 10): weights at step 6")
     assert said[-1] == "grandchild.pt (run grandchild, step 10) was made from it"
+
+
+def test_steps_are_counted_anew_after_a_restart_and_what_came_before_still_counts(made: Family) -> None:
+    """A finding at step 9 of the first attempt is about what the second attempt saves at its step 4.
+
+    An earlier version compared the two numbers, and called what went on from edited weights verified.
+    """
+    lines = [told.start(), told.process(0, 0), *(told.step(n, 0, 0) for n in range(1, 10))]
+    lines += [*told.leave(0), told.process(1, 0), *(told.step(n, 1, 0) for n in range(1, 6))]
+    seals = {}
+    for name, step, after in (("first.pt", 4, 6), ("second.pt", 4, 17)):
+        path = made.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        seals[path] = (step, after, seal_path(made.home, path, run="a", step=step, source="run").leaf)
+    for step, after, leaf in sorted(seals.values(), key=lambda each: -each[1]):
+        lines.insert(after, ("seal", {"path": "x", "leaf": leaf, "findings": []}, {"step": step}))
+    told.record(made.home, "a", [*lines, *told.leave(1), told.end()])
+    records = list(RunReader(made.home, "a").records())
+    cited = next(record for record in records if record.kind == "step" and record.step == 9)
+    assert cited.hash is not None
+    made.verdicts["a"] = verdict(replace(finding(9), evidence=(Citation(leaf=cited.leaf or 0, hash=cited.hash),)))
+    lineage = read_lineage(made.home)
+    assert {path.name: standing(lineage, path).word for path in seals} == {
+        "first.pt": "VERIFIED",
+        "second.pt": "TAINTED",
+    }
 
 
 def test_a_file_is_known_by_what_is_in_it_and_not_by_its_name(made: Family) -> None:
