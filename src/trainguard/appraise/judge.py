@@ -137,7 +137,9 @@ def with_replay(verdict: Verdict, again: Replayed) -> Verdict:
         verdict.coverage, replayed_steps=again.steps, detection_probability=again.detection
     )
     level = "TIL-3" if again.apart and verdict.lock is not None else verdict.level
-    return msgspec.structs.replace(verdict, coverage=coverage, links=(*verdict.links, again.link), level=level)
+    reasons = (*verdict.reasons, *again.tolerances)
+    links = (*verdict.links, again.link)
+    return msgspec.structs.replace(verdict, coverage=coverage, links=links, level=level, reasons=reasons)
 
 
 def judge_checkpoint(home: Home, path: Path, *, policy: Policy | None = None) -> Verdict:

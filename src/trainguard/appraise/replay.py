@@ -17,6 +17,7 @@ from trainguard.errors import TrainguardError
 from trainguard.finding import Finding, LinkState
 
 TAMPERED_FRACTIONS = (0.1, 0.01)
+TOLERANCES_TOLD = 20
 
 
 class _Segment(msgspec.Struct, frozen=True):
@@ -31,6 +32,14 @@ class _Plan(msgspec.Struct, frozen=True):
     chosen: tuple[int, ...]
 
 
+class _Reading(msgspec.Struct, frozen=True):
+    kinds: tuple[str, ...]
+    steps: int
+    excess: float
+    undetectable: float
+    by: str
+
+
 class _Result(msgspec.Struct, frozen=True):
     segment: int
     first: int
@@ -38,6 +47,7 @@ class _Result(msgspec.Struct, frozen=True):
     outcome: str
     compared: int = 0
     reason: str | None = None
+    reading: _Reading | None = None
 
 
 class _Report(msgspec.Struct, frozen=True):
@@ -60,6 +70,8 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     """Whether all that counts was replayed in an environment that was measured apart and is the approved one."""
     link: LinkState | None = None
     """None where nobody audited."""
+    tolerances: tuple[str, ...] = ()
+    """Of what was replayed on another build: the class, and the largest effect that it would hide."""
 
 
 def replayed(run: str, audits: Sequence[Mapping[str, Any]], blob: Callable[[str], bytes]) -> Replayed:
@@ -69,6 +81,7 @@ def replayed(run: str, audits: Sequence[Mapping[str, Any]], blob: Callable[[str]
     findings: list[Finding] = []
     blind: list[str] = []
     counted: dict[tuple[int, int], int] = {}
+    tolerances: list[str] = []
     total, apart = 0, True
     for audit in audits:
         try:
@@ -86,6 +99,8 @@ def replayed(run: str, audits: Sequence[Mapping[str, Any]], blob: Callable[[str]
         apart = apart and report.environment.get("approved") is True
         findings.extend(finding for finding in report.findings if finding.check == "replay")
         blind.extend(f"steps {r.first} to {r.last}: {r.reason}" for r in report.results if r.outcome == "not replayed")
+        within = (r for r in report.results if r.outcome == "equal" and r.reading is not None)
+        tolerances.extend(_tolerance(result) for result in within)
         counted.update({(r.first, r.last): r.compared for r in report.results if r.outcome == "equal"})
     steps = sum(counted.values())
     unique = tuple({msgspec.json.encode(finding): finding for finding in findings}.values())
@@ -98,6 +113,20 @@ def replayed(run: str, audits: Sequence[Mapping[str, Any]], blob: Callable[[str]
         detection={str(share): detection(total, len(counted), share) for share in TAMPERED_FRACTIONS},
         apart=apart and bool(counted),
         link=link,
+        tolerances=tuple(dict.fromkeys(tolerances))[:TOLERANCES_TOLD],
+    )
+
+
+def _tolerance(result: _Result) -> str:
+    """What a segment's comparison by size stands on, and the largest effect that it hides."""
+    reading = result.reading
+    if reading is None:
+        return ""
+    share = min(1.0, reading.undetectable)
+    return (
+        f"replay: steps {result.first} to {result.last} were replayed on another build ({', '.join(reading.kinds)}) "
+        f"and are equal within its tolerance ({reading.by}), not bit for bit: an act that changes under {share:.2g} "
+        "of what the segment moved the weights by would not be seen"
     )
 
 

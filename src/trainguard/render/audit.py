@@ -15,6 +15,7 @@ def audit_view(report: Report, *, ascii_only: bool = False) -> RenderableType:
     lines = [Text(f"run {report.run}: {_headline(report)}", style="bold")]
     lines += [Text("  " + _segment_line(result)) for result in report.results]
     lines += [Text("  " + finding_line(finding), style="red") for finding in report.findings]
+    lines += [Text("  " + line) for line in _tolerances(report)]
     lines.append(Text("  " + _odds(report)))
     lines.append(Text("  " + _selftest(report)))
     lines.append(Text(f"  replayed on this host, {_where(report)}; logged as leaf {report.leaf}", style="dim"))
@@ -34,13 +35,18 @@ def _where(report: Report) -> str:
 def _headline(report: Report) -> str:
     equal = sum(result.outcome == "equal" for result in report.results)
     total = len(report.plan.segments)
-    if report.findings:
+    if any(finding.outcome == "violated" for finding in report.findings):
         return "a replay gives something else"
+    if report.findings:
+        return "a replay on another build lies further off than honest arithmetic; that is no proof"
     if equal == len(report.plan.chosen):
-        return (
-            f"{equal} of {total} segments replayed, equal bit for bit ({report.replayed_steps} of {report.steps} steps)"
-        )
+        share = f"{report.replayed_steps} of {report.steps} steps"
+        return f"{equal} of {total} segments replayed, equal {_how(report)} ({share})"
     return f"{equal} of {len(report.plan.chosen)} drawn segments could be replayed"
+
+
+def _how(report: Report) -> str:
+    return "within tolerance" if any(result.reading for result in report.results) else "bit for bit"
 
 
 def _segment_line(result: Result) -> str:
@@ -49,6 +55,11 @@ def _segment_line(result: Result) -> str:
     if result.outcome == "equal":
         text += f" ({way}, {result.seconds:.0f} s)"
     return text + (f"; {plain(result.reason)}" if result.reason else "")
+
+
+def _tolerances(report: Report) -> list[str]:
+    """The largest effect that a comparison by size would have hidden, in words, segment by segment."""
+    return [f"segment {result.segment}: {result.reading.words}" for result in report.results if result.reading]
 
 
 def _odds(report: Report) -> str:

@@ -36,7 +36,7 @@ from trainguard.home import Home
 from trainguard.lockfile import Lock, parse_lock, parse_measurement
 from trainguard.log import Log
 from trainguard.replay import compare, plan, points
-from trainguard.replay.committed import Account, Committed, Point, committed
+from trainguard.replay.committed import Account, Committed, Point, Step, committed
 from trainguard.replay.compare import Difference
 from trainguard.replay.environment import Refused, Rule, Wanted, wanted
 from trainguard.replay.executors import chosen
@@ -45,6 +45,8 @@ from trainguard.replay.launch import alone, with_python
 from trainguard.replay.ranks import Odd, odd_ranks
 from trainguard.replay.rerun import Rerun
 from trainguard.replay.tasks import Desk, Executor, NotPerformed, Task, settings
+from trainguard.replay.tolerance import Reading, matching, parted
+from trainguard.replay.tolerant import OtherBuild, Tolerant
 
 PREDICATE = "audit/v1"
 SELFTEST_STEPS = 3
@@ -68,7 +70,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     last: int
     outcome: str
-    """equal, differs, or not replayed."""
+    """equal, differs, departs (beyond the tolerance for another build: not proved), or not replayed."""
     way: str
     """`warp` from the sealed point, or `start` from the first step."""
     compared: int = 0
@@ -81,6 +83,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that did otherwise than the others, where that can be told."""
     confirmed: bool = False
     """Whether two replays from the first step agreed with each other and not with the run."""
+    reading: Reading | None = None
+    """How far apart, where the replay ran on another build and was compared by tolerance."""
     reason: str | None = None
     """Why it was not replayed, or what the warp could not do."""
 
@@ -102,6 +106,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     replayed_steps: int
     began_ns: int
     ended_ns: int
+    calibration: str | None = None
+    """Blob of the calibration that tolerance was judged by, where it was."""
     blob: str | None = None
     leaf: int | None = None
 
@@ -162,6 +168,12 @@ class Auditor:
         self._folder = folder
         self._desk = Desk(folder / "tasks", self._executor, self._home.store_blob)
         self._held_against = self._rule() if self._apart else None
+        self._numeric: dict[str, str] = {}
+        self._tolerant = Tolerant(
+            self._home, self._run, self._committed, folder / "states",
+            task=lambda segment: self._first_task([segment]), rerun=self._rerun,
+            unfinished=lambda found, last: _unfinished(found, last, self._ranks), store=self._home.store_blob,
+        )  # fmt: skip
         drawn = plan.draw(
             self._committed,
             state["nonce"],
@@ -177,6 +189,7 @@ class Auditor:
         else:
             self._desk.expect([self._selftest_task(), *(self._first_task(group) for group in plan.neighbours(drawn))])
             selftest = self._kept("selftest", self._selftest)
+            self._match(selftest)
             results = self._replay_all(drawn, selftest)
         report = self._report(drawn, state, selftest, results)
         report = self._log(report)
@@ -313,10 +326,19 @@ class Auditor:
             found = self._rerun(self._selftest_task())
         except Refused as error:
             return {"passed": None, "reason": str(error)}
-        reason = _unfinished(found, until, self._ranks) or self._incomparable(found)
+        reason = _unfinished(found, until, self._ranks)
         if reason is not None:
             return {"passed": None, "reason": reason}
-        difference = compare.first_of_ranks(self._accounts, found.accounts, first=until, last=until)
+        try:
+            accounts = self._accounts
+            if self._kinds(found):  # bits of the run say nothing here: our own replay without the fault has to do
+                clean = self._rerun(msgspec.structs.replace(self._selftest_task(), plant=None))
+                accounts = sorted(clean.accounts.items())
+        except Refused:
+            raise
+        except Unavailable as error:
+            return {"passed": None, "reason": str(error)}
+        difference = compare.first_of_ranks(accounts, found.accounts, first=until, last=until)
         return {
             "passed": difference is not None,
             "planted": {"step": until, "what": "sign of the gradient"},
@@ -355,6 +377,8 @@ class Auditor:
             results = self._warped(group)
         except NotPerformed:
             raise
+        except OtherBuild as other:
+            results = [self._tolerated(segment, other.kinds) for segment in group]
         except Unavailable as error:
             results = [_not_replayed(segment, str(error)) for segment in group]
         seconds = round(time.monotonic() - began, 1)
@@ -473,19 +497,37 @@ class Auditor:
         return last + 1 if to_the_end else last
 
     def _compare(self, found: Rerun, last: int) -> Difference | None:
-        why = self._incomparable(found)
-        if found.account.steps and why is not None:
-            raise Unavailable(f"not comparable yet: {why}")
-        return compare.first_of_ranks(self._accounts, found.accounts, first=1, last=last)
+        difference = compare.first_of_ranks(self._accounts, found.accounts, first=1, last=last)
+        if difference is not None and (kinds := self._kinds(found)):
+            raise OtherBuild(kinds)
+        return difference
 
-    def _incomparable(self, found: Rerun) -> str | None:
-        """Why the bits of a rank's run and replay cannot be expected to be equal, or None."""
+    def _kinds(self, found: Rerun) -> tuple[str, ...]:
+        """The kinds of variation between the builds of run and replay, over all ranks; none where bits must be equal.
+        Raises Unavailable where nothing covers the difference. Equal bits are equal whatever the builds."""
+        kinds: list[str] = []
         for rank, account in self._accounts:
             other = found.accounts.get(rank)
-            why = compare.incomparable(account.build, other.build if other is not None else None)
-            if why is not None:
-                return why if self._ranks == 1 else f"rank {rank}: {why}"
-        return None
+            try:
+                kinds.extend(parted(account.build, other.build if other is not None else None))
+            except Unavailable as error:
+                raise Unavailable(str(error) if self._ranks == 1 else f"rank {rank}: {error}") from error
+        return tuple(dict.fromkeys(kinds))
+
+    def _tolerated(self, segment: plan.Segment, kinds: tuple[str, ...]) -> Result:
+        """A segment on another build: by size, within what honest arithmetic differs by."""
+        self._progress(f"steps {segment.first} to {segment.last}: another build; comparing by size")
+        told = self._tolerant.segment(segment, kinds)
+        if told.outcome == "not told":
+            return _not_replayed(segment, told.reason or "could not tell")
+        way = "warp" if self._points(segment) and segment.first > SHORTEST_WARP else "start"
+        return msgspec.structs.replace(
+            _equal(segment, way),
+            outcome="equal" if told.outcome == "within" else "departs",
+            compared=segment.steps if told.outcome == "within" else 0,
+            difference=told.difference,
+            reading=told.reading,
+        )
 
     @property
     def _ranks(self) -> int:
@@ -509,6 +551,8 @@ class Auditor:
                 continue
             odd = points.first_unequal(points.digests(folder, index), clean)
             if odd is not None:
+                if kinds := self._kinds(found):
+                    raise OtherBuild(kinds)
                 return step, odd
         return None
 
@@ -522,6 +566,14 @@ class Auditor:
     def _selftest_task(self) -> Task:
         until = min(SELFTEST_STEPS, self._committed.last)
         return self._task_of(until=until, plant=until)
+
+    def _match(self, selftest: Mapping[str, Any]) -> None:
+        """Bring the replays nearer to the run's build, where the first one shows that this can be done."""
+        if selftest.get("passed") is not True:
+            return
+        run, clean = self._committed.account.build, self._rerun(self._selftest_task()).account.build
+        if run is not None and clean is not None and compare.incomparable(run, clean) is not None:
+            self._numeric = matching(run, clean, settings(self._committed.start.get("environment")))
 
     def _first_task(self, group: Sequence[plan.Segment]) -> Task:
         """What a group is replayed by at first: from its sealed states where there are such."""
@@ -550,6 +602,7 @@ class Auditor:
             began=str(_began(start)),
             environment=dict(settings(start.get("environment"))),
             inputs=dict(settings(start.get("inputs"))),
+            numeric=self._numeric if plant is None else {},
             key=self._committed.key or "00" * 32,
             begin=points[0].step if points else 0,
             until=self._until(last) if group else last,
@@ -584,6 +637,7 @@ class Auditor:
             plan=drawn,
             drawn=state["drawn"],
             head=dict(state["head"]),
+            calibration=self._tolerant.calibration,
             environment={
                 "python": self._options.python or self._command[0],
                 "build": self._committed.account.build or {},
@@ -592,7 +646,11 @@ class Auditor:
             },
             selftest=selftest,
             results=results,
-            findings=tuple(self._finding(result) for result in results if result.outcome == "differs"),
+            findings=tuple(
+                self._finding(result) if result.outcome == "differs" else self._suspicion(result)
+                for result in results
+                if result.outcome in ("differs", "departs")
+            ),
             steps=self._committed.last,
             replayed_steps=sum(result.compared for result in results),
             began_ns=self._began,
@@ -657,6 +715,45 @@ class Auditor:
             evidence=(file.citation,) if file.citation is not None else (),
         )
 
+    def _suspicion(self, result: Result) -> Finding:
+        """Beyond the tolerance for another build: never proved there."""
+        reading, difference = result.reading, result.difference
+        techniques: tuple[str, ...] = ("C1", "C3", "C4", "E4")
+        step, tensor, rank = result.last, None, 0
+        if difference is not None:
+            step, rank, techniques = difference.step, difference.rank, compare.TECHNIQUES[difference.link]
+            setting = f" ({difference.setting})" if difference.setting else ""
+            what = f"step {step}: {difference.what}{setting}: not what two clean replays give"
+            expected, found = difference.expected, difference.found
+        elif reading is not None:
+            tensor = reading.tensor.split("/", 2)[-1] if reading.tensor else None
+            what = (
+                f"steps {result.first} to {result.last}: {tensor} lies {reading.excess:.3g} times as far from a clean "
+                f"replay as honest arithmetic allows ({reading.by})"
+            )
+            expected, found = "at most 1", f"{reading.excess:.3g}"
+        else:
+            raise MalformedEvidence(f"segment {result.segment}: departs without a reading")
+        return Finding(
+            check="replay",
+            outcome="suspicious",
+            techniques=techniques,
+            subject=Subject(run=self._run, rank=rank, step=step, tensor=tensor),
+            message=(
+                f"{what}; alternatives: kernels of this processor that no class covers, a decision of the code that "
+                f"hangs on a last bit, faulty hardware; {self._proof()}"
+            ),
+            expected=expected,
+            found=found,
+            evidence=_cited(self._committed.steps.get(step)),
+        )
+
+    def _proof(self) -> str:
+        """What would prove it."""
+        build = self._committed.account.build or {}
+        told = ", ".join(f"{name} {build[name]}" for name in ("torch", "cpu", "capability", "threads") if name in build)
+        return f"a replay on the run's own build proves ({told})"
+
     def _log(self, report: Report) -> Report:
         """Store the report, and log a signed statement that binds it."""
         blob = self._home.store_blob(msgspec.json.encode(report))
@@ -671,6 +768,7 @@ class Auditor:
             "replayed_steps": report.replayed_steps,
             "selftest": report.selftest.get("passed"),
             "differs": sum(result.outcome == "differs" for result in report.results),
+            "departs": sum(result.outcome == "departs" for result in report.results),
             "not_replayed": sum(result.outcome == "not replayed" for result in report.results),
         }
         subject = [{"name": f"audits/{report.run}/{report.plan.nonce[:16]}", "digest": {"sha256": blob}}]
@@ -679,6 +777,10 @@ class Auditor:
             leaf = log.append([sign_statement(statement(PREDICATE, body, subject), key)])[0]
             log.publish()
         return msgspec.structs.replace(report, blob=blob, leaf=leaf)
+
+
+def _cited(step: Step | None) -> tuple[Citation, ...]:
+    return (step.citation,) if step is not None and isinstance(step.citation, Citation) else ()
 
 
 def _equal(segment: plan.Segment, way: str) -> Result:

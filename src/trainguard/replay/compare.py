@@ -13,8 +13,8 @@ import msgspec
 
 from trainguard.replay.committed import Account, Step
 
-BUILD = ("torch", "capability", "mkldnn", "devices", "threads", "deterministic")
-"""Of the build these must be equal for bits to be comparable; python may differ."""
+BUILD = ("torch", "capability", "mkldnn", "devices", "threads", "deterministic", "cpu")
+"""Of the build these must be equal for bits to be comparable (where the run said them); python may differ."""
 
 LINKS: tuple[tuple[str, str], ...] = (
     ("modes", "modes and rates of modules"),
@@ -74,7 +74,7 @@ def incomparable(run: Mapping[str, Any] | None, clean: Mapping[str, Any] | None)
     if run is None or clean is None:
         return "one of the two did not say on which build of torch it ran"
     for name in BUILD:
-        if run.get(name) != clean.get(name):
+        if run.get(name, clean.get(name)) != clean.get(name):
             return f"{name}: the run had {run.get(name)!r}, the replay {clean.get(name)!r}"
     return None
 

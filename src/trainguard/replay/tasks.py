@@ -74,6 +74,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Steps whose state comes back as digests."""
     against: dict[str, str] = {}
     """`rank/step` to keep → folder of the run's own state after it: how far apart they are comes back as well."""
+    leave: str = ""
+    """Folder to leave the kept states in, as `rank-step`; empty leaves none."""
     plant: int | None = None
     turn: int = 0
     """Which of several replays that are to agree with one another: each is made for itself."""
@@ -199,6 +201,8 @@ def _performed(task: Task, place: Place, folder: Path, measured: str | None, unm
     found.left_out = sandbox.left_out
     found.root = os.path.realpath(sandbox.root)
     found.native = written_natively(found.written, task.key)
+    for (rank, step), state in found.folders.items() if task.leave else ():
+        shutil.copytree(state, Path(task.leave) / f"{rank}-{step}", dirs_exist_ok=True)
     kept = {f"{rank}/{step}": path for (rank, step), path in found.folders.items()}
     return Outcome(
         task=task.id,

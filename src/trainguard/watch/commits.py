@@ -64,6 +64,9 @@ FULL_LEVEL_LIMIT, LEAN_LEVEL_LIMIT = 9, 6
 ASKED = 3
 """A step that commits is not taken at a glance, nor is the one before it: that costs about three times what asking the
 links before the update does, and is counted as a cost of committing."""
+CPUINFO_BYTES = 16_384
+"""More than one processor's part of /proc/cpuinfo; machines have hundreds of them."""
+
 VIEWS_LIMIT = 20_000
 
 clock = time.thread_time_ns
@@ -563,12 +566,29 @@ def build(torch: Any) -> Dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": capability() if capability else None,
         "mkldnn": bool(torch.backends.mkldnn.enabled),
+        "cpu": processor(),
         "deterministic": bool(torch.are_deterministic_algorithms_enabled()),
         "devices": [],
     }
     if torch.cuda.is_initialized():
         told["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return told
+
+
+def processor() -> Optional[str]:
+    """Vendor, family, model, stepping, and a digest of what it can do: libraries choose their kernels by these."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            text = file.read(CPUINFO_BYTES).split("\n\n")[0]
+    except OSError:
+        return None
+    told = {
+        name.strip(): value.strip() for name, sign, value in (line.partition(":") for line in text.split("\n")) if sign
+    }
+    names = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU architecture", "CPU part")
+    able = " ".join(sorted((told.get("flags") or told.get("Features") or "").split()))
+    words = [told[name] for name in names if name in told]
+    return " ".join([*words, hashlib.blake2b(able.encode(), digest_size=4).hexdigest()]) if words else None
 
 
 def _groups_of(optimizer: Any) -> Dict[str, Dict[str, Any]]:
