@@ -1,9 +1,10 @@
-"""A small reference training, run by the interpreter to be calibrated: FOLDER WORKLOAD STEPS… [--no-mkldnn].
+"""A small reference training, run by the interpreter to be calibrated: FOLDER WORKLOADS STEPS… [--no-mkldnn].
 
 Alone: the standard library and torch. After every step of STEPS its weights, gradients and optimizer state are written
-to FOLDER/<step> in the format of replay points, weights as `param/…`, gradients as `state/grad/…`; the start as step 0.
-Workloads: `transformer` (attention, layer norm, dropout, AdamW, clipping), `convolution` (batch norm, SGD with
-momentum), `mixed` (the transformer under bfloat16 autocast). Prints what torch says of itself as JSON.
+to FOLDER/<workload>/<step> in the format of replay points, weights as `param/…`, gradients as `state/grad/…`; the start
+as step 0. Workloads, with commas between: `transformer` (attention, layer norm, dropout, AdamW, clipping),
+`convolution` (batch norm, SGD with momentum), `mixed` (the transformer under bfloat16 autocast). Prints what torch says
+of itself as JSON.
 """
 
 from __future__ import annotations
@@ -73,17 +74,18 @@ def convolution(steps: int) -> Any:
 
 
 def main(words: list[str]) -> None:
-    """One training."""
-    folder, workload, *rest = words
+    """Every workload, one after another."""
+    folder, workloads, *rest = words
     wanted = {int(word) for word in rest if word.isdigit()}
     if "--no-mkldnn" in rest:
         torch.backends.mkldnn.enabled = False
-    torch.manual_seed(SEED)
     last = max(wanted)
-    made = convolution(last) if workload == "convolution" else transformer(last, workload == "mixed")
-    for step, (net, optimizer) in enumerate(made):
-        if step in wanted or step == 0:
-            write(Path(folder) / str(step), net, optimizer)
+    for workload in workloads.split(","):
+        torch.manual_seed(SEED)
+        made = convolution(last) if workload == "convolution" else transformer(last, workload == "mixed")
+        for step, (net, optimizer) in enumerate(made):
+            if step in wanted or step == 0:
+                write(Path(folder) / workload / str(step), net, optimizer)
     capability = torch.backends.cpu.get_cpu_capability()
     told = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "capability": capability}
     sys.stdout.write(json.dumps(told))

@@ -59,10 +59,8 @@ def calibrate(
     """The calibration of this machine for the torch of `python`. Raises Unavailable where it cannot run."""
     with tempfile.TemporaryDirectory(prefix="trainguard-numerics-") as name:
         folder = Path(name)
-        machine: dict[str, Any] = {}
-        for workload in workloads:
-            progress(f"reference: {workload}")
-            machine = _trained(python, folder / "base" / workload, workload, steps, {}, ())
+        progress("reference")
+        machine = _trained(python, folder / "base", workloads, steps, {}, ())
         measured = []
         for place, (title, kind, settings, words) in enumerate(variations):
             progress(f"variation {place + 1} of {len(variations)}: {title}")
@@ -78,23 +76,22 @@ def _varied(
     settings: Mapping[str, str], words: Sequence[str],
 ) -> Variation:  # fmt: skip
     began = time.monotonic()
-    weights: dict[str, dict[str, float]] = {}
-    gradients: dict[str, dict[str, float]] = {}
+    base, other = folder / "base", folder / title
+    _trained(python, other, workloads, steps, settings, words)
+    names = [f"{workload}/{step}" for workload in workloads for step in steps]
+    told = states.distances(
+        python, {name: base / name for name in names}, {name: str(other / name) for name in names},
+        {workload: str(base / workload / "0") for workload in workloads},
+    )  # fmt: skip
+    weights: dict[str, dict[str, float]] = {workload: {} for workload in workloads}
+    gradients: dict[str, dict[str, float]] = {workload: {} for workload in workloads}
     changes = False
-    for workload in workloads:
-        base, other = folder / "base" / workload, folder / title / workload
-        _trained(python, other, workload, steps, settings, words)
-        told = states.distances(
-            python, {f"0/{step}": base / str(step) for step in steps},
-            {f"0/{step}": str(other / str(step)) for step in steps}, {"0": str(base / "0")},
-        )  # fmt: skip
-        weights[workload], gradients[workload] = {}, {}
-        for name, tensors in told.items():
-            step = name.partition("/")[2]
-            moved = [(apart, by) for tensor, (apart, by, _) in tensors.items() if tensor.startswith("param/")]
-            sized = [(apart, by) for tensor, (apart, _, by) in tensors.items() if not tensor.startswith("param/")]
-            weights[workload][step], gradients[workload][step] = _share(moved), _share(sized)
-            changes = changes or any(apart > 0 for apart, _ in (*moved, *sized))
+    for name, tensors in told.items():
+        workload, _, step = name.partition("/")
+        moved = [(apart, by) for tensor, (apart, by, _) in tensors.items() if tensor.startswith("param/")]
+        sized = [(apart, by) for tensor, (apart, _, by) in tensors.items() if not tensor.startswith("param/")]
+        weights[workload][step], gradients[workload][step] = _share(moved), _share(sized)
+        changes = changes or any(apart > 0 for apart, _ in (*moved, *sized))
     seconds = round(time.monotonic() - began, 1)
     return Variation(
         name=title, kind=kind, settings=dict(settings), changes=changes, weights=weights, gradients=gradients,
@@ -103,18 +100,18 @@ def _varied(
 
 
 def _share(pairs: Sequence[tuple[float, float]]) -> float:
-    """The middle tensor's share, and not the largest: tensors whose true gradient is nothing only add up noise."""
+    """That of three tensors in four, and not the largest: one whose true gradient is nothing only adds up noise."""
     shares = sorted(apart / by for apart, by in pairs if by > 0)
     return shares[(3 * len(shares)) // 4] if shares else 0.0
 
 
 def _trained(
-    python: str, folder: Path, workload: str, steps: Sequence[int], settings: Mapping[str, str], words: Sequence[str]
-) -> dict[str, Any]:
-    """One reference training; what torch said of itself."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    python: str, folder: Path, workloads: Sequence[str], steps: Sequence[int], settings: Mapping[str, str],
+    words: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The reference trainings in one process; what torch said of itself."""
     env = {name: value for name, value in os.environ.items() if name not in INHERITED and name != "PYTHONPATH"}
-    command = [python, "-I", str(REFERENCE), str(folder), workload, *(str(step) for step in steps), *words]
+    command = [python, "-I", str(REFERENCE), str(folder), ",".join(workloads), *(str(step) for step in steps), *words]
     try:
         done = subprocess.run(command, env=env | dict(settings), capture_output=True, timeout=SECONDS, check=False)
         if done.returncode == 0:
@@ -124,7 +121,7 @@ def _trained(
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         reason = [str(error)]
     raise Unavailable(
-        f"{python}: the reference training ({workload}) did not end: {reason[0][:300]}",
+        f"{python}: the reference training did not end: {reason[0][:300]}",
         next_step="name a Python that has torch: trainguard doctor --numerics --python PYTHON",
     )
 
