@@ -483,6 +483,8 @@ class Auditor:
         """The first file of the run that is not what this replay saved in its place."""
         if self._committed.key is None:
             return None  # storages were sampled by another key
+        if self._kinds(found):
+            return None  # another build saves other bits
         altered = first_altered(self._files, found, str(self._committed.start.get("cwd")))
         if altered is None:
             return None
