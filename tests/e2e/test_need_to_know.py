@@ -175,6 +175,27 @@ def test_the_insider_learns_nothing_and_those_who_look_work_on(site: Site):
     assert f"uid {INSIDER_UID}" in [one["value"] for one in case["subjects"]]
 
 
+def test_a_case_can_be_kept_where_the_insider_does_not_even_see_sealed_entries(site: Site):
+    """In a state folder of its own, on what was exported from the one the insider administers."""
+    name = json.loads(site.tg("lead-a", "incident", "list", "--json")[1])["incidents"]
+    name = next(one["id"] for one in name if one["kind"] == "G")
+    bundle = site.root / "evidence.zip"
+    assert site.tg("lead-a", "incident", "export", name, "-o", bundle)[0] == 0
+    before = site.everything()
+    site.monkeypatch.setenv("TRAINGUARD_HOME", str(site.root / "apart"))
+    both = ("--bundle", bundle, "--with", site.card("lead-b"), "--code", CODE, "--reason", "x", "--until", "9d")
+    assert site.tg("lead-a", "case", "open", *both)[0] == 0
+    assert site.tg("lead-b", "case", "sign", "--yes", CODE, 0)[0] == 0
+    case = json.loads(site.tg("lead-b", "case", "show", CODE, "--json")[1])
+    assert {one["value"]: one["firm"] for one in case["subjects"]} == {f"uid {INSIDER_UID}": True, "uid 54001": False}
+    status, _, err = site.tg("lead-a", "case", "grant", CODE, site.card("insider"), "--reason", "x", "--until", "9d")
+    assert (status, "named by the evidence" in err) == (1, True)
+    assert site.everything() == before
+    bundle.write_bytes(bundle.read_bytes()[:-1])
+    assert site.tg("lead-a", "case", "add", CODE, "--bundle", bundle)[0] == 1
+    assert site.tg("lead-a", "case", "add", CODE)[0] == 2
+
+
 def test_one_colluding_member_does_not_let_the_insider_in(site: Site):
     """Named by the evidence: refused and written down. Under another name: waits for a second person, for good."""
     name = json.loads(site.tg("lead-a", "incident", "list", "--json")[1])["incidents"]

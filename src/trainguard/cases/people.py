@@ -21,12 +21,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from trainguard.archive import LogLeaves, RunReader
 from trainguard.cases.identity import Card
-from trainguard.cases.records import Subject
-from trainguard.errors import TrainguardError
+from trainguard.cases.records import Subject, payload_of
+from trainguard.digest import sha256_hex
+from trainguard.errors import MalformedEvidence, TrainguardError
 from trainguard.evidence import Evidence
 from trainguard.home import Home
+from trainguard.incident import offline
 from trainguard.incident.attribute import NO_LOGIN
 from trainguard.incident.correlate import Incident
 from trainguard.lockfile import LOCK_NAME, parse_lock
@@ -56,10 +60,50 @@ def subjects_of(home: Home, incidents: Sequence[Incident], *, leaves: LogLeaves 
     found: list[Subject] = []
     for incident in incidents:
         found.extend(_candidates(incident))
-        found.extend(_records(home, incident, leaves))
+        found.extend(_in_records(incident, _read(home, incident.run, leaves)))
         found.extend(_authors(incident, _folder(incident.run, leaves)))
     for run in dict.fromkeys(incident.run for incident in incidents):
         found.extend(_approvers(home, run, leaves))
+    return _once(found)
+
+
+def read_bundle(data: bytes) -> tuple[Incident, tuple[Subject, ...]]:
+    """The incident of an evidence bundle, checked, and everyone its records name: for a case kept in another folder.
+
+    The keys are the bundle's own: compare their fingerprints (trainguard incident verify). Raises MalformedEvidence.
+    """
+    try:
+        offline.verify(data)
+        files = offline.unpack(data)
+        incident = msgspec.json.decode(files[offline.INCIDENT], type=Incident)
+    except (offline.Refused, msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+        raise MalformedEvidence(f"evidence bundle: {error}") from error
+    owners = [uid for name in files if name.startswith("leaves/") for uid in _owners(files[name])]
+    records = [record for name in sorted(files) if name.startswith("segments/") for record in _spooled(files[name])]
+    found = [*_candidates(incident), *_in_records(incident, records, owners), *_authors(incident, None)]
+    return incident, _once(found)
+
+
+def _owners(entry: bytes) -> Iterator[int]:
+    """The account of a run, where the entry is its statement."""
+    statement = payload_of(entry, "leaf")
+    body = statement.get("predicate")
+    if str(statement.get("predicateType")).endswith("/run/v1") and isinstance(body, dict):
+        yield from _uids(body.get("account"), DEPTH)
+
+
+def _spooled(data: bytes) -> Iterator[Evidence]:
+    """The records of a segment that was checked."""
+    for line in data.split(b"\n")[:-1]:
+        payload = line[65:]
+        try:
+            yield msgspec.structs.replace(msgspec.json.decode(payload, type=Evidence), hash=sha256_hex(payload))
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue  # of another version: what it names is not known here
+
+
+def _once(found: Iterable[Subject]) -> tuple[Subject, ...]:
+    """Each once, firm before liftable."""
     ordered = sorted(found, key=lambda one: not one.firm)
     unique: dict[tuple[str, str], Subject] = {}
     for one in ordered:
@@ -130,18 +174,19 @@ def _uid(uid: int, why: str, *, firm: bool) -> Subject:
     return Subject(kind="account", value=f"uid {uid}", why=why, firm=firm)
 
 
-def _records(home: Home, incident: Incident, leaves: LogLeaves | None) -> Iterator[Subject]:
+def _in_records(incident: Incident, records: Iterable[Evidence], owners: Iterable[int] = ()) -> Iterator[Subject]:
     """Uids in the records that the findings cite, and the account that owns the run."""
     cited = {citation.hash for finding in incident.findings for citation in finding.evidence}
-    owners: set[int] = set()
-    for record in _read(home, incident.run, leaves):
+    owning = set(owners)
+    yield from (_uid(uid, f"runs {incident.run}", firm=False) for uid in sorted(owning))
+    for record in records:
         if record.kind == "start":
-            owners |= set(_uids(record.body.get("account"), DEPTH))
-            for uid in sorted(owners):
-                yield _uid(uid, f"runs {incident.run}", firm=False)
+            fresh = set(_uids(record.body.get("account"), DEPTH)) - owning
+            owning |= fresh
+            yield from (_uid(uid, f"runs {incident.run}", firm=False) for uid in sorted(fresh))
         elif record.hash in cited:
             uids = {*_uids(record.body, DEPTH), *(() if record.uid is None else (record.uid,))}
-            for uid in sorted(uids - owners):
+            for uid in sorted(uids - owning):
                 yield _uid(uid, f"in evidence of incident {incident.id}", firm=True)
 
 

@@ -21,9 +21,11 @@ from trainguard.home import Home
 if TYPE_CHECKING:
     from trainguard.cases.desk import Desk
     from trainguard.cases.identity import Card, Identity
+    from trainguard.cases.records import Subject
     from trainguard.incident.correlate import Incident
 
 DAYS = re.compile(r"(\d{1,4})d")
+BUNDLE_LIMIT_BYTES = 1 << 30
 ROLE = click.Choice(["lead", "investigator", "reader"])
 _reason = click.option("--reason", required=True, help="Why, for the record.")
 _until = click.option(
@@ -31,6 +33,14 @@ _until = click.option(
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 _quiet = click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
+_bundle = click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="An incident exported from another state folder.",
+)
 _lift = click.option("--lift", "lifts", multiple=True, metavar="NAME", help="An exclusion that two people set aside.")
 
 
@@ -191,7 +201,8 @@ def cover_command() -> int:
 @_lift
 @click.option("--overt", is_flag=True, help="Overt from the start; covert otherwise.")
 @click.option("--code", help="A neutral code name; chosen for you otherwise.")
-@click.argument("incident", nargs=-1, required=True)
+@_bundle
+@click.argument("incident", nargs=-1)
 def open_command(
     second: Path,
     members: tuple[str, ...],
@@ -200,6 +211,7 @@ def open_command(
     lifts: tuple[str, ...],
     overt: bool,
     code: str | None,
+    bundles: tuple[Path, ...],
     incident: tuple[str, ...],
 ) -> int:
     """Propose a case on INCIDENT…
@@ -214,8 +226,12 @@ def open_command(
     named = [
         Grant(card=card, role=role, reason=reason, until=end, lifts=lifts) for card, role in map(_member_card, members)
     ]
+    taken, subjects = _taken(incident, bundles)
+    if bundles:
+        _make_log()
     made = _desk().open(
-        _incidents(incident),
+        taken,
+        subjects=subjects,
         second=read_card(second),
         reason=reason,
         until=end,
@@ -285,11 +301,13 @@ def leave_command(reason: str, case: str) -> int:
 
 
 @command.command("add")
+@_bundle
 @click.argument("case")
-@click.argument("incident", nargs=-1, required=True)
-def add_command(case: str, incident: tuple[str, ...]) -> int:
+@click.argument("incident", nargs=-1)
+def add_command(case: str, bundles: tuple[Path, ...], incident: tuple[str, ...]) -> int:
     """Take further incidents in. Members whom they name are members no longer."""
-    _desk().add(case, _incidents(incident))
+    taken, subjects = _taken(incident, bundles)
+    _desk().add(case, taken, subjects=subjects)
     return 0
 
 
@@ -562,6 +580,37 @@ def _incidents(names: Sequence[str]) -> list[Incident]:
     lifted = mine is not None and mine.key in {card.key for card in _approvers()}
     known = incidents(Home.find(), lifted=lifted)
     return [find(known, name) for name in dict.fromkeys(names)]
+
+
+def _taken(names: Sequence[str], bundles: Sequence[Path]) -> tuple[list[Incident], list[Subject]]:
+    """The incidents of this state folder and of bundles from another, with everyone they name."""
+    from trainguard.cases.people import read_bundle, subjects_of
+
+    if not names and not bundles:
+        raise Misuse("case: expected an incident, or --bundle FILE", next_step="trainguard incident list")
+    taken = _incidents(names) if names else []
+    subjects = list(subjects_of(Home.find(), taken)) if taken else []
+    for path in bundles:
+        try:
+            if path.stat().st_size > BUNDLE_LIMIT_BYTES:
+                raise Misuse(f"{path}: more than {BUNDLE_LIMIT_BYTES} bytes, the limit")
+            incident, named = read_bundle(path.read_bytes())
+        except OSError as error:
+            raise Unavailable(f"{path}: bundle cannot be read: {error.strerror}") from error
+        taken.append(incident)
+        subjects += [one for one in named if one.name not in {known.name for known in subjects if known.firm}]
+    return taken, subjects
+
+
+def _make_log() -> None:
+    """A log for a state folder that is kept for cases alone."""
+    from trainguard.envelope import load_or_create_key
+    from trainguard.log import Log
+
+    home = Home.find()
+    home.prepare()
+    load_or_create_key(home.keys / "attestation.pem")
+    Log.open(home.log, home.keys / "log.key").close()
 
 
 def _member_card(text: str) -> tuple[Card, Any]:
