@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import _compat_pickle
 import codecs
+import contextlib
 import math
 import pickletools
 import re
@@ -83,6 +84,8 @@ CALL_ONLY = frozenset(("getattr", "reconstructor", "new_object", "partial", "tor
 """Kinds whose rule guards what they are given. They may be called but not kept in a container or an object, from where
 a library could call them with arguments no rule has seen."""
 
+ALIGNMENT_BYTES = 32
+"""joblib aligns to 16. No opcode is below 0x28, so a length up to this ends a plain unpickler."""
 ARRAY_WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
 
 
@@ -827,6 +830,9 @@ class Machine:
         if not isinstance(target, Object):
             raise Refused("items", f"{verb} {describe(target)}")
         listed = target.origin.listed
+        if id(target) in self._built:
+            # An attribute called append or extend would be found before the method. Nothing writes items behind state.
+            raise Refused("items", f"{verb} a {target.origin.name} after it was given state")
         if target.sealed:
             raise Refused("hooks", f"{verb} {target.origin.name} after it was used as empty")
         if listed is None:
@@ -962,11 +968,42 @@ class Machine:
         return Object(target.origin, ArrayState(kind.facts.item_bytes, kind.facts.has_objects))
 
     def _array_bytes(self, alignment: Value, length: int) -> None:
-        if alignment is not None:
-            if type(alignment) is not int or not 1 <= alignment <= 255:
-                raise Refused("build", f"{ARRAY_WRAPPER}: expected an alignment, found {describe(alignment)}")
-            self._skip(self._take(1)[0])
+        if alignment is None:
+            self._refuse_opcodes()
+        else:
+            self._padding(alignment)
         self._skip(length)
+
+    def _padding(self, alignment: Value) -> None:
+        """One byte with the length of the padding, then 0xff. None of them is an opcode to a plain unpickler."""
+        if type(alignment) is not int or not 1 <= alignment <= ALIGNMENT_BYTES:
+            raise Refused("build", f"{ARRAY_WRAPPER}: expected an alignment, found {describe(alignment)}")
+        length = self._take(1)[0]
+        if length > alignment or self._take(length).strip(b"\xff"):
+            raise Refused("build", f"{ARRAY_WRAPPER}: expected at most {alignment} bytes of padding, found others")
+
+    def _refuse_opcodes(self) -> None:
+        """Older joblib writes no padding: raise Refused when a plain unpickler would act on the array's bytes.
+
+        It goes on with stack and memo as they are, so a copy of this machine does.
+        """
+        reader = Machine(
+            self.source,
+            self.position,
+            loader=PICKLE,
+            trust=self._trust,
+            meter=self._meter.probe(),
+            on_unlisted=lambda name, use, offset: None,
+            on_nested=lambda source, offset: None,
+        )
+        reader._stack, reader._marks, reader._memo = [*self._stack], [*self._marks], [*self._memo]
+        reader._fence, reader._holes, reader._protocol = self._fence, self._holes, self._protocol
+        with contextlib.suppress(Refused, OverBudget):  # most arrays: their first byte is no opcode
+            reader.run()
+        names = [".".join(pair) for pair in reader.trace.globals if self._trust.could_import(*pair)]
+        if reader.trace.called or names:
+            what = f"names {names[0][:120]}" if names else "calls something"
+            raise Refused("polyglot", f"{ARRAY_WRAPPER}: the array's bytes are opcodes to pickle.load: it {what}")
 
     def _object_array(self, kind: DType) -> None:
         """A nested pickle.load from the same file: a machine of its own, from here to its STOP."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ LISTS = Path(__file__).with_name("lists")
 TIERS: tuple[Tier, ...] = ("weights", "training", "framework")
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*([.:][A-Za-z_]\w*)(\.[A-Za-z_]\w*)*\Z", re.ASCII)
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
 LINE = re.compile(r"(?P<name>\S+)\s+(?P<use>value|instance|call)(\s+sha256:(?P<sha256>[0-9a-f]{64}))?\Z")
 
 USES = {"value": "constant", "instance": "instance", "call": "anything"}
@@ -56,6 +58,14 @@ class Trust:
             return Listed(name, USES[line.use], KINDS[USES[line.use]], "user")
         entry = self._names.get(name)
         return Listed(name, entry[0], KINDS[entry[0]], entry[1]) if entry is not None else None
+
+    def could_import(self, module: str, name: str) -> bool:
+        """Whether bytes that are no pickle by their looks mean this name: it is of the standard library, a list, or
+        a module in a package. A label file that reads `cat`, `dog` means none."""
+        if not IDENTIFIER.match(module) or not IDENTIFIER.match(name):
+            return False
+        top = module.partition(".")[0]
+        return top in sys.stdlib_module_names or self.find(f"{module}.{name}") is not None or "." in module
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,10 @@ def _pair(job: Job, reader: _Reader) -> None:
         )
         if why:
             job.unsafe("template", f"{key}: {why}", start)
+    elif kind == ARRAY and any(word in key for word in TEMPLATE_KEYS):
+        # None of ours is a list; a reader that takes one would render its texts.
+        job.unknown("template", f"{key}: a list of templates", reader.position)
+        _skip_value(job, reader, kind, depth=0)
     else:
         _skip_value(job, reader, kind, depth=0)
 

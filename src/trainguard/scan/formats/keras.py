@@ -48,7 +48,9 @@ def _known() -> tuple[frozenset[str], frozenset[str]]:
 def judge_zip(job: Job, members: list[Member]) -> tuple[str, str]:
     """Judge a `.keras` archive: the config by its classes, every other member like a file."""
     for member in members:
-        if member.name == "config.json" and member.size <= CONFIG_BYTES:
+        if member.name == "config.json" and member.size > CONFIG_BYTES:
+            job.unknown("keras", f"a config of {member.size} bytes, limit {CONFIG_BYTES}")
+        elif member.name == "config.json":
             inner = job.inside(member.name, open_member(job, member))
             try:
                 judge_config(inner, jsons.parse(inner.source.read(0, inner.source.size), job.policy))

@@ -92,6 +92,8 @@ def _graph(job: Job, start: int, end: int, depth: int) -> None:
             _node(job, offset, offset + length, depth)
         elif number == INITIALIZERS:
             _tensor(job, offset, offset + length)
+        elif number == SPARSE:
+            _sparse(job, offset, offset + length)
 
 
 def _node(job: Job, start: int, end: int, depth: int) -> None:
@@ -109,6 +111,15 @@ def _attribute(job: Job, start: int, end: int, depth: int) -> None:
         if kind == BYTES and number in (6, 11):
             _graph(job, offset, offset + length, depth + 1)
         elif kind == BYTES and number in (5, 10):
+            _tensor(job, offset, offset + length)
+        elif kind == BYTES and number in (22, 23):
+            _sparse(job, offset, offset + length)
+
+
+def _sparse(job: Job, start: int, end: int) -> None:
+    """A sparse tensor is two tensors: its values and their indices."""
+    for number, kind, offset, length in protobuf.fields(job.source, start, end):
+        if kind == BYTES and number in (1, 2):
             _tensor(job, offset, offset + length)
 
 

@@ -6,9 +6,6 @@ replaced by an inert stub, and any disagreement about names, persistent ids or t
 
 from __future__ import annotations
 
-import re
-import sys
-
 from trainguard.scan import second_opinion
 from trainguard.scan.budget import OverBudget
 from trainguard.scan.formats.interface import Format, Job
@@ -22,14 +19,12 @@ from trainguard.scan.machine import (
 )
 from trainguard.scan.rules.interface import Refused
 from trainguard.scan.source import Source
-from trainguard.scan.trust import Trust
 from trainguard.scan.values import Global
 from trainguard.scan.verdict import Verdict
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 PICKLES_IN_A_ROW = 10_000
-IDENTIFIER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
 BROKEN_OPCODES = 3
 """Text that happens to begin like a protocol 0 pickle must get this far before it counts as a cut-off one."""
 
@@ -155,16 +150,9 @@ def acts_like_pickle(job: Job) -> str | None:
     if trace.called:
         return f"calls {'.'.join(trace.globals[-1]) if trace.globals else 'something'}"
     for module, name in trace.globals:
-        if _could_import(job.trust, module, name):
+        if job.trust.could_import(module, name):
             return f"imports {module}.{name}"
     return None
-
-
-def _could_import(trust: Trust, module: str, name: str) -> bool:
-    if not IDENTIFIER.match(module) or not IDENTIFIER.match(name):
-        return False
-    top = module.partition(".")[0]
-    return top in sys.stdlib_module_names or trust.find(f"{module}.{name}") is not None or "." in module
 
 
 def is_plain_pickle(job: Job) -> bool:

@@ -17,6 +17,16 @@ RULES = (
     (re.compile(r"\b(?:lipsum|cycler|joiner|self|request|__\w+|eval|exec|open|globals|getattr|popen)\b"), "names {}"),
     (re.compile(r"^[-+]?\s*(?:include|import|from|extends)\b"), "loads another template"),
 )
+BY_ATTRIBUTE = re.compile(r"\|\s*(?:map|selectattr|rejectattr|groupby|sum|sort|unique|min|max)\s*\(")
+"""Filters that look an attribute up by text."""
+MAPPED_ATTR = re.compile(r"\|\s*map\s*\(\s*(?:'attr'|\"attr\")")
+BARE = r"(?:'_+'|\"_+\")"
+MADE = re.compile(
+    rf"{BARE}\s*(?:[~+*]|\|\s*join)|[~+]\s*{BARE}|,\s*{BARE}\s*\)|=\s*{BARE}|\[\s*{BARE}\s*,|,\s*{BARE}\s*\]|%c"
+)
+"""An underscore about to be put together with other text."""
+COMPUTED = re.compile(r"\w\s*\[\s*(?![-\d:\]]|'[^']*'\s*\]|\"[^\"]*\"\s*\])")
+"""A subscript that is neither a number, a slice nor one plain text."""
 DUNDER_TEXT = re.compile(r"__[a-z]+|\\x5f|\\137|\\u005f|_\s*'\s*[~+]|_\s*\"\s*[~+]", re.IGNORECASE)
 
 
@@ -31,6 +41,14 @@ def problem(template: str) -> str | None:
             found = rule.search(bare)
             if found:
                 return why.format(found[0].strip())
-        if "[" in bare and any(DUNDER_TEXT.search(text[0]) for text in STRING.finditer(block)):
+        if MAPPED_ATTR.search(block):
+            return "uses the attr filter"
+        if ("[" in bare or BY_ATTRIBUTE.search(bare)) and any(
+            DUNDER_TEXT.search(text[0]) for text in STRING.finditer(block)
+        ):
             return "looks an underscore attribute up by text"
+    if any(MADE.search(match[0]) for match in BLOCK.finditer(template)) and any(
+        COMPUTED.search(match[0]) for match in BLOCK.finditer(template)
+    ):
+        return "puts an underscore name together and looks something up by text it made"
     return None

@@ -276,6 +276,14 @@ def scalar(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     return Object(origin)
 
 
+def scalar_type(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """numpy.float64(1.5): constants; never a number for a type that takes it as its length."""
+    sized = origin.name.rpartition(".")[2] in ("void", "record", "bytes_", "str_")
+    if sized and any(type(arg) is int for arg in args):
+        raise refuse("arguments", origin, "bytes or text", args)
+    return constants(machine, origin, args)
+
+
 def bit_generator(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     """__bit_generator_ctor(name or class) and its two companions; the name is looked up in numpy's own table."""
     for arg in args:
@@ -302,7 +310,7 @@ def seed_sequence(machine: Machine, origin: Global, args: tuple[Value, ...]) -> 
 
 NUMPY: dict[str, Kind] = {
     "numpy_array_type": Kind(),
-    "numpy_scalar_type": Kind(call=constants, factory=True),
+    "numpy_scalar_type": Kind(call=scalar_type, factory=True),
     "numpy_bit_generator": Kind(call=bit_generator, new=bit_generator, state=any_state),
     "numpy_dtype": Kind(call=dtype, state=dtype_state),
     "numpy_dtype_class": Kind(call=lambda machine, origin, args: Object(origin, DType(8)), state=constant_state),
