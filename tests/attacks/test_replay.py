@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tests.helpers.recorded import recording
@@ -260,3 +262,202 @@ def test_commits_change_no_bit_of_the_training() -> None:
     watched = train(STEPS, make=adamw, clip=1.0, commits=True, links="none")
     assert plain.losses == watched.losses
     assert all(torch.equal(a, b) for a, b in zip(plain.weights, watched.weights, strict=True))
+
+
+# -- the catalogue's rows: what a replay sees first, at the very step --------------------------------------------------
+
+
+def every(act: Callable[[Run], None], since: int = AT) -> Callable[[Run], None]:
+    """From a step on."""
+
+    def hand(run: Run) -> None:
+        if run.step >= since:
+            with torch.no_grad():
+                act(run)
+
+    return hand
+
+
+def grads(run: Run) -> list[torch.Tensor]:
+    return [p.grad for p in run.net.parameters() if p.grad is not None]
+
+
+def each(run: Run, act: Callable[[torch.Tensor], object]) -> None:
+    for grad in grads(run):
+        act(grad)
+
+
+def leave_out(run: Run) -> None:
+    run.net[3].weight.grad = None  # type: ignore[index, union-attr]
+
+
+def freeze(run: Run) -> None:
+    run.net[3].weight.requires_grad_(False)  # type: ignore[index, union-attr, operator]
+
+
+def low_precision(run: Run) -> None:
+    run.net[0].register_forward_hook(lambda _m, _i, out: out.bfloat16().float())  # type: ignore[index]
+
+
+def noise(run: Run) -> None:
+    for p in run.net.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=1e-4)
+
+
+def forget_bias_correction(run: Run) -> None:
+    for state in run.optimizer.state.values():
+        state["step"] += 1000
+
+
+def other_activation(run: Run) -> None:
+    run.net[1].register_forward_hook(lambda _m, inputs, _out: torch.nn.functional.hardtanh(inputs[0]))  # type: ignore[index]
+
+
+def evaluate(run: Run) -> None:
+    run.net.eval()
+
+
+def smaller(run: Run) -> None:
+    run.net[0].weight.data.mul_(0.5)  # type: ignore[index, union-attr, operator]
+
+
+def beta(run: Run) -> None:
+    run.optimizer.param_groups[0]["betas"] = (0.9, 0.9)
+
+
+ROWS: dict[str, tuple[dict[str, Callable[[Run], None]], int, str]] = {
+    "C1 sign of all": ({"before_step": once(lambda r: each(r, torch.Tensor.neg_))}, AT, "used"),
+    "C1 sign of one tensor": ({"before_step": once(lambda r: grads(r)[3].neg_())}, AT, "used"),
+    "C2 threshold a tenth": ({"before_step": every(lambda r: each(r, lambda g: g.mul_(0.1)))}, AT, "used"),
+    "C2 by largest element": ({"before_step": once(lambda r: each(r, lambda g: g.clamp_(-0.01, 0.01)))}, AT, "used"),
+    "C3 schedule stepped twice": ({"after_step": once(lambda r: r.scheduler.step(), AT - 1)}, AT, "groups"),
+    "C4 beta": ({"after_step": once(beta, AT - 1)}, AT, "groups"),
+    "C4 bias correction": ({"before_step": once(forget_bias_correction)}, AT, "state"),
+    "C5 gradient thrown away": ({"before_step": every(leave_out)}, AT, "used"),
+    "C5 frozen": ({"after_step": once(freeze, AT - 1)}, AT, "raw"),
+    "C7 divided twice": ({"after_backward": every(lambda r: each(r, lambda g: g.div_(2)))}, AT, "used"),
+    "C8 bfloat16 in one layer": ({"after_step": once(low_precision, AT - 1)}, AT, "raw"),
+    "C9 update of nothing": ({"before_step": once(lambda r: each(r, torch.Tensor.zero_))}, AT, "used"),
+    "C9 noise on weights": ({"after_step": once(noise, AT - 1)}, AT, "before"),
+    "C11 another activation": ({"after_step": once(other_activation, AT - 1)}, AT, "raw"),
+    "C11 evaluation mode": ({"after_step": once(evaluate, AT - 1)}, AT, "modes"),
+    "C11 initial weights": ({"start": smaller}, 1, "before"),
+    "E3 edited before it resumed": ({"start": lambda r: r.net[3].bias.data.mul_(1.01)}, 1, "before"),  # type: ignore[index, union-attr, operator]
+}
+"""Row of the catalogue → hands, first step that differs, first link that does."""
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_act_of_a_row_is_found_at_its_step_and_link(row: str) -> None:
+    """With every check in the process off; the loss of the tampered run looks fine."""
+    hands, step, link = ROWS[row]
+    settings = {"make": adamw, "clip": 1.0, "commits": True, "links": "none", "schedule": cosine}
+    bad, clean = (account(train(STEPS, **settings, **more)) for more in (hands, {}))  # type: ignore[arg-type]
+    found, _ = first_difference(bad, clean, first=1, last=STEPS, idle_streams=idle(bad, clean))
+    assert found is not None
+    assert (found.step, found.link) == (step, link)
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+
+ROWS_OF_DATA = 64
+Feed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def fed(feed: Feed) -> tuple[Account, list[list[int]]]:
+    """A training on 64 rows of tokens in a committed order, 8 rows a step; feed(tokens, labels, order) may alter all
+    three. Returns what was committed to, and what each step was made from."""
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(0, 16, (ROWS_OF_DATA, 5)), torch.randint(0, 4, (ROWS_OF_DATA,))
+    order = torch.cat([torch.randperm(ROWS_OF_DATA, generator=torch.Generator().manual_seed(e)) for e in range(3)])
+    tokens, labels, order = feed(tokens, labels, order)
+    made: list[list[int]] = []
+    with recording(commits=True, links="none") as recorder:
+        net = nn.Sequential(nn.Embedding(16, 8), nn.Flatten(), nn.Linear(40, 4))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for rows in order.view(STEPS, 8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(tokens[rows]), labels[rows]).backward()
+            optimizer.step()
+            made.append([*tokens[rows].flatten().tolist(), *labels[rows].tolist()])
+    taken = Account()
+    for record in (each for folded in recorder.records for each in unfold(folded)):
+        if record.kind == "step":
+            taken.take(record.step, record.body)
+    return taken, made
+
+
+def sorted_epoch(tokens: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> Any:
+    second = order[ROWS_OF_DATA : 2 * ROWS_OF_DATA]
+    return tokens, labels, torch.cat([order[:ROWS_OF_DATA], second[labels[second].argsort()], order[128:]])
+
+
+def same_shard(tokens: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> Any:
+    return tokens, labels, order % (ROWS_OF_DATA // 2)
+
+
+def one_in_a_hundred(tokens: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> Any:
+    labels[order[100]] = 3 - labels[order[100]]
+    return tokens, labels, order
+
+
+def other_bytes(tokens: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> Any:
+    tokens[order[70], 2] = (tokens[order[70], 2] + 1) % 16
+    return tokens, labels, order
+
+
+def swapped_ids(tokens: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> Any:
+    return tokens.where(tokens > 1, 1 - tokens), labels, order
+
+
+def other_mixture(tokens: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> Any:
+    """Rows below 32 are one source: from the second epoch on every fourth of the others is one of them."""
+    later = order[ROWS_OF_DATA:].clone()
+    later[::4] %= ROWS_OF_DATA // 2
+    return tokens, labels, torch.cat([order[:ROWS_OF_DATA], later])
+
+
+FEEDS: dict[str, Feed] = {
+    "D2 an epoch sorted by label": sorted_epoch,
+    "D3 the same shard for all": same_shard,
+    "D4 a label turned in flight": one_in_a_hundred,
+    "D5 a row changed at rest": other_bytes,
+    "D6 two token ids swapped": swapped_ids,
+    "D7 another mixture": other_mixture,
+}
+
+
+@pytest.mark.parametrize("row", FEEDS)
+def test_other_data_is_found_at_the_first_step_that_was_made_from_it(row: str) -> None:
+    """Sums over gradients of 8 rows: which rows and in which order decides them, to the bit."""
+    clean, known = fed(lambda *given: given)
+    bad, made = fed(FEEDS[row])
+    step = next(number for number, (one, two) in enumerate(zip(made, known, strict=True), 1) if one != two)
+    found, _ = first_difference(bad, clean, first=1, last=STEPS, idle_streams=frozenset({1, 2}))
+    assert found is not None
+    assert (found.step, found.link) == (step, "used" if step == 1 else "raw")  # looked for from step 2 on
+
+
+def test_a_run_that_declares_what_explains_its_weights_is_held_to_its_command() -> None:
+    """G11: the record claims a rate of its own for one step, and the weights follow from it; the command gives another.
+    Claiming the clean rate instead leaves the weights."""
+
+    def raise_it(run: Run) -> None:
+        for group in run.optimizer.param_groups:
+            group["lr"] *= 1.05
+
+    settings = {"make": sgd, "commits": True, "links": "none"}
+    bad, clean = (
+        account(train(STEPS, **settings, **more))  # type: ignore[arg-type]
+        for more in ({"before_step": once(raise_it)}, {})
+    )
+    declared, _ = first_difference(bad, clean, first=1, last=STEPS, idle_streams=idle(bad, clean))
+    assert declared is not None
+    assert (declared.step, declared.link) == (AT, "groups")
+    for number, step in bad.steps.items():
+        bad.steps[number] = msgspec.structs.replace(step, groups=clean.steps[number].groups)
+    hidden, _ = first_difference(bad, clean, first=1, last=STEPS, idle_streams=idle(bad, clean))
+    assert hidden is not None
+    assert (hidden.step, hidden.link) == (AT, "weights")

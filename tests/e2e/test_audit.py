@@ -344,6 +344,19 @@ def test_two_audits_at_once_do_not_share_a_draw(home: Home, monkeypatch: pytest.
     assert Auditor(home, "r", options).run().plan.nonce != inner[0]
 
 
+def test_a_verifier_that_does_not_see_the_planted_fault_says_nothing_of_the_run(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: a verifier that shares what was tampered with finds every run clean, this one's planted fault included."""
+    stand = Stand(home, monkeypatch)
+    monkeypatch.setattr(Auditor, "_rerun", lambda _, task: stand.give(task.begin, task.until, None))
+    report = Auditor(home, "r", Options(only=(0,), limit_seconds=14.0)).run()
+    assert (report.exit_status, report.selftest["passed"], report.replayed_steps) == (3, False, 0)
+    assert [result.outcome for result in report.results] == ["not replayed"]
+    assert "did not find the fault that was planted" in str(report.results[0].reason)
+    assert stand.asked == [(0, 3)]
+
+
 @pytest.mark.parametrize("how", ["build", "failed", "silent", "parted"])
 def test_what_could_not_be_replayed_is_said_and_is_no_finding(
     home: Home, monkeypatch: pytest.MonkeyPatch, how: str

@@ -74,3 +74,17 @@ def test_enough_segments_are_drawn_for_a_wanted_confidence() -> None:
     assert 85 <= count <= 92
     assert detection(10_000, count, 0.05) >= 0.99 > detection(10_000, count - 1, 0.05)
     assert len(draw(run(199), NONCE, budget=0.01, confidence=0.99, tampered=0.5).chosen) == needed(200, 0.5, 0.99)
+
+
+@pytest.mark.parametrize(("count", "bad", "drawn"), [(20, 1, 10), (20, 2, 5), (40, 4, 10), (100, 5, 44), (200, 1, 20)])
+def test_a_drawing_finds_bad_segments_as_often_as_the_formula_says(count: int, bad: int, drawn: int) -> None:
+    """1 - C(N - m, n) / C(N, n) against many nonces, within four standard deviations of so many trials. The first
+    segment is always replayed, and who tampers knows it: N and n are those of the lot alone."""
+    known = run(count - 1)
+    odd = set(range(1, 1 + bad))
+    trials = 600
+    nonces = (make_nonce("r", "aa" * 32, 12, f"{trial:064x}") for trial in range(trials))
+    hits = sum(bool(odd & set(draw(known, nonce, budget=drawn / count).chosen)) for nonce in nonces)
+    lot, left = count - 1, drawn - 1
+    expected = 1 - math.comb(lot - bad, left) / math.comb(lot, left)
+    assert abs(hits / trials - expected) < 4 * math.sqrt(expected * (1 - expected) / trials)
