@@ -61,6 +61,33 @@ def test_an_honest_loss_holds_with_all_it_is_made_of() -> None:
     assert abs(values[-1]["losses"]["rest"]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("asked", "mean"),
+    [
+        ({"size_average": False}, False),
+        ({"reduce": True}, True),
+        ({"size_average": False, "reduce": True}, False),
+        ({"size_average": True}, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
+def test_the_older_words_for_a_reduction_mean_what_they_mean_to_torch(asked: dict[str, bool], mean: bool) -> None:
+    """As many older scripts say it: a sum is no wrong mean."""
+    torch.manual_seed(0)
+    net = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    with recording(truth_every=1) as recorder:
+        for _ in range(12):
+            x, y = torch.rand(8, 6), torch.rand(8, 3)
+            optimizer.zero_grad()
+            F.binary_cross_entropy(torch.sigmoid(net(x)), y, **asked).backward()
+            optimizer.step()
+    findings, link = judged(recorder.records)
+    assert (findings, link.state) == ([], "held")
+    calls = [c for r in recorder.records for c in r.body.get("truth", {}).get("losses", {}).get("calls", [])]
+    assert {call["settings"]["reduction"] for call in calls} == {"mean" if mean else "sum"}
+
+
 def smoothed(x: torch.Tensor, y: torch.Tensor, **settings: Any) -> torch.Tensor:
     """Asked for a plain loss, gives a smoothed one."""
     return REAL(x, y, **{**settings, "label_smoothing": 0.1})

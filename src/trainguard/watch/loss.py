@@ -153,6 +153,7 @@ class Losses:
             for setting in call.settings:
                 if setting in frame.f_locals:
                     call.settings[setting] = frame.f_locals[setting]
+            call.settings["reduction"] = _reduction(frame.f_locals, call.settings["reduction"])
         self._declared(call, name, caller)
         self.calls.append(call)
 
@@ -170,8 +171,12 @@ class Losses:
             return
         call.place = "%s:%d" % (caller.f_code.co_filename, caller.f_lineno)
         matching = [each for each in _calls_at(caller) if _dotted(each.func)[-1:] == [name]]
-        if len(matching) == 1 and name:
-            call.settings.update(_literals(matching[0], name))
+        if len(matching) != 1 or not name:
+            return
+        said = _literals(matching[0], name)
+        call.settings.update(said)
+        if call.by is not None and not said:
+            call.settings["reduction"] = None  # another function answers, and how it was asked is not known
 
     def _kept(self, tensor: Any) -> Any:
         if not isinstance(tensor, self.torch.Tensor):
@@ -232,6 +237,8 @@ class Losses:
             return "too large"
         if call.settings.get("weight") is not None and call.name in ("mse_loss", "l1_loss", "huber_loss"):
             return "weighted"
+        if call.settings.get("reduction") is None:
+            return "its settings are not known"
         if call.settings.get("reduction") not in ("mean", "sum"):
             return "not reduced to one number by the function itself"
         return None
@@ -442,6 +449,16 @@ def _dotted(node: Any) -> List[str]:
         parts.append(node.attr)
         node = node.value
     return [*reversed([*parts, node.id])] if isinstance(node, ast.Name) else []
+
+
+def _reduction(given: Dict[str, Any], reduction: Any) -> Any:
+    """The reduction that a function was asked for, also in the older words that torch still takes."""
+    average, reduce = given.get("size_average"), given.get("reduce")
+    if average is None and reduce is None:
+        return reduction
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if average is None or average else "sum"
 
 
 def _literals(call: ast.Call, name: str) -> Dict[str, Any]:
