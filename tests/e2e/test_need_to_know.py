@@ -146,7 +146,7 @@ def test_the_insider_learns_nothing_and_those_who_look_work_on(site: Site):
     # ordinary lists: the incident is not there, the run is not green, and nothing says why
     assert site.tg("insider", "incident", "list") == (
         0,
-        "no incident: no run in this log has a violated or suspicious finding\n",
+        "no incident: no verdict shown here has a violated or suspicious finding\n",
         "",
     )
     assert site.tg("insider", "incident", "show", name)[0] == 2
@@ -154,6 +154,9 @@ def test_the_insider_learns_nothing_and_those_who_look_work_on(site: Site):
     verdict = json.loads(out)
     assert (status, verdict["verdict"], verdict["findings"]) == (3, "UNKNOWN", [])
     assert "under maintenance check" in verdict["reasons"]
+    _, told, _ = site.tg("insider", "show", "r1")
+    assert "does not descend" not in told
+    assert "under maintenance check" in told
     for verb in (("runs",), ("explain", "r1"), ("show", "r1"), ("damage",), ("lineage",)):
         said = "".join(site.tg("insider", *verb)[1:])
         assert not [word for word in (*names, CODE, str(INSIDER_UID)) if word in said], verb

@@ -79,7 +79,7 @@ def case_view(view: View) -> RenderableType:
     parts += [Text(), heading("Members"), _members(view)]
     if view.notes:
         parts += [Text(), heading("Notes", "your copies"), _notes(view)]
-    parts += [Text(), heading("Record", f"{len(view.seen)} records, the last {RECORDS_SHOWN}"), _record(view)]
+    parts += [Text(), heading("Record", _how_much(len(view.seen))), _record(view)]
     if view.strange:
         text = "\n".join(plain(line, 300) for line in view.strange[:20])
         parts += [Text(), heading("Does not belong", "entries that bear the case's mark, ignored"), Text(text)]
@@ -223,6 +223,11 @@ def _notes(view: View) -> RenderableType:
         said = plain(text, 2000)
         table.add_row(str(seen.record.n), moment_of(seen), plain(view.state.called(seen.author)), said)
     return table
+
+
+def _how_much(count: int) -> str:
+    shown = f", the last {RECORDS_SHOWN} shown (--json has all)" if count > RECORDS_SHOWN else ""
+    return f"{plural(count, 'record')}{shown}"
 
 
 def _record(view: View) -> RenderableType:

@@ -31,7 +31,7 @@ SEVERITY_STYLE = {"critical": "bold red", "high": "red", "medium": "yellow", "lo
 def list_view(known: Sequence[Incident]) -> RenderableType:
     """One line an incident."""
     if not known:
-        return Text("no incident: no run in this log has a violated or suspicious finding")
+        return Text("no incident: no verdict shown here has a violated or suspicious finding")
     table = Table.grid(padding=(0, 2))
     for _ in range(4):
         table.add_column(no_wrap=True)

@@ -25,6 +25,7 @@ from trainguard.home import Home
 from trainguard.render import readings
 from trainguard.render.line import plain
 from trainguard.render.words import duration, plural
+from trainguard.veil import MAINTENANCE
 
 POINT_LIMIT = 240
 """Ranges kept of one curve; a report is read at about that many pixels."""
@@ -443,12 +444,17 @@ class _Teller:
                 for process in self._processes.values()
             ),
             processes_more=self._processes_more,
-            events=(*self._events, *self._closing()),
+            events=tuple(self._shown((*self._events, *self._closing()))),
             curves=tuple(self._curve(*key) for key in sorted(self._curves)),
             counts=dict(sorted(self._counts.items())),
             record=self._record(reader, broken),
             verdict=self._verdict,
         )
+
+    def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Events as this machine shows them: where something of the run is muted, none that sounds an alarm."""
+        muted = MAINTENANCE in self._verdict.gaps
+        return (event for event in events if not muted or event.tone not in ("bad", "warn"))
 
     def _curve(self, process: int, name: str) -> Curve:
         thin = self._curves[process, name]

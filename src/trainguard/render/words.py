@@ -18,7 +18,7 @@ MEANING: dict[Word, str] = {
     "VERIFIED": "Every claim of this level was checked and held.",
     "TAINTED": "Something in this run is proved not to be what was approved, or not what the run says it did.",
     "SUSPECT": "Something in this run looks wrong; its cause is open.",
-    "UNKNOWN": "Nothing was found, but not everything that this level claims was looked at.",
+    "UNKNOWN": "No finding is shown against it, and not everything that this level claims was looked at.",
 }
 
 LEVELS: dict[Level, tuple[str, str]] = {
