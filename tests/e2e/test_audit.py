@@ -22,6 +22,7 @@ from trainguard.home import Home
 from trainguard.replay.audit import Auditor, Options
 from trainguard.replay.committed import committed
 from trainguard.replay.rerun import Rerun
+from trainguard.replay.tasks import Task
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(400)]
 """Each replay is a process that imports torch; the first one of a machine compiles it too."""
@@ -271,11 +272,20 @@ class Stand:
         self.asked: list[tuple[int, int]] = []
         """(begin, until) of every replay that was asked for; the self-test is (-1, …)."""
         self.act: Callable[[Rerun], None] = lambda _: None
-        monkeypatch.setattr(Auditor, "_rerun", lambda _, task: self.give(task.begin, task.until, task.plant))
+        self.seeing = True
+        """Whether a planted fault shows."""
+        self.done: dict[str, Rerun] = {}
+        monkeypatch.setattr(Auditor, "_rerun", lambda _, task: self.give(task))
 
-    def give(self, begin: int, until: int, plant: int | None) -> Rerun:
-        """One replay."""
-        self.asked.append((-1 if plant else begin, until))
+    def give(self, task: Task) -> Rerun:
+        """One replay; each task is done once."""
+        if task.id not in self.done:
+            self.asked.append((-1 if task.plant else task.begin, task.until))
+            self.done[task.id] = self.make(task.begin, task.until, task.plant if self.seeing else None)
+        return self.done[task.id]
+
+    def make(self, begin: int, until: int, plant: int | None) -> Rerun:
+        """What it comes to."""
         account = deepcopy(self.account)
         account.steps = {number: step for number, step in account.steps.items() if number <= until}
         if plant:
@@ -316,7 +326,7 @@ def test_an_audit_that_was_cut_short_goes_on_where_it_was(home: Home, monkeypatc
 
 
 def test_results_that_cannot_be_read_are_made_again(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task cut off while it was written, or of another kind, counts as not done."""
+    """A result that was cut off, or of another kind, counts as none; what was replayed for it is still known."""
     stand, options = Stand(home, monkeypatch), Options(only=(0, 2), limit_seconds=12.0)
     turns = iter((None, KeyboardInterrupt))
     stand.act = lambda _: (_ for _ in ()).throw(error) if (error := next(turns, None)) else None
@@ -327,7 +337,7 @@ def test_results_that_cannot_be_read_are_made_again(home: Home, monkeypatch: pyt
     task.write_text('{"results": [{"segment": 0}]}')
     stand.asked.clear()
     assert Auditor(home, "r", options).run().exit_status == 0
-    assert stand.asked == [(0, 8), (16, 25)]
+    assert stand.asked == [(16, 25)]
 
 
 def test_two_audits_at_once_do_not_share_a_draw(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,12 +359,12 @@ def test_a_verifier_that_does_not_see_the_planted_fault_says_nothing_of_the_run(
 ) -> None:
     """G8: a verifier that shares what was tampered with finds every run clean, this one's planted fault included."""
     stand = Stand(home, monkeypatch)
-    monkeypatch.setattr(Auditor, "_rerun", lambda _, task: stand.give(task.begin, task.until, None))
+    stand.seeing = False
     report = Auditor(home, "r", Options(only=(0,), limit_seconds=14.0)).run()
     assert (report.exit_status, report.selftest["passed"], report.replayed_steps) == (3, False, 0)
     assert [result.outcome for result in report.results] == ["not replayed"]
     assert "did not find the fault that was planted" in str(report.results[0].reason)
-    assert stand.asked == [(0, 3)]
+    assert stand.asked == [(-1, 3)]
 
 
 @pytest.mark.parametrize("how", ["build", "failed", "silent", "parted"])
@@ -364,7 +374,7 @@ def test_what_could_not_be_replayed_is_said_and_is_no_finding(
     """Another torch, data that is gone, time that is up, a command that depends on what was not recorded: status 3."""
     stand, count = Stand(home, monkeypatch), itertools.count()
     why = {
-        "build": "not comparable yet: torch: the run had",
+        "build": "not comparable: torch: the run had",
         "failed": "it ended with status 1 at step 0 of 8: FileNotFoundError: data.bin",
         "silent": "it came to step 0 of 8 in the time it was given",
         "parted": "two clean replays of the same command part from each other at step 5",
