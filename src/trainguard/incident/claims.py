@@ -12,6 +12,7 @@ A node that is only claimed is UNKNOWN by itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -41,6 +42,12 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     nodes: tuple[ClaimedNode, ...] = ()
     edges: tuple[tuple[str, str], ...] = ()
 
+    def known_as(self, names: Mapping[str, str]) -> Claims:
+        """These claims with nodes that we know by a key of our own under that key."""
+        nodes = tuple(node for node in self.nodes if names.get(node.key, node.key) == node.key)
+        edges = tuple((names.get(source, source), names.get(target, target)) for source, target in self.edges)
+        return msgspec.structs.replace(self, nodes=nodes, edges=edges)
+
     def join(self, graph: Graph) -> None:
         """Add it all to `graph` as claimed."""
         for node in self.nodes:
@@ -48,7 +55,9 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 reason = f"claimed by {self.by}; no watched run is known for it"
                 graph.add(Node(key=node.key, kind=node.kind, label=node.label[:200], word="UNKNOWN", reason=reason))
         for source, target in self.edges:
-            graph.join(source, target, witnessed=False, by=self.by)
+            # What a run is said to be made from reaches the checkpoints that it saved: they inherit from its start.
+            start = f"start:{target.partition(':')[2]}" if target.startswith("run:") else ""
+            graph.join(source, start if start in graph.nodes else target, witnessed=False, by=self.by)
 
 
 def read_claims(path: Path) -> Claims:

@@ -41,6 +41,9 @@ class Lineage:
     seals: tuple[SealLeaf, ...]
     used: dict[str, dict[str, int | None]] = field(default_factory=dict)
     """Run → content (SHA-256) of files it opened → optimizer step of the first opening."""
+    trackers: dict[str, str] = field(default_factory=dict)
+    """Key of a tracker's run, as importers name it → key of our run that said it had it open; itself where two say so.
+    Claims of the jobs."""
     _standings: Standings | None = None
 
     @property
@@ -103,6 +106,9 @@ def read_lineage(home: Home, *, judge: Callable[..., Verdict] | None = None, lif
         lineage.verdicts[run] = judge(home, run, leaves=leaves)
         courses[run] = _course(home, run, leaves, lineage.verdicts[run])
         lineage.used[run] = courses[run].opened
+        for named in courses[run].trackers:
+            same = lineage.trackers.setdefault(named, run_key(run)) == run_key(run)
+            lineage.trackers[named] = run_key(run) if same else named  # said by two: it stays a node of its own
         _add_run(lineage, run, lineage.verdicts[run])
     for seal in ledger.seals:
         _add_checkpoint(lineage, seal, courses.get(seal.run) if seal.run is not None else None)
@@ -263,6 +269,8 @@ class _Course:
     """Leaf of a seal → turn of the newest process that had begun when it was made."""
     cited: dict[str, int] = field(default_factory=dict)
     """Hash of a cited record → turn of its process."""
+    trackers: set[str] = field(default_factory=set)
+    """Keys of the trackers' runs that it named."""
 
     def concerns(self, finding: Finding, seal: SealLeaf) -> bool:
         """Whether a finding with a step is about work that went into a checkpoint."""
@@ -299,6 +307,7 @@ def _course(home: Home, run: str, leaves: LogLeaves, verdict: Verdict) -> _Cours
                 turns[record.process] = newest = ended
             elif record.kind in ("step", "steps") and record.process is not None:
                 stepped.add(record.process)
+                course.trackers.update(_trackers(record))
             elif record.kind == "exit" and record.process in stepped:
                 ended += 1
             elif record.kind == "seal" and isinstance(record.body.get("leaf"), int):
@@ -308,6 +317,15 @@ def _course(home: Home, run: str, leaves: LogLeaves, verdict: Verdict) -> _Cours
     except VerificationError:
         pass  # the run's verdict says so already: check `log`
     return course
+
+
+def _trackers(record: Evidence) -> Iterator[str]:
+    said = record.body.get("trackers") if record.kind == "step" else None
+    for line in said[:64] if isinstance(said, list) else ():
+        if not (isinstance(line, list) and len(line) == 3 and all(isinstance(word, str) for word in line)):
+            continue
+        if line[0] in ("mlflow", "wandb") and len(line[1]) <= 64 and line[1].isprintable():
+            yield f"artifact:{line[0]}/run/{line[1]}"
 
 
 def _contents(record: Evidence) -> Iterator[tuple[str, int | None]]:
