@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,24 @@ def test_a_scheduler_stepped_twice_is_found_although_the_rate_is_its_own() -> No
     findings, _ = judge(Hyperparameters, run.records)
     assert [(f.subject.step, f.techniques[0]) for f in findings] == [(61, "C3")]
     assert "2 times between two updates" in findings[0].message
+
+
+@pytest.mark.parametrize(("top", "twice_at"), [(1, None), (3, None), (1, 40), (3, 40)])
+def test_a_rate_that_rests_at_the_top_of_a_warm_up_hides_no_doubled_step_and_makes_none(
+    top: int, twice_at: int | None
+) -> None:
+    """The rate is told when it changes, so the next report counts the scheduler's steps of several updates."""
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / 20) if step < 20 + top else 0.55 + 0.45 * math.cos((step - 19 - top) / 40)
+
+    def twice(run: Run) -> None:
+        if run.step == twice_at:
+            run.scheduler.step()
+
+    run = train(60, schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor), after_step=twice)
+    findings, _ = judge(Hyperparameters, run.records)
+    assert [(f.subject.step, f.techniques[0]) for f in findings] == ([(twice_at + 1, "C3")] if twice_at else [])
 
 
 def test_a_jump_in_a_smooth_schedule_is_suspicious_even_where_the_script_sets_rates_by_hand(

@@ -69,6 +69,10 @@ class _Track:
     writers: dict[str, list[str]] | None = None
     counts: dict[str, int] = field(default_factory=dict)
     """Scheduler class → steps it had made."""
+    told_at: dict[str, int] = field(default_factory=dict)
+    """Scheduler → update at which its count was told last."""
+    gaps: dict[str, int] = field(default_factory=dict)
+    """Scheduler → fewest updates between two times that it was told."""
     strides: Counter[int] = field(default_factory=Counter)
     """Scheduler steps per optimizer step → how often, zeros left out."""
     census: dict[str, object] | None = None
@@ -255,18 +259,22 @@ class Hyperparameters:
             if scheduler.count is None:
                 continue
             last = track.counts.get(scheduler.kind)
+            since, track.told_at[scheduler.kind] = track.told_at.get(scheduler.kind, 0), track.steps
             track.counts[scheduler.kind] = scheduler.count
             if last is None or track.steps <= 2:
                 continue
-            stride = scheduler.count - last
-            usual = max(track.strides, default=stride)
+            stride, gap = scheduler.count - last, max(1, track.steps - since)
+            shortest = track.gaps[scheduler.kind] = min(gap, track.gaps.get(scheduler.kind, gap))
+            # A rate that stays the same for a while, as at the top of a warm-up, is not told: the next report counts
+            # the steps of all the updates since.
+            usual = max(track.strides, default=stride) * (gap // shortest)
             if stride > usual and not track.scaled and sum(track.strides.values()) >= REGULAR_STRIDES:
                 self._broken += 1
                 text = (
                     f"{scheduler.short} was stepped {stride} times between two updates, never more than {usual} before"
                 )
                 yield from self._give(evidence, "suspicious", ("C3", "C9"), text)
-            elif stride > 0:
+            elif stride > 0 and gap == shortest:
                 track.strides[stride] += 1
 
     def _census(self, evidence: Evidence, census: dict[str, object], track: _Track) -> None:
