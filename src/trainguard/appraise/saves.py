@@ -104,7 +104,7 @@ class Saves:
     def end(self) -> Iterator[Finding | LinkState]:
         yield from self._judge_waiting()
         for version in self._waiting:
-            if version.prints.form != "torch":
+            if version.prints.form == "safetensors":
                 self._blind[f"{version.path}: written natively, and no process told of its weights then"] = None
                 continue
             why = (
@@ -189,6 +189,9 @@ class Saves:
     def _judge_waiting(self) -> Iterator[Finding]:
         waiting, self._waiting = self._waiting, []
         for version in waiting:
+            if version.prints.form == "row":
+                yield from self._judge_row(version)
+                continue
             if version.prints.form != "torch":
                 yield from self._judge_native(version)
                 continue
@@ -235,6 +238,57 @@ class Saves:
         else:
             self._broken += 1
             yield self._others(version, told.record, others, len(own))
+
+    def _judge_row(self, version: _Version) -> Iterator[Finding]:
+        """A `.distcp`: one save for each archive of its row, in the order they were written.
+
+        Archives no process told of hold objects, which are pickled into memory first; they are matched by content.
+        """
+        until = version.prints.mtime_ns + SLACK_NS
+        saves = [save for save in self._saves.values() if save.path == version.path and save.began_ns <= until]
+        if not saves or self._told.get(saves[-1].process, 0) <= until:
+            self._waiting.append(version)
+            return
+        if len({save.process for save in saves}) > 1:
+            self._blind[f"{version.path}: several processes saved to it"] = None
+            return
+        rows = _by_archive(version)
+        mine = [save for save in saves if save.storages][-len(rows) :]
+        others = [save for save in self._saves.values() if save.path is None]
+        left = [row for row in rows if not _take_equal(row, mine) and not any(_holds(row, save) for save in others)]
+        for row in left:
+            save = next((save for save in mine if save.layout == _layout(row)), None)
+            if save is None:
+                self._blind[f"{version.path}: no process told of saving all that lies in it"] = None
+                return
+            mine.remove(save)
+            if self._policy.approves(self.name, version.path):
+                self._blind[f"{version.path}: differs from what was saved, which the policy approves"] = None
+                return
+        if not left:
+            self._held += 1
+            return
+        self._broken += 1
+        yield self._row_differs(version, saves[-1], left, certain=all(save.sure for save in saves))
+
+    def _row_differs(self, version: _Version, save: _Save, rows: list[dict[str, Storage]], *, certain: bool) -> Finding:
+        names = {record: tensors for record, _, _, _, tensors in version.prints.storages}
+        tensors = [names[record] or record for row in rows for record in row]
+        return finding_from(
+            self.name,
+            "violated" if certain else "suspicious",
+            f"{version.path} does not hold what torch.save was given: {_listed(tensors)} differ"
+            f"{'' if certain else _alternatives(save, same_shape=True)}",
+            save.record,
+            version.record,
+            run=self._run,
+            techniques=("E9",),
+            tensor=tensors[0],
+            path=version.path,
+            step=save.record.step if save.record.step is not None else version.record.step,
+            expected="the tensors as they were in memory",
+            found=f"{len(rows)} of them otherwise in the file",
+        )
 
     def _save_of(self, version: _Version) -> _Save | None:
         """The save that made the file: the last to its path before it was written, else the last like it in memory."""
@@ -315,6 +369,32 @@ class Saves:
             expected=f"{len(save.storages)} storages as they were in memory",
             found=f"{len(changed)} of them otherwise in the file",
         )
+
+
+def _by_archive(version: _Version) -> list[dict[str, Storage]]:
+    """The storages of each archive of a row, by `archive/record`, in the order of the file."""
+    rows: dict[str, dict[str, Storage]] = {}
+    for record, storage in version.storages.items():
+        rows.setdefault(record.partition("/")[0], {})[record] = storage
+    return list(rows.values())
+
+
+def _layout(row: dict[str, Storage]) -> dict[str, int]:
+    return {record.partition("/")[2]: storage[0] for record, storage in row.items()}
+
+
+def _holds(row: dict[str, Storage], save: _Save) -> bool:
+    """Whether an archive of a row is what this save was given."""
+    named = {record.partition("/")[2]: storage for record, storage in row.items()}
+    return named.keys() == save.storages.keys() and all(_equal(save.storages[name], named[name]) for name in named)
+
+
+def _take_equal(row: dict[str, Storage], saves: list[_Save]) -> bool:
+    """Take the save out of `saves` that this archive holds, if there is one."""
+    found = next((save for save in saves if _holds(row, save)), None)
+    if found is not None:
+        saves.remove(found)
+    return found is not None
 
 
 def _by_suffix(tensors: Iterable[str], weights: Iterable[str]) -> list[tuple[str, str]]:

@@ -19,8 +19,9 @@ from pathlib import Path
 import msgspec
 
 from trainguard.errors import MalformedEvidence
+from trainguard.seal.distributed import pieces as pieces_of
 from trainguard.seal.skeleton import flatten, read_skeleton
-from trainguard.seal.tensors import PICKLE_LIMIT_BYTES, read_layout, torch_records
+from trainguard.seal.tensors import PICKLE_LIMIT_BYTES, PIECE, read_layout, tiles, torch_records
 
 STORAGES_LIMIT = 20_000
 WHOLE_BYTES = 256 << 20
@@ -34,11 +35,16 @@ BLOB_LIMIT_BYTES = 16 << 20
 RECORD = re.compile(r"[^/]+/data/([A-Za-z0-9_]{1,64})\Z")
 
 
+Storage = tuple[str, int, str, str | None, str]
+"""(record, bytes, digest of samples, digest of all or None, tensors in it)"""
+
+
 class Prints(msgspec.Struct, frozen=True, kw_only=True):
     """The storages of one file as it was when it was read."""
 
     form: str = "torch"
-    """`torch`: of storages, by record; `safetensors`: of tensors, by name."""
+    """`torch`: of storages, by record; `row`: the same of a row of archives, `.distcp`, by archive and record;
+    `safetensors`: of tensors, by name."""
     mtime_ns: int
     """When the file was last written."""
     storages: tuple[tuple[str, int, str, str | None, str], ...]
@@ -69,9 +75,7 @@ def read_prints(path: Path, key: str) -> Prints | None:
         before = os.fstat(descriptor)
         if not stat.S_ISREG(before.st_mode):
             return None
-        zipped = os.pread(descriptor, 4, 0) == b"PK\x03\x04"
-        storages = (_storages if zipped else _tensors)(descriptor, before.st_size, key)
-        form = "torch" if zipped else "safetensors"
+        form, storages = _read(descriptor, before.st_size, key, path)
         after = os.fstat(descriptor)
         same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
         return Prints(form=form, mtime_ns=before.st_mtime_ns, storages=storages) if storages and same else None
@@ -81,10 +85,30 @@ def read_prints(path: Path, key: str) -> Prints | None:
         os.close(descriptor)
 
 
-def _storages(descriptor: int, size: int, key: str) -> tuple[tuple[str, int, str, str | None, str], ...]:
-    records = torch_records(descriptor, size)
+def _read(descriptor: int, size: int, key: str, path: Path) -> tuple[str, tuple[Storage, ...]]:
+    """(form, storages) of the open file."""
+    if os.pread(descriptor, 4, 0) != b"PK\x03\x04":
+        return "safetensors", _tensors(descriptor, size, key)
+    row = tiles(descriptor, size)
+    if len(row) < 2:
+        return "torch", _storages(descriptor, size, key)
+    names = pieces_of(path.parent, path.name)
+    found: list[Storage] = []
+    for start, end in row:
+        room = WHOLE_BYTES - sum(length for _, length, _, whole, _ in found if whole is not None)
+        for record, length, sampled, whole, inside in _storages(descriptor, end, key, start, room):
+            name = names.get(f"{PIECE}{start}") or inside or f"{PIECE}{start}"
+            found.append((f"{start}/{record}", length, sampled, whole, name))
+    return "row", tuple(found[:STORAGES_LIMIT])
+
+
+def _storages(
+    descriptor: int, size: int, key: str, base: int = 0, room_bytes: int = WHOLE_BYTES
+) -> tuple[Storage, ...]:
+    """The storages of the archive in [base, size); `room_bytes` of them are digested whole."""
+    records = torch_records(descriptor, size, base)
     names = _names(descriptor, records)
-    found: list[tuple[str, int, str, str | None, str]] = []
+    found: list[Storage] = []
     whole = 0
     for record, (start, end) in records.items():
         match = RECORD.match(record)
@@ -95,12 +119,12 @@ def _storages(descriptor: int, size: int, key: str) -> tuple[tuple[str, int, str
         everything: str | None = sampled
         if length > SAMPLED_BYTES:
             whole += length
-            everything = _digest(descriptor, [(start, length)]) if whole <= WHOLE_BYTES else None
+            everything = _digest(descriptor, [(start, length)]) if whole <= room_bytes else None
         found.append((name, length, sampled, everything, names.get(name, "")))
     return tuple(found)
 
 
-def _tensors(descriptor: int, size: int, key: str) -> tuple[tuple[str, int, str, str | None, str], ...]:
+def _tensors(descriptor: int, size: int, key: str) -> tuple[Storage, ...]:
     """As _storages, for the tensors of a safetensors file."""
     layout = read_layout(descriptor, size)
     found: list[tuple[str, int, str, str | None, str]] = []

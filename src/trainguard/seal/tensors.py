@@ -120,17 +120,17 @@ def _safetensors(descriptor: int, size: int, head: bytes) -> Layout:
 
 def _zip(descriptor: int, size: int) -> Layout:
     """A row of archives is a `.distcp`, one of arrays an npz, every other is read as torch's."""
-    tiles = _tiles(descriptor, size)
-    if len(tiles) > 1:
-        return Layout(tuple(Range(start, end, f"{PIECE}{start}", b"") for start, end in tiles))
+    row = tiles(descriptor, size)
+    if len(row) > 1:
+        return Layout(tuple(Range(start, end, f"{PIECE}{start}", b"") for start, end in row))
     return _torch_zip(descriptor, size)
 
 
-def _tiles(descriptor: int, size: int) -> list[tuple[int, int]]:
+def tiles(descriptor: int, size: int) -> list[tuple[int, int]]:
     """[start, end) of the archives that fill the file one behind the other, in order; none where they do not."""
-    tiles: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     end = size
-    while end > 0 and len(tiles) < RANGE_LIMIT:
+    while end > 0 and len(found) < RANGE_LIMIT:
         try:
             at, _, length, offset = _end_of_directory(descriptor, end)
         except (ValueError, struct.error, IndexError):
@@ -138,9 +138,9 @@ def _tiles(descriptor: int, size: int) -> list[tuple[int, int]]:
         start = at - length - offset
         if not 0 <= start < end or os.pread(descriptor, 4, start) != b"PK\x03\x04":
             return []
-        tiles.append((start, end))
+        found.append((start, end))
         end = start
-    return tiles[::-1] if end == 0 else []
+    return found[::-1] if end == 0 else []
 
 
 def _torch_zip(descriptor: int, size: int) -> Layout:
@@ -195,12 +195,15 @@ def _grouped(values: dict[str, str]) -> dict[str, str]:
     return {f"{name}{VALUES}": _short(text.encode("utf-8", "replace")) for name, text in values.items()}
 
 
-def torch_records(descriptor: int, size: int) -> dict[str, tuple[int, int]]:
-    """Name → [start, end) of each record's stored bytes, from the central directory (APPNOTE 6.3.10, 4.3)."""
+def torch_records(descriptor: int, size: int, base: int = 0) -> dict[str, tuple[int, int]]:
+    """Name → [start, end) of each record's stored bytes, from the central directory (APPNOTE 6.3.10, 4.3).
+
+    Of the archive that lies in [base, size) of the file: a `.distcp` is a row of them.
+    """
     _, count, directory_size, directory_at = _end_of_directory(descriptor, size)
     if directory_size > DIRECTORY_LIMIT_BYTES or count > RANGE_LIMIT:
         raise ValueError("directory too large")
-    directory = os.pread(descriptor, directory_size, directory_at)
+    directory = os.pread(descriptor, directory_size, base + directory_at)
     records: dict[str, tuple[int, int]] = {}
     at = 0
     for _ in range(count):
@@ -210,6 +213,7 @@ def torch_records(descriptor: int, size: int) -> dict[str, tuple[int, int]]:
         extra = directory[at + _ENTRY.size + name_size :][:extra_size]
         at += _ENTRY.size + name_size + extra_size + comment_size
         stored, local = _wide(fields, extra)
+        local += base
         local_header = _LOCAL.unpack(os.pread(descriptor, _LOCAL.size, local))
         start = local + _LOCAL.size + local_header[9] + local_header[10]
         if fields[0] != b"PK\x01\x02" or local_header[0] != b"PK\x03\x04" or start + stored > size or name in records:

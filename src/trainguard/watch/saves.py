@@ -22,6 +22,8 @@ safetensors writes natively and tells nobody. But a step begins with the weights
 step the weights are digested, if safetensors files were written since the last one into a folder where Python code of
 the job wrote too (a config beside them, say). Told as `weights`; what is not in the file, or renamed, is no matter.
 
+A distributed checkpoint is a row of such saves in one file, one for each tensor.
+
 Not seen: safetensors files written alone; torch's old format.
 """
 
@@ -54,6 +56,7 @@ STORAGES_LIMIT = 20_000
 SAVES_REMEMBERED = 64
 DIGEST_DIGITS = 32
 FRAMES = 12
+WRAPPERS = 3
 FOLDERS_LIMIT = 8
 FILES_LIMIT = 64
 COARSE_NS = 20_000_000
@@ -157,7 +160,9 @@ class Saves:
         self._owed = True
         self.number += 1
         self._id_map, self._keys, self._whole = id_map, set(), 0
-        self._live, self._kept = _weights(), 0
+        # A distributed checkpoint saves tensor after tensor into one file: looking the weights up for each is too much.
+        again = path is not None and path == self._frame.get("path")
+        self._live, self._kept = ({} if again else _weights()), 0
         me = threading.get_ident()
         now = time.time_ns()
         self._frame = {
@@ -327,8 +332,19 @@ def _weights() -> Dict[int, Tuple[str, Any]]:
     for track in list(known.tracks.values()) if known is not None else ():
         for entry in track.entries[:WEIGHTS_LIMIT]:
             if "[" not in entry.name:
-                found[entry.param.untyped_storage().data_ptr()] = (entry.name, weakref.ref(entry.param))
+                local = getattr(entry.param, "_local_tensor", entry.param)
+                address = _address(local)
+                if address is not None:
+                    found[address] = (entry.name, weakref.ref(local))
     return found
+
+
+def _address(weight: Any) -> Optional[int]:
+    """Where a weight's memory begins; None for one that has none of its own, as a sharded one between steps."""
+    try:
+        return int(weight.untyped_storage().data_ptr())
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _written(folder: str, since_ns: int) -> List[str]:
@@ -366,6 +382,10 @@ def _frames() -> Tuple[Any, Any]:
 def _target(saving: Any) -> Optional[str]:
     """The file a `torch.save` writes to: given by path, or as an open file that has one."""
     given = saving.f_locals.get("f")
+    for _ in range(WRAPPERS):  # torch.distributed.checkpoint writes through a wrapper around its file
+        if isinstance(given, (str, bytes, os.PathLike)) or getattr(given, "name", None) is not None:
+            break
+        given = getattr(given, "raw", None)
     name = given if isinstance(given, (str, bytes, os.PathLike)) else getattr(given, "name", None)
     if not isinstance(name, (str, bytes, os.PathLike)):
         return None
