@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from tests.helpers.guarded import trainguard
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six processes that import torch, one after another, on a busy machine."""
-    monkeypatch.setattr("tests.helpers.guarded.TIMEOUT_SECONDS", 250)
+    monkeypatch.setattr("tests.helpers.guarded.TIMEOUT_SECONDS", 550)
 
 
 TRAIN = """
@@ -68,13 +68,16 @@ def probe(folder: Path, helper: str, *options: str) -> dict[str, Any]:
 def test_a_fault_of_big_jobs_alone_is_named_on_one_cpu(tmp_path: Path) -> None:
     """Silent at 2, named at 256 and 4096: file, line, step; the learning rate that scales is listed, not accused."""
     verdict = probe(tmp_path, FLIP)
-    assert verdict["verdict"] in ("SUSPECT", "TAINTED")
-    named = [finding for finding in verdict["findings"] if finding["outcome"] != "not_checked"]
+    assert verdict["verdict"] == "TAINTED"
+    named = verdict["findings"]
     assert {finding["techniques"][0] for finding in named} == {"F4"}
     for world in (256, 4096):
         (line,) = (f for f in named if f"only at world size {world}: " in f["message"] and "ran line" in f["message"])
         assert line["subject"]["path"] == f"{tmp_path / 'helper.py'}:8"
         assert line["subject"]["step"] == 3
+        (turned,) = (f for f in named if f"only at world size {world}: check gradients" in f["message"])
+        assert (turned["outcome"], turned["subject"]["step"]) == ("violated", 3)
+        assert turned["techniques"][:2] == ["F4", "C1"]
     assert any("hyper-parameter lr" in reason for reason in verdict["reasons"])
     assert not any("lr of group" in finding["message"] for finding in verdict["findings"])
 
@@ -83,8 +86,8 @@ def test_a_fault_of_big_jobs_alone_is_named_on_one_cpu(tmp_path: Path) -> None:
 def test_a_trigger_on_host_and_account_fires_for_the_assumed_identity(tmp_path: Path) -> None:
     """The sleep is on for one user on one host: at any size, as that user there, and at no size as oneself."""
     verdict = probe(tmp_path, FOR_ONE_HOST, "--world-size", "4", "--as", "host=gpu-17,user=victim-a")
-    messages = [finding["message"] for finding in verdict["findings"] if finding["outcome"] != "not_checked"]
-    assert messages
+    assert verdict["verdict"] == "SUSPECT"
+    messages = [finding["message"] for finding in verdict["findings"]]
     assert [message for message in messages if "as host=gpu-17, user=victim-a" not in message] == []
     assert any("it slept" in message for message in messages)
     assert {"F5"} <= {technique for finding in verdict["findings"] for technique in finding["techniques"]}

@@ -8,7 +8,13 @@ import pytest
 from tests.attacks.test_scale import TRAIN
 from tests.helpers.guarded import trainguard
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that import torch, one after another, on a busy machine."""
+    monkeypatch.setattr("tests.helpers.guarded.TIMEOUT_SECONDS", 550)
 
 
 def test_an_honest_parallel_script_has_no_finding(tmp_path: Path) -> None:
@@ -17,8 +23,7 @@ def test_an_honest_parallel_script_has_no_finding(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("def between(model):\n    pass\n")
     done = trainguard(tmp_path, "probe", "--json", "--world-size", "1024", "--", sys.executable, "train.py")
     verdict = json.loads(done.stdout)
-    assert [finding for finding in verdict["findings"] if finding["outcome"] != "not_checked"] == []
-    assert verdict["verdict"] in ("VERIFIED", "UNKNOWN")
+    assert (verdict["verdict"], verdict["findings"]) == ("VERIFIED", [])
     assert any("hyper-parameter lr of group 0: 0.02 at world size 2, 10.24" in reason for reason in verdict["reasons"])
 
 

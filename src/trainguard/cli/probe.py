@@ -32,6 +32,9 @@ from trainguard.watch.supervisor import Settings, Supervisor, blocked_signals
 BASE_STEPS = 8
 """The small job runs this many times the steps, so that what comes at times (the end of an epoch) is known."""
 
+BUSY = 8
+"""A probe stops itself after its limit of processor time; it is killed after so many times that by the clock."""
+
 WORLD_LIMIT = 1 << 20
 IDENTITY = ("host", "user", "job", "time", "gpus")
 LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch")
@@ -64,7 +67,7 @@ FLAGS = frozenset(
 @click.option("--world-size", "worlds", default="256,4096", show_default=True, help="Sizes to probe, by commas.")
 @click.option("--base", default=2, show_default=True, help="The small size they are compared with.")
 @click.option("--steps", default=5, show_default=True, help="Optimizer steps a size.")
-@click.option("--seconds", default=60.0, show_default=True, help="Limit a size.")
+@click.option("--seconds", default=60.0, show_default=True, help="Limit a size, in seconds of processor time.")
 @click.option("--as", "identity", help="Also as somebody else: host=…,user=…,job=…,time=ISO 8601,gpus=N.")
 @click.option("--policy", "policy_path", type=click.Path(path_type=Path), help="Policy file (TOML).")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict document.")
@@ -158,14 +161,14 @@ class Prober:
             with (
                 _output_to(output.fileno()),
                 blocked_signals() as mask,
-                _ended_after(supervisor, self._seconds * 2 + 15),
+                _ended_after(supervisor, self._seconds * BUSY + 15),
             ):
                 supervisor.run(self._command, _environment(world, identity), mask=mask)
             output.seek(max(0, output.seek(0, os.SEEK_END) - 4096))
             tail = _last_line(output.read())
         appraiser = Appraiser(Context(run="probe", policy=self._policy, blob=self._home.blob))
         for record in records.kept:
-            appraiser.see(record)
+            appraiser.see(_alone(record))
         findings = [finding for finding in appraiser.verdict().findings if finding.outcome != "not_checked"]
         seen = observe(records.kept, findings, world=world, identity=identity, tail=tail)
         tell(f"{seen.name}: {seen.steps} steps in {time.monotonic() - began:.1f} s")
@@ -185,6 +188,20 @@ class _Records:
 
     def seal(self, *, final: bool = False) -> int | None:
         return None
+
+
+def _alone(record: Evidence) -> Evidence:
+    """A step as of a job of one: the group is a stand-in and gives gradients back; no other rank has a part in them.
+
+    Without this, what a rank does to its gradients would wait to be compared with those of ranks that are not there.
+    """
+    gradients, weights = record.body.get("gradients"), record.body.get("weights")
+    if record.kind != "step" or not isinstance(gradients, dict) or gradients.get("sharded") is True:
+        return record
+    body = record.body | {"gradients": gradients | {"world": 1}}
+    if isinstance(weights, dict):
+        body["weights"] = {key: value for key, value in weights.items() if key != "ranks"}
+    return msgspec.structs.replace(record, body=body)
 
 
 def unwrapped(command: Sequence[str]) -> list[str]:

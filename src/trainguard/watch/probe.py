@@ -20,6 +20,7 @@ Frames: kind "probe", body one of
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import threading
@@ -30,6 +31,8 @@ from . import children, code, identity, inputs
 from .client import Client
 
 LINES_A_FRAME = 4_000
+IDLE_SHARE = 0.01
+"""A probe that uses less of a processor than this waits for something that will not come."""
 FILES_LIMIT = 2_000
 
 _OWN = os.path.dirname(os.path.abspath(__file__))
@@ -55,6 +58,10 @@ class Probe:
         """Code objects that are not followed; emptied at the first step, when installed packages come in."""
         self.pid = os.getpid()
         self.done = threading.Lock()
+        self.over = threading.Event()
+        self.collecting = False
+        self.paused = False
+        """Whether the main thread is at work of ours."""
 
     # -- lines ------------------------------------------------------------------------------------------------
 
@@ -72,7 +79,7 @@ class Probe:
     def enter(self, frame: Any, event: str, argument: Any) -> Any:
         """Trace function: a new frame. Follow it, or not."""
         its = frame.f_code
-        if its in self.skipped:
+        if its in self.skipped or self.collecting:
             return None
         known = self.lines.get(its)
         if known is None:
@@ -97,6 +104,22 @@ class Probe:
             return False
         return self.steps > 0 or not (outside or name.startswith("<"))
 
+    def pause(self, *_: Any) -> None:
+        """Look for no lines in what follows: the guard's own work, in which most of a probe's time would be spent."""
+        if os.getpid() == self.pid and sys.gettrace() is not None:
+            self.paused = True
+            sys.settrace(None)
+
+    def go_on(self, *_: Any) -> None:
+        """Look for lines again."""
+        if self.paused and os.getpid() == self.pid and not self.done.locked():
+            self.paused = False
+            sys.settrace(self.enter)
+
+    def collected(self, phase: str, _: Any) -> None:
+        """Around garbage collection: its moment is chance, and so are the lines of finalizers that it runs."""
+        self.collecting = phase == "start"
+
     # -- the end ----------------------------------------------------------------------------------------------
 
     def stepped(self, *_: Any) -> None:
@@ -113,6 +136,7 @@ class Probe:
         """Report and leave at once: nothing of the job's own clean-up runs, so nothing is saved over."""
         if not self.done.acquire(blocking=False):
             return
+        self.over.set()
         self.report(why)
         loaded, opened = code.current(), inputs._inputs
         if loaded is not None:
@@ -127,9 +151,25 @@ class Probe:
                 pass
         os._exit(0)
 
+    def limit_time(self) -> None:
+        """The thread that ends a probe: after `seconds` of processor time, or as long a wait that used next to none.
+
+        Not of the clock on the wall: on a busy machine a small job would seem to do less than a big one.
+        """
+        wall, spent = time.monotonic(), time.process_time()
+        while not self.done.locked():
+            self.over.wait(0.25)
+            if time.process_time() >= self.seconds:
+                self.stop("seconds")
+            elif time.monotonic() - wall >= self.seconds:
+                if time.process_time() - spent < IDLE_SHARE * self.seconds:
+                    self.stop("seconds")
+                wall, spent = time.monotonic(), time.process_time()
+
     def ended(self) -> None:
         """At exit: the script came to its own end first."""
         if os.getpid() == self.pid and self.done.acquire(blocking=False):
+            self.over.set()
             self.report("end")
 
     def report(self, why: str) -> None:
@@ -175,7 +215,15 @@ class Probe:
 
     def attach(self, torch: Any) -> None:
         """torch has been imported: replace what would talk to other ranks."""
-        sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook(self.stepped)
+        optimizer = sys.modules["torch.optim.optimizer"]
+        for register, hooks in (
+            (optimizer.register_optimizer_step_pre_hook, optimizer._global_optimizer_pre_hooks),
+            (optimizer.register_optimizer_step_post_hook, optimizer._global_optimizer_post_hooks),
+        ):  # the engine's hook is there already: pause before it, go on after it
+            hooks.move_to_end(register(self.pause).id, last=False)
+            register(self.go_on)
+        optimizer.register_optimizer_step_post_hook(self.stepped)
+        gc.callbacks.append(self.collected)
         distributed = torch.distributed
         if distributed.is_available():
             self._fake_group(distributed)
@@ -260,9 +308,7 @@ def install(client: Client) -> None:
     identity.assume(_probe.identity)
     _probe.watch_sleeps()
     atexit.register(_probe.ended)
-    timer = threading.Timer(_probe.seconds, _probe.stop, ("seconds",))
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=_probe.limit_time, name="trainguard-probe", daemon=True).start()
 
 
 def attach(torch: Any) -> None:
