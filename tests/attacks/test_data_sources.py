@@ -16,7 +16,7 @@ from trainguard.home import Home
 from trainguard.sources.register import add, withdraw
 from trainguard.testing.guarded import run_guarded
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(400)]
 
 TRAIN = """
 import os, sys
@@ -71,7 +71,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Home:
     (folder / "moved.npy").unlink()
     (folder / "train.py").write_text(TRAIN)
     try:
-        records, done = run_guarded([sys.executable, "train.py", str(memory)], cwd=folder)
+        records, done = run_guarded([sys.executable, "train.py", str(memory)], cwd=folder, timeout_seconds=350)
     finally:
         memory.unlink()
     assert done.returncode == 0, done.stdout
