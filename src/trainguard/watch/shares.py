@@ -109,7 +109,8 @@ class Shares:
 
 def _chosen(entries: List[Entry], ranks: int, seed: bytes) -> List[Tuple[Entry, sample.Place]]:
     """Tensors and places, secret and the same in every step."""
-    usable = [entry for entry in entries if entry.reason is None]
+    whole = (entry for entry in entries if not hasattr(entry.param, "to_local"))  # a shard is reduced when it gets here
+    usable = [entry for entry in whole if entry.reason is None]
     each = min(2 * ranks + 4, EACH_LIMIT)
     drawn = sorted(usable, key=lambda entry: _number(seed, b"tensor", entry.position))[: max(1, ELEMENTS // each)]
     drawn.sort(key=lambda entry: entry.position)
