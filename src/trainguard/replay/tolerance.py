@@ -90,11 +90,14 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
             MARGIN * max((_at(each.gradients, steps) for each in chosen), default=0.0),
         )
 
-    def spread_by(self) -> list[dict[str, str]]:
-        """Settings under which a job's own spread can be had here: of each kind the variation that changes most."""
+    def spread_by(self, have: Mapping[str, str]) -> list[dict[str, str]]:
+        """Settings under which a job's own spread can be had here: of each kind the variation that changes most.
+
+        have: the settings that it has already.
+        """
         found: dict[str, Variation] = {}
         for each in self.variations:
-            if each.changes and each.settings:
+            if each.changes and each.settings and not each.settings.items() <= have.items():
                 known = found.get(each.kind)
                 if known is None or _largest(each) > _largest(known):
                     found[each.kind] = each

@@ -159,7 +159,7 @@ class Tolerant:
         self, base: Task, found: Rerun, parting: Difference, segment: Segment, calibration: Calibration
     ) -> Told:
         """A setting that another clean replay, under other arithmetic, has too and the run has not."""
-        settings = next(iter(calibration.spread_by()), {"OMP_NUM_THREADS": "2"})
+        settings = next(iter(calibration.spread_by({**base.environment, **base.numeric})), {"OMP_NUM_THREADS": "2"})
         again = self._sound(_with(base, settings), segment)
         one, two = found.accounts.get(parting.rank, Account()), again.accounts.get(parting.rank, Account())
         if next(_exact(one, two, parting.step), None) is not None:
@@ -169,9 +169,8 @@ class Tolerant:
     def _varied(self, base: Task, sealed: Mapping[str, Any], calibration: Calibration) -> Iterator[Task]:
         """The same segment under variations, each compared with the first replay."""
         left = {name: str(self.folder / name.replace("/", "-")) for name in sealed}
-        for settings in calibration.spread_by()[:SPREADS]:
-            if not settings.items() <= {**base.environment, **base.numeric}.items():
-                yield msgspec.structs.replace(_with(base, settings), against=left, leave="")
+        for settings in calibration.spread_by({**base.environment, **base.numeric})[:SPREADS]:
+            yield msgspec.structs.replace(_with(base, settings), against=left, leave="")
 
     def _reading(
         self, found: Rerun, sealed: Mapping[str, tuple[Path, Mapping[str, str]]], kinds: tuple[str, ...], steps: int,

@@ -139,4 +139,5 @@ def test_own_spread_is_asked_of_the_widest_variation_of_each_kind() -> None:
         variation("x", 1.0, settings={}),
     )
     wide = msgspec.structs.replace(CALIBRATION, variations=more)
-    assert wide.spread_by() == [{"INSTRUCTIONS": "1"}, {"OMP": "8"}]
+    assert wide.spread_by({}) == [{"INSTRUCTIONS": "1"}, {"OMP": "8"}]
+    assert wide.spread_by({"OMP": "8"}) == [{"INSTRUCTIONS": "1"}, {"THREADS": "1"}]
