@@ -212,14 +212,15 @@ def _rounding(dtype: str | None, size: float, steps: int) -> float:
 
 
 def _at(measured: Mapping[str, Mapping[str, float]], steps: int) -> float:
-    """Of float32 workloads, at the shortest reference that is as long; beyond the longest, at that."""
-    values = [0.0]
+    """At the shortest reference that is as long; beyond the longest, at that. Of float32 workloads the one that parts
+    least: a job that parts further is asked itself, and is not granted what the most restless reference needs."""
+    values: list[float] = []
     for workload, told in measured.items():
         if workload != "mixed" and told:
             lengths = sorted(int(length) for length in told)
             length = next((each for each in lengths if each >= steps), lengths[-1])
             values.append(told[str(length)])
-    return max(values)
+    return min((value for value in values if value > 0), default=0.0)
 
 
 def _largest(variation: Variation) -> float:
