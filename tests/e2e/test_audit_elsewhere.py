@@ -97,7 +97,9 @@ def wrapped(folder: Path) -> str:
     """A Python that stands for another machine: two threads, lower instructions."""
     (folder / "bin").mkdir(parents=True)
     python = folder / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nOMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 exec {sys.executable} "$@"\n')
+    python.write_text(
+        f'#!/bin/sh\nOMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 exec {sys.executable} "$@"\n'
+    )
     python.chmod(0o755)
     return str(python)
 
