@@ -33,6 +33,7 @@ import attack
 attack.end(victim)
 """
 
+BY_NIGHT = ("SIGTERM", "os.system", "pidfd")
 WAYS = {
     "os.kill": ("import os\ndef end(pid):\n    os.kill(pid, 9)\n", "attack.py:3", "SIGKILL"),
     "SIGTERM": ("import os\ndef end(pid):\n    os.kill(pid, 15)\n", "attack.py:3", "SIGTERM"),
@@ -64,7 +65,7 @@ def job(folder: Path, attack: str) -> Guarded:
     return run(folder, "python", "launcher.py")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.nightly] if w in BY_NIGHT else []) for w in WAYS])
 def test_a_rank_that_kills_another_is_named_with_its_line(tmp_path: Path, way: str) -> None:
     """The kernel names the process, the guard inside it the line; the signal itself went through."""
     attack, place, name = WAYS[way]

@@ -59,7 +59,7 @@ def test_a_sign_flipped_in_one_step_of_fifty_is_named_with_step_tensor_and_line(
 
 
 @pytest.mark.torch
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_mask_from_the_first_step_on_is_suspicious_until_approved(tmp_path: Path) -> None:
     """An honest habit is asked about once, with the line to approve; approved, the link is explained."""
     done = watched(tmp_path, MASK)

@@ -65,6 +65,7 @@ def test_the_loss_falls(whole: Run) -> None:
     assert whole.output.partition("\n\n")[2].startswith("The ")
 
 
+@pytest.mark.nightly
 def test_another_seed_gives_other_weights(whole: Run, tmp_path: Path) -> None:
     """The digest at the end depends on the training, so that equal digests mean something."""
     assert weights(train(tmp_path, "--seed", 1)) != weights(whole.output)
@@ -90,6 +91,7 @@ def tensors(path: Path) -> list[bytes]:
     return [tensor.numpy().tobytes() for tensor in [*state["model"].values(), *slots]]
 
 
+@pytest.mark.nightly
 def test_resuming_without_saying_from_where_takes_the_newest(whole: Run, tmp_path: Path) -> None:
     """A bare --resume goes on from the last checkpoint in --out, here one of the second epoch."""
     for step in (10, 20, 30):

@@ -20,7 +20,7 @@ from trainguard.home import Home
 from trainguard.seal.write import seal_path
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.nightly]
 FOLDER = Path(__file__).parents[2] / "examples" / "chat"
 
 

@@ -55,6 +55,7 @@ SAME_BITS = {"own_batch_gpt", "gan_two_optimizers"}
 
 NIGHTLY = {
     "accum_amp",
+    "cnn_workers",
     "ema_swap",
     "fsdp2_two_ranks",
     "gan_two_optimizers",

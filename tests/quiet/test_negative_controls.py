@@ -52,6 +52,7 @@ def job(folder: Path, *, share: int = 4, noise: float = 0.0, edit: int = 0, appr
     return run(folder, PYTHON, "train.py")
 
 
+@pytest.mark.nightly
 def test_an_honest_bug_in_approved_code_is_no_finding(tmp_path: Path) -> None:
     """N2: the loss of four micro-batches is divided by 16. The code says so and was approved: design, not sabotage."""
     done = job(tmp_path, share=16)
