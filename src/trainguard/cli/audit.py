@@ -41,6 +41,8 @@ class _Share(click.ParamType[float]):
 @click.option("--confidence", type=_Share(), help="Replay as many segments as give this chance, instead of --budget.")
 @click.option("--tampered", type=_Share(), default="0.05", show_default=True, help="Share of segments for that chance.")
 @click.option("--segments", help="Exactly these segments, by number: 0,3,7 or all.")
+@click.option("--bisect", is_flag=True, help="Find the first segment that differs, instead of drawing segments.")
+@click.option("--explain/--no-explain", default=True, help="Look for the cause of a difference.  [default: explain]")
 @click.option(
     "--env", "python", metavar="PYTHON", help="Python of another environment, `ssh HOST PYTHON`, or image:NAME."
 )
@@ -58,6 +60,8 @@ def command(
     confidence: float | None,
     tampered: float,
     segments: str | None,
+    bisect: bool,
+    explain: bool,
     python: str | None,
     executor: str,
     given: tuple[str, ...],
@@ -69,11 +73,16 @@ def command(
 ) -> int:
     """Replay segments of RUN that nobody could know before, on the clean side, and compare every link.
 
+    A difference that two replays from the first step agree on is explained: its step is tried again with what may have
+    been done to it, until one gives the recorded bytes.
+
     Exit status: 0 every drawn segment is equal bit for bit, 1 one differs, 3 something could not be replayed.
     """
     from trainguard.appraise.judge import judge_run
-    from trainguard.replay.audit import Options, audit
+    from trainguard.replay.audit import EXPLAIN_SECONDS, Options, audit
 
+    if bisect and segments is not None:
+        raise Misuse("--bisect chooses the segments itself: leave out --segments")
     home = Home.find()
     name = named_run(home, run)
     options = Options(
@@ -86,6 +95,8 @@ def command(
         worker=tuple(shlex.split(worker)) if worker else (),
         settings=tuple(_setting(word) for word in given),
         limit_seconds=limit,
+        bisect=bisect,
+        explain_seconds=EXPLAIN_SECONDS if explain else 0.0,
     )
     report = audit(home, name, options, progress=(lambda _text: None) if quiet or as_json else warn)
     if as_json:

@@ -8,6 +8,7 @@ from rich.text import Text
 from trainguard.appraise.replay import TAMPERED_FRACTIONS, detection
 from trainguard.render.line import finding_line, plain
 from trainguard.replay.audit import Report, Result
+from trainguard.replay.explain import Cause
 
 
 def audit_view(report: Report, *, ascii_only: bool = False) -> RenderableType:
@@ -16,6 +17,9 @@ def audit_view(report: Report, *, ascii_only: bool = False) -> RenderableType:
     lines += [Text("  " + _segment_line(result)) for result in report.results]
     lines += [Text("  " + finding_line(finding), style="red") for finding in report.findings]
     lines += [Text("  " + line) for line in _tolerances(report)]
+    for cause in (result.cause for result in report.results):
+        if cause is not None:
+            lines += [Text("  " + text) for text in cause_lines(cause)]
     lines.append(Text("  " + _odds(report)))
     lines.append(Text("  " + _selftest(report)))
     lines.append(Text(f"  replayed on this host, {_where(report)}; logged as leaf {report.leaf}", style="dim"))
@@ -60,6 +64,28 @@ def _segment_line(result: Result) -> str:
 def _tolerances(report: Report) -> list[str]:
     """The largest effect that a comparison by size would have hidden, in words, segment by segment."""
     return [f"segment {result.segment}: {result.reading.words}" for result in report.results if result.reading]
+
+
+CONFIDENCE = {
+    "reproduced": "reproduced: with this the step gives the recorded bytes, on every link",
+    "consistent": "consistent: the recorded values lie where this would put them",
+    "none": "none: no known cause gives what was recorded",
+}
+
+
+def cause_lines(cause: Cause) -> list[str]:
+    """Why a step differs, how sure that is, and what else it may be."""
+    lines = [f"cause, step {cause.step}: {plain(cause.words)}", f"  confidence {CONFIDENCE[cause.confidence]}"]
+    if cause.reason:
+        lines.append(f"  {plain(cause.reason)}")
+    if cause.alternatives:
+        lines.append(f"  as well explained by: {'; '.join(plain(each) for each in cause.alternatives)}")
+    if cause.lasting is not None:
+        lines.append(
+            "  it goes on in the step after" if cause.lasting else "  once: the step after follows from it alone"
+        )
+    lines.append(f"  {cause.tried} trials, {cause.seconds:.0f} s")
+    return lines
 
 
 def _odds(report: Report) -> str:

@@ -35,16 +35,18 @@ from trainguard.finding import Citation, Finding, Subject
 from trainguard.home import Home
 from trainguard.lockfile import Lock, parse_lock, parse_measurement
 from trainguard.log import Log
-from trainguard.replay import compare, plan, points
+from trainguard.replay import bisect, compare, plan, points
 from trainguard.replay.committed import Account, Committed, Point, Step, committed
 from trainguard.replay.compare import Difference
 from trainguard.replay.environment import Refused, Rule, Wanted, wanted
 from trainguard.replay.executors import chosen
+from trainguard.replay.executors.local import LocalExecutor
+from trainguard.replay.explain import Cause, Search
 from trainguard.replay.files import first_altered, kept_files
 from trainguard.replay.launch import alone, with_python
 from trainguard.replay.ranks import Odd, odd_ranks
-from trainguard.replay.rerun import Rerun
-from trainguard.replay.tasks import Desk, Executor, NotPerformed, Task, settings
+from trainguard.replay.rerun import Ready, Rerun
+from trainguard.replay.tasks import Desk, Executor, NotPerformed, Task, explored, settings
 from trainguard.replay.tolerance import Reading, matching, parted
 from trainguard.replay.tolerant import OtherBuild, Tolerant
 
@@ -53,6 +55,12 @@ SELFTEST_STEPS = 3
 STATE_LIMIT_BYTES = 16 << 20
 SHORTEST_WARP = 5
 """A point within the first steps saves nothing: replay begins at the first step."""
+
+REMEMBERED_STEPS = 4
+"""Steps before the one to be explained that a replay should have made itself (watch/acts.py)."""
+
+EXPLAIN_SECONDS = 300.0
+"""For trials of causes, unless the auditor says otherwise."""
 
 PATIENCE_SECONDS = 300.0
 SMALLER = (
@@ -87,6 +95,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """How far apart, where the replay ran on another build and was compared by tolerance."""
     reason: str | None = None
     """Why it was not replayed, or what the warp could not do."""
+    cause: Cause | None = None
+    """Of a confirmed difference; None where it was not looked for."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +148,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the executor is told, by its own names."""
     limit_seconds: float = 3600.0
     """Time for one replay."""
+    bisect: bool = False
+    """Look for the first segment that differs, instead of drawing segments."""
+    explain_seconds: float = EXPLAIN_SECONDS
+    """Time for trials of causes, once a difference is confirmed; 0 for none."""
 
 
 class Auditor:
@@ -180,14 +194,15 @@ class Auditor:
             budget=self._options.budget,
             confidence=self._options.confidence,
             tampered=self._options.tampered,
-            only=self._chosen(),
+            only=tuple(range(len(plan.segments(self._committed)))) if self._options.bisect else self._chosen(),
         )
         changed = self._changed()
         if changed is not None:
             results = tuple(_not_replayed(drawn.segments[n], changed) for n in drawn.chosen)
             selftest: dict[str, Any] = {"passed": None, "reason": changed}
         else:
-            self._desk.expect([self._selftest_task(), *(self._first_task(group) for group in plan.neighbours(drawn))])
+            groups = [] if self._options.bisect else plan.neighbours(drawn)
+            self._desk.expect([self._selftest_task(), *(self._first_task(group) for group in groups)])
             selftest = self._kept("selftest", self._selftest)
             self._match(selftest)
             results = self._replay_all(drawn, selftest)
@@ -295,7 +310,7 @@ class Auditor:
                 return f"{path} changed since the run began: SHA-256 was {str(digest)[:16]}, is {now[:16]}"
         return None
 
-    # -- 3 and 4: tasks ---------------------------------------------------------------------------------------------
+    # -- 3 and 4: tasks ----------------------------------------------------------------------------------------------
 
     def _kept(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a task, from an earlier attempt where there is one."""
@@ -349,6 +364,8 @@ class Auditor:
         if selftest.get("passed") is not True:
             reason = str(selftest.get("reason") or "the verifier did not find the fault that was planted in it")
             return tuple(_not_replayed(drawn.segments[number], reason) for number in drawn.chosen)
+        if self._options.bisect:
+            return self._bisect(drawn)
         results: list[Result] = []
         groups = plan.neighbours(drawn)
         for turn, group in enumerate(groups, 1):
@@ -369,12 +386,77 @@ class Auditor:
         write_durably(path, msgspec.json.encode({"results": found}))
         return msgspec.convert(found, list[Result])
 
-    # -- 5: neighbouring segments, in one process ---------------------------------------------------------------------
+    # -- the first segment that differs ------------------------------------------------------------------------------
+
+    def _bisect(self, drawn: plan.Plan) -> tuple[Result, ...]:
+        """Single segments until one differs, then the first that does (bisect.py); that one is decided as any other."""
+        probed: dict[int, Result] = {}
+
+        def differs(number: int) -> bool | None:
+            segment = drawn.segments[number]
+            self._progress(f"bisect: steps {segment.first} to {segment.last}")
+            result = probed[number] = self._probed(segment)
+            return None if result.outcome == "not replayed" else result.outcome in ("differs", "departs")
+
+        risky = plan.unusual(self._committed, drawn.segments)
+        found = bisect.search(len(drawn.segments), differs, first=risky)
+        if found.segment is None:
+            return tuple(probed[number] for number in sorted(probed))
+        segment, seen = drawn.segments[found.segment], probed[found.segment]
+        if seen.outcome == "departs" or seen.difference is None:
+            decided = [seen]
+        else:
+            until = None if seen.difference.path is not None else seen.difference.step
+            decided = self._decided(segment, until)
+        first = min(result.first for result in decided)
+        return (
+            *(probed[n] for n in sorted(probed) if probed[n].outcome == "equal" and probed[n].last < first),
+            *decided,
+        )
+
+    def _probed(self, segment: plan.Segment) -> Result:
+        """One segment from its own sealed state; a difference is not decided here."""
+        try:
+            return self._probe(segment)
+        except NotPerformed:
+            raise
+        except OtherBuild as other:
+            return self._tolerated(segment, other.kinds)
+        except Unavailable as error:
+            return _not_replayed(segment, str(error))
+
+    def _probe(self, segment: plan.Segment) -> Result:
+        found = self._rerun(self._first_task([segment]))
+        way = "warp" if found.landed else "start"
+        difference = self._compare(found, segment.last) or self._altered(found)
+        if difference is None:
+            reason = found.unsound or _unfinished(found, segment.last, self._ranks)
+            if reason is not None:
+                return _not_replayed(segment, f"{way}: {reason}")
+            if (odd := self._state_differs([segment], found)) is not None:
+                difference = Difference(step=odd[0], link="weights", expected="the replay's state", found=odd[1])
+        if difference is None:
+            return _equal(segment, way)
+        return msgspec.structs.replace(_equal(segment, way), outcome="differs", compared=0, difference=difference)
+
+    def _decided(self, segment: plan.Segment, until: int | None) -> list[Result]:
+        """A segment that a probe found to differ, from the first step."""
+        name = f"decided-{self._task([segment])}"
+        kept = self._kept(
+            name, lambda: {"results": self._timed([segment], lambda: self._from_start([segment], None, until))}
+        )
+        return msgspec.convert(kept["results"], list[Result])
+
+    # -- 5: neighbouring segments, in one process --------------------------------------------------------------------
 
     def _group(self, group: Sequence[plan.Segment]) -> list[dict[str, Any]]:
+        return self._timed(group, lambda: self._warped(group))
+
+    def _timed(self, group: Sequence[plan.Segment], work: Callable[[], list[Result]]) -> list[dict[str, Any]]:
+        """Results with what they took; what cannot be had is said."""
         began = time.monotonic()
         try:
-            results = self._warped(group)
+            results = work()
         except NotPerformed:
             raise
         except OtherBuild as other:
@@ -402,16 +484,23 @@ class Auditor:
             return self._from_start(group, f"warp: {reason}")
         difference = self._compare(found, last)
         if difference is not None:
-            return self._from_start(group, f"warp: step {difference.step}: {difference.what} differs")
+            until = difference.step if difference.path is None else None
+            return self._from_start(group, f"warp: step {difference.step}: {difference.what} differs", until)
         if (odd := self._state_differs(group, found)) is not None:
             return self._from_start(group, f"warp: {odd[1]} differs in the state after step {odd[0]}")
         if (altered := self._altered(found)) is not None:
             return self._from_start(group, f"warp: {altered.path} holds something else")
         return [_equal(segment, "warp") for segment in group]
 
-    def _from_start(self, group: Sequence[plan.Segment], why: str | None) -> list[Result]:
-        """Replay from the first step: needs no sealed state and skips nothing, so it decides."""
+    def _from_start(self, group: Sequence[plan.Segment], why: str | None, until: int | None = None) -> list[Result]:
+        """Replay from the first step: needs no sealed state and skips nothing, so it decides. until: a step at which a
+        warp saw a difference; only where there is none by then, the rest is replayed too."""
         last = group[-1].last
+        if until is not None and until < last:
+            found = self._rerun(self._task_of(until=until))
+            difference = self._compare(found, until)
+            if difference is not None:
+                return self._confirmed(group, difference, found)
         found = self._rerun(self._task_of(group))
         difference, altered = self._compare(found, last), self._altered(found)
         if altered is not None and (difference is None or altered.step < difference.step):
@@ -443,7 +532,8 @@ class Auditor:
         if reason is not None:
             return [_not_replayed(segment, reason) for segment in group]
         results = [_equal(segment, "start") for segment in group if segment.last < difference.step]
-        segment = next((s for s in group if difference.step <= s.last), group[-1])
+        everywhere = plan.segments(self._committed)
+        segment = next((s for s in everywhere if difference.step <= s.last), group[-1])
         compared = max(0, difference.step - segment.first)
         bad = Result(
             segment=segment.number,
@@ -456,8 +546,66 @@ class Auditor:
             after=max((n for n in self._committed.steps if n < difference.step), default=None),
             odd=odd_ranks(self._committed.everyone, again.accounts, difference),
             confirmed=True,
+            cause=self._explained(difference, again),
         )
         return [*results, bad]
+
+    # -- why ---------------------------------------------------------------------------------------------------------
+
+    def _explained(self, difference: Difference, clean: Rerun) -> Cause | None:
+        """The cause of a difference that is proved already: nothing that is found here makes it more or less so."""
+        seconds, until = self._options.explain_seconds, difference.step
+        if seconds <= 0 or difference.path is not None:
+            return None
+        why_not = self._not_here()
+        if why_not:
+            return _unexplained(until, why_not)
+        run = self._committed.account
+        search = Search(run, clean.account, compare.idle(run, clean.account), seconds=seconds)
+        self._progress(f"step {until}: trying what may have caused it")
+        tried: list[Cause] = []
+
+        def explore(ready: Ready) -> bool:
+            tried.append(search.at(ready, until))
+            return tried[-1].confidence != "reproduced" and ready.step < until and not search.over
+
+        after = max((n for n in self._committed.steps if n < until), default=0)
+        try:
+            unable = self._tried((after + 1, until), explore, tried)
+        except TrainguardError as error:
+            return _unexplained(until, str(error))
+        if not tried:
+            return _unexplained(until, unable or "the step could not be tried again")
+        return min(tried, key=lambda cause: CONFIDENCES.index(cause.confidence))
+
+    def _not_here(self) -> str:
+        """Why steps cannot be tried: it needs a replay on this machine, of one process."""
+        if self._ranks > 1:
+            return "steps of a job of several ranks are not tried again"
+        here = isinstance(self._executor, LocalExecutor) and not self._executor.worker and self._executor.image is None
+        if not here:
+            return "steps are only tried on the auditor's own machine (--executor local)"
+        return ""
+
+    def _tried(self, window: tuple[int, int], explore: Callable[[Ready], bool], tried: Sequence[Cause]) -> str | None:
+        """Replay to the window, from a sealed state near it or from the start. Returns why nothing was tried."""
+        limit = self._options.limit_seconds + self._options.explain_seconds
+        near = self._nearby(window[0])
+        for sealed in ([near], []) if near is not None else ([],):
+            task = self._task_of(until=window[1], points=sealed)
+            found = explored(msgspec.structs.replace(task, limit_seconds=limit), window, explore)
+            if tried:
+                break
+        return found.unable or _unfinished(found, window[1], self._ranks)
+
+    def _nearby(self, step: int) -> Point | None:
+        """A sealed state some steps before `step`, from which a replay is short."""
+        for point in reversed(self._committed.points):
+            if SHORTEST_WARP <= point.step < step - REMEMBERED_STEPS:
+                with contextlib.suppress(TrainguardError):
+                    points.open_point(self._home.run(self._run) / "points" / point.name, point)
+                    return point
+        return None
 
     def _unsteady(self, first: Rerun, again: Rerun, last: int) -> str | None:
         """Why two clean replays of the command do not agree with each other, or None."""
@@ -678,7 +826,7 @@ class Auditor:
         within = f" (the act lies after step {result.after})" if gap else ""
         message = (
             f"step {difference.step}: {difference.what}{where}{many}: not what two clean replays of the same command "
-            f"give; everything compared before it is equal{within}"
+            f"give; everything compared before it is equal{within}{_because(result.cause)}"
         )
         rank = difference.rank
         if result.odd is not None:
@@ -688,7 +836,7 @@ class Auditor:
         return Finding(
             check="replay",
             outcome="violated",
-            techniques=_techniques(difference, result.odd),
+            techniques=_named(result.cause, _techniques(difference, result.odd)),
             subject=Subject(run=self._run, rank=rank, step=difference.step, tensor=difference.tensor),
             message=message,
             expected=difference.expected,
@@ -772,6 +920,11 @@ class Auditor:
             "differs": sum(result.outcome == "differs" for result in report.results),
             "departs": sum(result.outcome == "departs" for result in report.results),
             "not_replayed": sum(result.outcome == "not replayed" for result in report.results),
+            "causes": [
+                {"step": cause.step, "kind": cause.kind, "words": cause.words, "confidence": cause.confidence}
+                for cause in (result.cause for result in report.results)
+                if cause is not None
+            ],
         }
         subject = [{"name": f"audits/{report.run}/{report.plan.nonce[:16]}", "digest": {"sha256": blob}}]
         key = load_or_create_key(self._home.keys / "attestation.pem")
@@ -779,6 +932,25 @@ class Auditor:
             leaf = log.append([sign_statement(statement(PREDICATE, body, subject), key)])[0]
             log.publish()
         return msgspec.structs.replace(report, blob=blob, leaf=leaf)
+
+
+CONFIDENCES = ("reproduced", "consistent", "none")
+
+
+def _unexplained(step: int, reason: str) -> Cause:
+    return Cause(kind="unknown", words="not found out", confidence="none", step=step, reason=reason[:1000])
+
+
+def _because(cause: Cause | None) -> str:
+    if cause is None or cause.confidence == "none":
+        return ""
+    sure = "gives the recorded bytes" if cause.confidence == "reproduced" else "fits what was recorded"
+    return f"; cause: {cause.words} ({sure})"
+
+
+def _named(cause: Cause | None, techniques: tuple[str, ...]) -> tuple[str, ...]:
+    """Techniques of the cause first, where there is one."""
+    return techniques if cause is None else tuple(dict.fromkeys((*cause.techniques, *techniques)))
 
 
 def _cited(step: Step | None) -> tuple[Citation, ...]:

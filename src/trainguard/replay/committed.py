@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ from trainguard.finding import Citation
 STEP_LIMIT = 50_000_000
 SLOT_LIMIT = 4096
 RANK_LIMIT = 1 << 16
+LANES_LIMIT = 64
+"""Real values of one kind in a step frame, and kinds of them."""
+
 VECTORS = ("before", "raw", "used", "state", "weights", "buffers")
 
 
@@ -41,6 +45,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """Samples of this rank's own gradient, little-endian float32; empty where there are no other ranks."""
     got: bytes = b""
     """Samples of the gradient that it used, at the same places."""
+    lanes: Mapping[str, tuple[float, ...]] = {}
+    """Real values of some elements, by kind: an estimate may begin with them, nothing is proved by them."""
+    edited: tuple[tuple[int, str, str, tuple[float, ...]], ...] = ()
+    """(position, sum, ramp, values) of tensors that were not what the step before had left."""
     citation: Citation | None = None
     wall_ns: int = 0
 
@@ -59,6 +67,8 @@ class Account:
         self.build: dict[str, Any] | None = None
         self.tensors: dict[int, tuple[str, ...]] = {}
         """Optimizer → name of each slot."""
+        self.places: dict[int, tuple[tuple[int, int, int], ...]] = {}
+        """Optimizer → (position, offset, count) of the elements whose values are said."""
         self.steps: dict[int, Step] = {}
         self.uncommitted: set[int] = set()
         """Steps without commits."""
@@ -93,6 +103,9 @@ class Account:
         if isinstance(names, list) and len(names) <= SLOT_LIMIT:
             self.tensors[opt] = tuple(str(name)[:400] for name in names)
         self._place(opt, value)
+        where = value.get("places")
+        if isinstance(where, list) and len(where) <= LANES_LIMIT:
+            self.places[opt] = tuple((int(a), int(b), int(c)) for a, b, c in where)
         self._settings(opt, value)
         wall = body.get("wall_ns")
         self.steps[number] = Step(
@@ -106,6 +119,8 @@ class Account:
             lean=value.get("lean") is True,
             own=_floats(value.get("own")),
             got=_floats(value.get("got")),
+            lanes=_lanes(value.get("lanes")),
+            edited=_edited(value.get("edited")),
             citation=citation,
             wall_ns=wall if isinstance(wall, int) else 0,
         )
@@ -121,6 +136,15 @@ class Account:
         sampled = value.get("sampled")
         if isinstance(sampled, list) and len(sampled) <= SLOT_LIMIT:
             self.sampled[opt] = tuple(int(count) for _, count in sampled)
+
+    def branch(self, until: int) -> Account:
+        """A copy as it was after step `until`, to be gone on with apart."""
+        copy = Account()
+        copy.rank, copy.ranks, copy.sampled = self.rank, self.ranks, dict(self.sampled)
+        copy.build, copy.tensors, copy.places = self.build, dict(self.tensors), dict(self.places)
+        copy.steps = {number: step for number, step in self.steps.items() if number <= until}
+        copy._hyper = dict(self._hyper)
+        return copy
 
     def drop(self, link: str) -> None:
         """Forget one vector of every step: it cannot be compared."""
@@ -321,6 +345,29 @@ def _text(value: object) -> str | None:
 
 def _floats(value: object) -> bytes:
     return b"" if value is None else _vector(value)
+
+
+def _lanes(value: object) -> Mapping[str, tuple[float, ...]]:
+    if not isinstance(value, Mapping) or len(value) > LANES_LIMIT:
+        return {}
+    found = {}
+    for name, text in value.items():
+        data = base64.b64decode(str(text), validate=True)
+        if len(data) % 4 or len(data) > 4 * LANES_LIMIT:
+            raise ValueError(f"values of {len(data)} bytes")
+        found[str(name)[:80]] = struct.unpack(f"<{len(data) // 4}f", data)
+    return found
+
+
+def _edited(value: object) -> tuple[tuple[int, str, str, tuple[float, ...]], ...]:
+    if not isinstance(value, list) or len(value) > LANES_LIMIT:
+        return ()
+    found = []
+    for position, total, ramp, heads in value:
+        if not str(total).isdigit() or len(str(total)) > 20 or len(str(ramp)) > 20 or len(heads) > LANES_LIMIT:
+            raise ValueError("an edited tensor is not as specified")
+        found.append((int(position), str(total), str(ramp), tuple(float(each) for each in heads)))
+    return tuple(found)
 
 
 def _vector(value: object) -> bytes:

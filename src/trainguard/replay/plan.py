@@ -99,8 +99,12 @@ def neighbours(plan: Plan) -> list[list[Segment]]:
 
 def _risky(run: Committed, everything: Sequence[Segment]) -> tuple[int, ...]:
     """The first segment, and those with something unusual in the record."""
-    marked = [0] + [s.number for s in everything if any(s.first <= step <= s.last for step in run.alarms)]
-    return tuple(dict.fromkeys(marked))
+    return tuple(dict.fromkeys((0, *unusual(run, everything))))
+
+
+def unusual(run: Committed, everything: Sequence[Segment]) -> tuple[int, ...]:
+    """Segments with a step at which the record itself has something unusual."""
+    return tuple(s.number for s in everything if any(s.first <= step <= s.last for step in run.alarms))
 
 
 def _within(order: Sequence[int], everything: Sequence[Segment], steps: float, *, least: int) -> list[int]:

@@ -19,7 +19,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -147,6 +148,8 @@ class Rerun:
     """Of those written once: the storages that were in them at the end (seal/prints.py)."""
     root: str = ""
     """Where the sandbox was."""
+    unable: str | None = None
+    """Why its steps could not be tried again."""
     mixed: str | None = None
     """Why the processes that made steps are no ranks of one job."""
 
@@ -213,6 +216,8 @@ class _Hearing:
             self.result.real = max(self.result.real, int(body["real"]))
         if "unsound" in body:
             self.result.unsound = str(body["unsound"])[:1000]
+        if "unable" in body:
+            self.result.unable = str(body["unable"])[:300]
         if "outside" in body and len(self.result.outside) < 20:
             self.result.outside.append(str(body["outside"])[:1000])
         if "newer" in body and len(self.result.newer) < 20:
@@ -248,6 +253,74 @@ def heard(tape: Sequence[Frame]) -> Rerun:
     return hearing.result
 
 
+TRIAL_SECONDS = 150.0
+"""For one trial; the process itself gives up on it before (watch/reenact.py)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Trial:
+    """What one step became with something done to it."""
+
+    account: Account
+    failure: str = ""
+    """Why it came to nothing; empty when it reached its end."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Ready:
+    """A replayed process that waits before a step, and can try it (watch/reenact.py)."""
+
+    def __init__(self, host: _Host, link: Any, step: int) -> None:
+        self.step = step
+        """The step that comes next."""
+        self.trials = 0
+        self._host = host
+        self._link = link
+        self._base = next((a for a in host.hearing.accounts.values() if a.steps), Account())
+
+    def attempt(self, acts: Sequence[Mapping[str, Any]], until: int) -> Trial:
+        """Try the steps from here to `until` with these acts, in a fork of the process."""
+        self.trials += 1
+        trial = Trial(account=self._base.branch(self.step - 1), failure="the process did not answer")
+        self._send({"trial": self.trials, "acts": list(acts), "until": until})
+        for body in self._answers("tried", self.trials):
+            if "frame" in body:
+                kind, value, number = body["frame"]
+                for each in unfold(Evidence(n=0, at=0, source="process", kind=kind, body=value, step=number)):
+                    trial.account.take(each.step, each.body)
+            else:
+                trial.failure = str(body.get("done"))[:300]
+                facts = body.get("facts")
+                trial.facts = facts if isinstance(facts, dict) else {}
+                break
+        return trial
+
+    def ask(self, what: str, **details: Any) -> Any:
+        """What can be found without a trial; None where there is no answer."""
+        self.trials += 1
+        self._send({"ask": self.trials, "what": what, **details})
+        return next((body.get("found") for body in self._answers("asked", self.trials)), None)
+
+    def go(self, *, on: bool) -> None:
+        """Let the process go on to the next step, or end."""
+        self._send({"go": True} if on else {"stop": True})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self._link.send(json.dumps(message).encode())
+
+    def _answers(self, kind: str, number: int) -> Iterator[dict[str, Any]]:
+        deadline = time.monotonic() + TRIAL_SECONDS
+        while time.monotonic() < deadline:
+            while self._host.answers:
+                body = self._host.answers.popleft()
+                if body.get(kind) == number:
+                    yield body
+            if self._link.fileno() < 0:
+                return
+            self._host.poll(0.2)
+
+
 class _Host:
     """Accepts the processes of one replay."""
 
@@ -256,6 +329,10 @@ class _Host:
     ) -> None:
         self.result = result
         self.hearing = _Hearing(result)
+        self.ready: tuple[Any, int] | None = None
+        """Connection of the process that waits before a step, and the step."""
+        self.answers: deque[dict[str, Any]] = deque(maxlen=10_000)
+        """What it said of trials and questions."""
         self._ranks = ranks
         self._pids: dict[int, tuple[int, int]] = {}
         """Process → pid, and a descriptor of it."""
@@ -326,6 +403,10 @@ class _Host:
     def _take(self, link: Any, process: int, kind: str, body: dict[str, Any], step: Any) -> None:
         if kind == "hello":
             link.send(json.dumps({**self._welcome, "process": process}).encode())
+        elif kind == "replay" and ("tried" in body or "asked" in body):
+            self.answers.append(body)
+        elif kind == "replay" and "ready" in body:
+            self.ready = (link, int(body["ready"]))
         elif kind in ("step", "steps", "replay") or (kind == "note" and "fault" in body):
             self.result.tape.append((process, kind, step, body))
             self.hearing.take(process, kind, step, body)
@@ -336,13 +417,15 @@ class _Host:
 def rerun(
     job: Job, *, until: int, begin: int = 0, points: Mapping[int, Path] | None = None, plant: int | None = None,
     keep: Sequence[int] = (), limit_seconds: float = 600.0, ranks: int = 1,
-    patience_seconds: float = math.inf,
+    patience_seconds: float = math.inf, window: tuple[int, int] | None = None,
+    explore: Callable[[Ready], bool] | None = None,
 ) -> Rerun:  # fmt: skip
     """Run the command until step `until`; with begin > 0 warped to the states `points`, by rank, after that step.
 
     ranks: how many processes make steps, all of them on this host; patience_seconds: how long they may be silent then.
     keep: steps after which the replay's own state is written down, to be compared with the sealed one.
     plant: turn the gradient's sign in this step, on our own side: a verifier that does not see it is broken.
+    window, explore: before each of these steps, explore(ready) may try the step; it returns whether to go on.
     Raises Misuse when the command cannot be started.
     """
     result = Rerun(account=Account())
@@ -351,6 +434,7 @@ def rerun(
         "until": until,
         "points": {str(rank): str(folder) for rank, folder in (points or {}).items()},
         "plant": plant,
+        "window": list(window) if window is not None else None,
         "began_ns": job.began_ns,
         "trusted": [str(folder) for folder in job.trusted],
         "roots": [str(job.root), str(job.cache), "/dev", "/proc/self"],
@@ -379,7 +463,7 @@ def rerun(
             host.close()
             raise Misuse(f"{job.command[0]}: cannot be started for replay: {error.strerror}") from error
         try:
-            _listen(host, child, began + limit_seconds, result)
+            _listen(host, child, began + limit_seconds, result, explore)
         finally:
             _end(child)
             host.close()
@@ -396,13 +480,19 @@ def rerun(
     return result
 
 
-def _listen(host: _Host, child: subprocess.Popen[bytes], deadline: float, result: Rerun) -> None:
+def _listen(
+    host: _Host, child: subprocess.Popen[bytes], deadline: float, result: Rerun,
+    explore: Callable[[Ready], bool] | None = None,
+) -> None:  # fmt: skip
     """Take frames until the process has said all, or has ended, or its time is up."""
     while not host.done:
         if time.monotonic() > min(deadline, host.heard + host.patience_seconds):
             result.timed_out = True
             return
         busy = host.poll(0.2)
+        if host.ready is not None:
+            ready, host.ready = Ready(host, *host.ready), None
+            ready.go(on=explore is not None and explore(ready))
         if not busy and child.poll() is not None:
             return
     if host.alone:

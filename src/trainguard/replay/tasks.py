@@ -33,7 +33,7 @@ from trainguard.measure.command import resolve
 from trainguard.replay import points, states
 from trainguard.replay.committed import Point
 from trainguard.replay.files import written_natively
-from trainguard.replay.rerun import Frame, Job, Rerun, heard, rerun, variables
+from trainguard.replay.rerun import Frame, Job, Ready, Rerun, heard, rerun, variables
 from trainguard.replay.sandbox import Sandbox
 
 TASK_LIMIT_BYTES = 4 << 20
@@ -179,7 +179,16 @@ def perform(task: Task, *, root: Path | None = None) -> Outcome:
         return Outcome(task=task.id, place=place, unavailable=str(error)[:2000])
 
 
-def _performed(task: Task, place: Place, folder: Path, measured: str | None, unmeasured: str | None) -> Outcome:
+def explored(task: Task, window: tuple[int, int], explore: Callable[[Ready], bool]) -> Rerun:
+    """Replay here, and before each step of the window let `explore` try it. Raises Unavailable, Misuse."""
+    with tempfile.TemporaryDirectory(prefix="trainguard-task-") as folder:
+        return _replayed(task, Path(folder), window, explore)[0]
+
+
+def _replayed(
+    task: Task, folder: Path, window: tuple[int, int] | None = None, explore: Callable[[Ready], bool] | None = None
+) -> tuple[Rerun, Sandbox, dict[int, Path]]:
+    """The command once more in a sandbox, with the sandbox and the sealed states it began at."""
     home = Path(task.state)
     for path, digest in task.inputs.items():
         if (now := file_sha256(path)) != digest:
@@ -197,7 +206,13 @@ def _performed(task: Task, place: Place, folder: Path, measured: str | None, unm
         ),
         until=task.until, begin=task.begin, points=sealed, plant=task.plant, keep=task.keep,
         limit_seconds=task.limit_seconds, ranks=task.ranks, patience_seconds=task.patience_seconds,
+        window=window, explore=explore,
     )  # fmt: skip
+    return found, sandbox, sealed
+
+
+def _performed(task: Task, place: Place, folder: Path, measured: str | None, unmeasured: str | None) -> Outcome:
+    found, sandbox, sealed = _replayed(task, folder)
     found.left_out = sandbox.left_out
     found.root = os.path.realpath(sandbox.root)
     found.native = written_natively(found.written, task.key)

@@ -9,6 +9,7 @@ Value of the link in a step frame (spec/replay.md, "Commits"):
      "inside": [[group, name, value]],                     what is other right after the update (in "groups" then too)
      "before": vector, "raw": vector, "used": vector,      weights before the step, gradients after backward and as used
      "state": vector, "weights": vector, "buffers": vector optimizer state, weights and buffers after the step
+     "places", "lanes", "edited": real values of some elements (lanes.py)
      "lean": true}                                         where only rng, modes, groups and weights were affordable
      "world": [rank, ranks], "sampled": [[tensor, n]],     first frame of an optimizer, where there are other ranks
      "own": floats, "got": floats                          gradient given to the reduction, and used (shares.py)
@@ -34,7 +35,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from . import points, rng, roots, sample, shares
+from . import lanes, points, rng, roots, sample, shares
 from .client import Client
 
 if TYPE_CHECKING:
@@ -185,6 +186,11 @@ class Commits:
             value["lean"] = True
             return value, sums
         sums["before"] = [total(self._words(torch, entry.param)) for entry in track.entries]
+        found = lanes.edited(step, sums["before"], track.memory.get("left"), lambda param: self._words(torch, param))
+        if found:
+            value["edited"] = found
+        row = step.scratch["lanes"] = lanes.Lanes(torch, track.entries, track.memory["places"])
+        row.weights("before")
         raw = self.raw.get(step.opt)
         if raw is not None:
             raw.seen = raw.passes
@@ -193,6 +199,7 @@ class Commits:
             step.scratch["raw_ns"], raw.own_ns = raw.own_ns, 0
             if raw.values is not None and len(raw.values) == len(track.entries):
                 sums["raw"] = raw.values
+                row.rows.update(raw.lanes.rows)
             raw.values = None
         sums["used"] = _gradients(torch, track.entries)
         own = self.shares.get(step.opt)
@@ -201,6 +208,7 @@ class Commits:
             step.own_ns += own.own_ns
             step.scratch["raw_ns"] = step.scratch.get("raw_ns", 0) + own.own_ns
             own.own_ns = 0
+        row.gradients("used")
         return value, sums
 
     def _from_closure(self, step: Step, value: Dict[str, Any], sums: Dict[str, List[Any]]) -> None:
@@ -210,10 +218,12 @@ class Commits:
             return
         if raw.values is not None and len(raw.values) == len(step.track.entries):
             sums["raw"] = raw.values
+            step.scratch["lanes"].rows.update(raw.lanes.rows)
         raw.values = None
         sums["used"] = _gradients(step.torch, step.track.entries)
         if step.opt in self.shares:
             self.shares[step.opt].take(value)
+        step.scratch["lanes"].gradients("used")
 
     def _header(self, step: Step, track: Track, value: Dict[str, Any]) -> None:
         if track.memory.get(self.name) is track.signature:
@@ -228,6 +238,7 @@ class Commits:
         value["tensors"] = shown if sum(map(len, shown)) < NAMES_LIMIT_BYTES else ["#%d" % i for i in range(len(shown))]
         value["shared"] = share
         track.memory["share"] = share
+        track.memory["places"] = value["places"] = lanes.places(track, self.seed[:64])
         self.forget(step.opt)
         rank, ranks = shares.world(step.torch)
         self.raw[step.opt] = _Raw(step.torch, track.entries, self._fault, self._wants_raw, step, ranks > 1)
@@ -301,9 +312,24 @@ class Commits:
             if self.buffers:
                 each = [total(words(torch, buffer)) for buffer in self.buffers]
                 sums["buffers"] = [_stacked(torch, each).sum()]
+            row = step.scratch["lanes"]
+            row.weights("weights")
+            row.state(step.optimizer)
+            value["lanes"] = row.told()
+        self._left(step)
         sums["weights"] = [self._keyed(torch, self._words(torch, entry.param)) for entry in entries]
         self._encode(torch, sums, step.track.memory["share"], value)
         return value
+
+    def _left(self, step: Step) -> None:
+        """What the step left, for the next to say what was edited since; only where that one commits to everything."""
+        track = step.track
+        track.memory["left"] = None
+        if self._share(track.count + 1, track.opt) != EVERYTHING:
+            return
+        if all(entry.param.device.type == "cpu" for entry in track.entries):
+            left = [total(self._words(step.torch, entry.param)) for entry in track.entries]
+            track.memory["left"] = (track.signature, left)
 
     def _encode(self, torch: Any, sums: Dict[str, List[Any]], share: int, value: Dict[str, Any]) -> None:
         """All vectors with one copy from the device."""
@@ -421,6 +447,7 @@ class _Raw:
         self.inside = False
         """Whether a step that commits to everything is under way: a closure may run backward in it."""
         self.values: Optional[List[Any]] = None
+        self.lanes = lanes.Lanes(torch, entries, step.track.memory["places"])
         self.passes = self.seen = 0
         """Backward passes so far, and when a step last began."""
         self.handle: Any = None
@@ -452,6 +479,7 @@ class _Raw:
         try:
             with self.torch.no_grad():
                 self.values = _gradients(self.torch, self.entries)
+                self.lanes.gradients("raw")
         except Exception as error:
             self.fault("commits.over", error)
         self.own_ns += clock() - start

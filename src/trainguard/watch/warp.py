@@ -2,7 +2,8 @@
 
 Runs only where the welcome carries a plan (`trainguard audit`): never in a real training. It does what a guard must
 not: it replaces functions. Plan: {"from": k, "until": m, "points": {rank: folder}, "plant": step | null,
-"roots": [folders that may be written], "began_ns": when the run began, "trusted": [folders that may be newer]}.
+"roots": [folders that may be written], "window": [step, step] to be tried again (reenact.py) | null,
+"began_ns": when the run began, "trusted": [folders that may be newer]}.
 
 From the start (k = 0) nothing of the computation is touched: the script runs, link *commits* says every step, and after
 step m the process is over. With k > 0 the script is *warped* to step k:
@@ -40,7 +41,7 @@ import tempfile
 import threading
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-from . import bootstrap, commits, points, sample, saves, shares
+from . import bootstrap, commits, points, reenact, sample, saves, shares
 from .client import Client
 
 LEARNING_STEPS = 3
@@ -104,6 +105,9 @@ class Warp:
         self.restore: List[Callable[[], None]] = []
         self.thread = 0
         """The thread that made the last step; what another one saves may be changing meanwhile."""
+        self.window: Optional[List[int]] = plan.get("window")
+        self.explorer: Optional[reenact.Explorer] = None
+        """Where steps are to be tried again with something done to them."""
 
     # -- getting in -------------------------------------------------------------------------------------------------
 
@@ -112,6 +116,8 @@ class Warp:
         self.torch, self.engine = torch, engine
         self._take_over_saves(torch)
         optimizer = sys.modules["torch.optim.optimizer"]
+        if self.window:
+            self.explorer = reenact.Explorer(self, int(self.window[0]), int(self.window[1]))
         if self.plant:
             optimizer.register_optimizer_step_pre_hook(self.planted)
         if self.begin:
@@ -339,6 +345,8 @@ class Warp:
         sums = {"learnt": sum(rule.steady for rule in self.rules.values()), "real": self.real}
         self.client.send("replay", sums)
         self.client.send("replay", {"landed": self.begin}, self.begin)
+        if self.explorer is not None:
+            self.explorer.stepped(self.begin)
 
     def stepped(self, optimizer: Any, *_: Any) -> None:
         """A real update has been made, and its frame is out."""
@@ -354,7 +362,13 @@ class Warp:
                     self.with_grad[opt] = held
             if self.engine.tally.steps == LEARNING_STEPS:
                 self.forward, self.learning = True, False
-        if self.engine.tally.steps >= self.until and not self.engine._stack():
+        if self.engine._stack():
+            return
+        if self.explorer is not None and not self.learning and not self.forward:
+            self.explorer.stepped(self.engine.tally.steps)
+            if self.explorer.trial is not None:
+                return  # it ends when its own step is over
+        if self.engine.tally.steps >= self.until:
             self.stop()
 
     def planted(self, optimizer: Any, *_: Any) -> None:
