@@ -173,13 +173,27 @@ def test_a_weight_edited_between_two_steps_is_found_at_its_step(tmp_path: Path) 
     (plant / "sitecustomize.py").write_text(ACT)
     record(tmp_path, PYTHONPATH=str(plant))
     status, verdict = audit(tmp_path, "--segments", "all")
-    assert status == 1
+    assert status == 1, verdict["links"]
     assert verdict["verdict"] == "TAINTED"
     (finding,) = replays(verdict)
     assert finding["outcome"] == "violated"
     assert (finding["subject"]["step"], finding["subject"]["tensor"]) == (14, "3.weight")
-    assert finding["techniques"] == ["E4"]
+    assert finding["techniques"][0] == "E4"
     assert finding["evidence"]
+    assert "cause: one weight of 3.weight edited: element 5 from" in finding["message"]
+    assert "(gives the recorded bytes)" in finding["message"]
+    home = Home(tmp_path / ".trainguard")
+    assert [c["confidence"] for body in LogLeaves(home).audits["r"] for c in body["causes"]] == ["reproduced"]
+    status, verdict = audit(tmp_path, "--bisect", "--no-explain")
+    assert status == 1
+    assert {found["subject"]["step"] for found in replays(verdict)} == {14}
+
+
+def test_segments_are_not_named_where_they_are_looked_for(clean: Path) -> None:
+    """--bisect chooses by itself: together with --segments it is a usage error."""
+    done = trainguard(clean, "audit", "r", "--bisect", "--segments", "1")
+    assert done.returncode == 2
+    assert "leave out --segments" in done.stderr
 
 
 SAVER = (
