@@ -2,14 +2,14 @@
 
     python bench/bench_causes.py [--script NAME] [--fault TEXT] [--out FILE.json] [--jobs 2]
 
-Each case is a run of a script from tests/scripts under `trainguard run --links none`, with a start-up file of an insider
-on PYTHONPATH that does one thing at optimizer step 8 of 12, and then `trainguard audit --segments all` in an environment
-without that file. Shown per case: whether the first bad step is exact, what cause was named, with which confidence, and
-whether that is right (its kind is the fault's, and where the fault has a number, the number).
+Each case is a run of a script from tests/scripts under `trainguard run --links none`, with a start-up file of an
+insider on PYTHONPATH that does one thing at optimizer step 8 of 12, and then `trainguard audit --segments all` in an
+environment without that file. Shown per case: whether the first bad step is exact, what cause was named, with which
+confidence, and whether that is right (its kind is the fault's, and where the fault has a number, the number).
 
-The insider's file only patches torch and the loader from outside and knows nothing of the audit; the audit knows nothing
-of the file. Faults are harmless: factors, signs, seeds, on the run's own numbers. Clean runs of the same scripts are
-part of the table: they must be equal.
+The insider's file only patches torch and the loader from outside and knows nothing of the audit; the audit knows
+nothing of the file. Faults are harmless: factors, signs, seeds, on the run's own numbers. Clean runs of the same scripts
+are part of the table: they must be equal.
 """
 
 from __future__ import annotations
@@ -193,79 +193,190 @@ def pre(code: str) -> str:
     return f"before_update(lambda o: ({code}))"
 
 
+def after_backward(code: str) -> str:
+    """Code after each backward pass."""
+    return f"backward(lambda f, t, a, k: (f(t, *a, **k), {code}))"
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault("clean", ()),
     Fault(
-        "lr x1.3 shown", ("learning rate",),
-        "\n    ".join((pre("[g.__setitem__('lr', g['lr'] * 1.3) for g in o.param_groups]"),
-                       "after_update(lambda o: [g.__setitem__('lr', g['lr'] / 1.3) for g in o.param_groups])")),
+        "lr x1.3 shown",
+        ("learning rate",),
+        "\n    ".join(
+            (
+                pre("[g.__setitem__('lr', g['lr'] * 1.3) for g in o.param_groups]"),
+                "after_update(lambda o: [g.__setitem__('lr', g['lr'] / 1.3) for g in o.param_groups])",
+            )
+        ),
     ),
-    Fault("lr x1.05 in the kernel", ("learning rate",), "kernel(lambda k: k.__setitem__('lr', k['lr'] * 1.05))", value=1.05),
-    Fault("beta1 0.8 in the kernel", ("beta1",), "kernel(lambda k: k.__setitem__('beta1', 0.8))", scripts=ADAM, value=0.8),
-    Fault("beta2 0.9 in the kernel", ("beta2",), "kernel(lambda k: k.__setitem__('beta2', 0.9))", scripts=ADAM, value=0.9),
+    Fault(
+        "lr x1.05 in the kernel",
+        ("learning rate",),
+        "kernel(lambda k: k.__setitem__('lr', k['lr'] * 1.05))",
+        value=1.05,
+    ),
+    Fault(
+        "beta1 0.8 in the kernel", ("beta1",), "kernel(lambda k: k.__setitem__('beta1', 0.8))", scripts=ADAM, value=0.8
+    ),
+    Fault(
+        "beta2 0.9 in the kernel", ("beta2",), "kernel(lambda k: k.__setitem__('beta2', 0.9))", scripts=ADAM, value=0.9
+    ),
     Fault("eps 1e-5 in the kernel", ("eps",), "kernel(lambda k: k.__setitem__('eps', 1e-5))", scripts=ADAM, value=1e-5),
-    Fault("momentum 0.7 in the kernel", ("momentum",), "kernel(lambda k: k.__setitem__('momentum', 0.7))",
-          scripts=("cnn_workers",), value=0.7),
-    Fault("nesterov off in the kernel", ("nesterov",), "kernel(lambda k: k.__setitem__('nesterov', False))",
-          scripts=("cnn_workers",)),
-    Fault("weight decay 0.03 in the kernel", ("weight decay",), "kernel(lambda k: k.__setitem__('weight_decay', 0.03))",
-          scripts=("cnn_workers", "accum_amp"), value=0.03),
-    Fault("weight decay x5 in the kernel", ("weight decay",),
-          "kernel(lambda k: k.__setitem__('weight_decay', k['weight_decay'] * 5))", scripts=TEXT),
+    Fault(
+        "momentum 0.7 in the kernel",
+        ("momentum",),
+        "kernel(lambda k: k.__setitem__('momentum', 0.7))",
+        scripts=("cnn_workers",),
+        value=0.7,
+    ),
+    Fault(
+        "nesterov off in the kernel",
+        ("nesterov",),
+        "kernel(lambda k: k.__setitem__('nesterov', False))",
+        scripts=("cnn_workers",),
+    ),
+    Fault(
+        "weight decay 0.03 in the kernel",
+        ("weight decay",),
+        "kernel(lambda k: k.__setitem__('weight_decay', 0.03))",
+        scripts=("cnn_workers", "accum_amp"),
+        value=0.03,
+    ),
+    Fault(
+        "weight decay x5 in the kernel",
+        ("weight decay",),
+        "kernel(lambda k: k.__setitem__('weight_decay', k['weight_decay'] * 5))",
+        scripts=TEXT,
+    ),
     Fault("maximize in the kernel", ("maximize", "gradient sign"), "kernel(lambda k: k.__setitem__('maximize', True))"),
-    Fault("gradient sign before the update", ("gradient sign",), "backward(lambda f, t, a, k: (f(t, *a, **k), [g.neg_() for g in GRADS()]))",
-          "def GRADS(): return " + GRADS),
-    Fault("gradient x1.7 after backward", ("gradient scaled", "loss scaled"),
-          "backward(lambda f, t, a, k: (f(t, *a, **k), [g.mul_(1.7) for g in GRADS()]))", "def GRADS(): return " + GRADS),
-    Fault("gradient of one tensor zeroed", ("gradient zeroed", "parameter frozen"),
-          "backward(lambda f, t, a, k: (f(t, *a, **k), biggest().grad.zero_()))"),
-    Fault("gradient rounded to bfloat16", ("gradient rounded",),
-          "backward(lambda f, t, a, k: (f(t, *a, **k), [g.copy_(g.bfloat16()) for g in GRADS()]))", "def GRADS(): return " + GRADS),
-    Fault("noise 0.01 on gradients", ("noise on gradient",),
-          "clipping = 1\n    backward(lambda f, t, a, k: (f(t, *a, **k), [g.add_(T.randn_like(g) * 0.01) for g in GRADS()]))",
-          "def GRADS(): return " + GRADS, scripts=("cnn_workers",)),
-    Fault("clipping left out", ("clip",), "clip(lambda p, n, *a, **k: plain_clip(p, 1e9, *a, **k))", "CLIP", scripts=CLIPPED),
-    Fault("clipping limit x0.3", ("clip",), "clip(lambda p, n, *a, **k: plain_clip(p, n * 0.3, *a, **k))", "CLIP", scripts=CLIPPED),
+    Fault(
+        "gradient sign before the update",
+        ("gradient sign",),
+        after_backward("[g.neg_() for g in GRADS()]"),
+        "def GRADS(): return " + GRADS,
+    ),
+    Fault(
+        "gradient x1.7 after backward",
+        ("gradient scaled", "loss scaled"),
+        after_backward("[g.mul_(1.7) for g in GRADS()]"),
+        "def GRADS(): return " + GRADS,
+    ),
+    Fault(
+        "gradient of one tensor zeroed",
+        ("gradient zeroed", "parameter frozen"),
+        "backward(lambda f, t, a, k: (f(t, *a, **k), biggest().grad.zero_()))",
+    ),
+    Fault(
+        "gradient rounded to bfloat16",
+        ("gradient rounded",),
+        after_backward("[g.copy_(g.bfloat16()) for g in GRADS()]"),
+        "def GRADS(): return " + GRADS,
+    ),
+    Fault(
+        "noise 0.01 on gradients",
+        ("noise on gradient",),
+        after_backward("[g.add_(T.randn_like(g) * 0.01) for g in GRADS()]"),
+        "def GRADS(): return " + GRADS,
+        scripts=("cnn_workers",),
+    ),
+    Fault(
+        "clipping left out",
+        ("clip",),
+        "clip(lambda p, n, *a, **k: plain_clip(p, 1e9, *a, **k))",
+        "CLIP",
+        scripts=CLIPPED,
+    ),
+    Fault(
+        "clipping limit x0.3",
+        ("clip",),
+        "clip(lambda p, n, *a, **k: plain_clip(p, n * 0.3, *a, **k))",
+        "CLIP",
+        scripts=CLIPPED,
+    ),
     Fault("batch repeated", ("batch repeated",), "REPEAT"),
     Fault("batch skipped", ("batch skipped", "extra draws"), "SKIP"),
     Fault("rows of the batch reversed", ("batch reordered",), "REVERSE"),
     Fault("labels moved on by one row", ("labels permuted",), "cross(lambda f, x, y, a, k: f(x, y.roll(1), *a, **k))"),
-    Fault("one label changed", ("one label changed",),
-          "cross(lambda f, x, y, a, k: f(x, other(y), *a, **k))",
-          "def other(y):\n    y = y.clone(); y[5] = (y[5] + 1) % 3; return y", scripts=("cnn_workers", "accum_amp")),
-    Fault("label smoothing 0.2", ("label smoothing",),
-          "cross(lambda f, x, y, a, k: f(x, y, *a, **dict(k, label_smoothing=0.2)))", value=0.2),
-    Fault("loss x1.5", ("loss scaled", "gradient scaled"), "cross(lambda f, x, y, a, k: f(x, y, *a, **k) * 1.5)", value=1.5),
-    Fault("dropout rate 0.4 in the modules", ("rate of modules",), more="def between():\n    for m in dropouts(): m.p = 0.4"),
-    Fault("dropout left out, unseen", ("dropout", "mode"),
-          "plain = F.dropout\n    F.dropout = lambda x, p=0.5, training=True, inplace=False: x if now() else plain(x, p, training, inplace)"),
+    Fault(
+        "one label changed",
+        ("one label changed",),
+        "cross(lambda f, x, y, a, k: f(x, other(y), *a, **k))",
+        "def other(y):\n    y = y.clone(); y[5] = (y[5] + 1) % 3; return y",
+        scripts=("cnn_workers", "accum_amp"),
+    ),
+    Fault(
+        "label smoothing 0.2",
+        ("label smoothing",),
+        "cross(lambda f, x, y, a, k: f(x, y, *a, **dict(k, label_smoothing=0.2)))",
+        value=0.2,
+    ),
+    Fault(
+        "loss x1.5",
+        ("loss scaled", "gradient scaled"),
+        "cross(lambda f, x, y, a, k: f(x, y, *a, **k) * 1.5)",
+        value=1.5,
+    ),
+    Fault(
+        "dropout rate 0.4 in the modules",
+        ("rate of modules",),
+        more="def between():\n    for m in dropouts(): m.p = 0.4",
+    ),
+    Fault(
+        "dropout left out, unseen",
+        ("dropout", "mode"),
+        "plain = F.dropout\n    F.dropout = lambda x, *a, **k: x if now() else plain(x, *a, **k)",
+    ),
     Fault("evaluation mode", ("mode",), more="def between():\n    for m in models(): m.eval()"),
     Fault("reseed with 1234", ("reseed",), more="def between():\n    T.manual_seed(1234)"),
     Fault("1000 extra draws", ("extra draws",), more="def between():\n    T.rand(1000)"),
     Fault("one weight +0.05", ("one weight edited",), more="def between():\n    biggest().view(-1)[77] += 0.05"),
     Fault("one tensor x1.01", ("weights scaled",), more="def between():\n    biggest().mul_(1.01)"),
-    Fault("rows of a tensor turned round", ("weights edited", "weights permuted"),
-          more="def between():\n    biggest().copy_(biggest().flip(0))"),
-    Fault("noise 0.02 on all weights", ("noise on weights",),
-          more="def between():\n    for p in params(): p.add_(T.randn_like(p) * 0.02)"),
-    Fault("optimizer state zeroed", ("optimizer state zeroed", "optimizer state reset", "momentum", "beta1"), more="""
+    Fault(
+        "rows of a tensor turned round",
+        ("weights edited", "weights permuted"),
+        more="def between():\n    biggest().copy_(biggest().flip(0))",
+    ),
+    Fault(
+        "noise 0.02 on all weights",
+        ("noise on weights",),
+        more="def between():\n    for p in params(): p.add_(T.randn_like(p) * 0.02)",
+    ),
+    Fault(
+        "optimizer state zeroed",
+        ("optimizer state zeroed", "optimizer state reset", "momentum", "beta1"),
+        more="""
 def between():
     for held in optimizer.state.values():
         for key in ("exp_avg", "momentum_buffer"):
-            if held.get(key) is not None: held[key].zero_()"""),
-    Fault("optimizer state x0.5", ("optimizer state scaled", "momentum", "beta1"), more="""
+            if held.get(key) is not None: held[key].zero_()""",
+    ),
+    Fault(
+        "optimizer state x0.5",
+        ("optimizer state scaled", "momentum", "beta1"),
+        more="""
 def between():
     for held in optimizer.state.values():
         for key in ("exp_avg", "momentum_buffer"):
-            if held.get(key) is not None: held[key].mul_(0.5)"""),
+            if held.get(key) is not None: held[key].mul_(0.5)""",
+    ),
     Fault("update left out", ("update skipped",), "nothing()", scripts=("own_batch_gpt", "cnn_workers", "hf_trainer")),
     Fault("update made twice", ("update repeated",), "twice()", scripts=("cnn_workers",)),
-    Fault("one tensor not updated", ("update skipped",),
-          "keep = {}\n    " + pre("keep.update(w=params()[0].clone())") + "\n    after_update(lambda o: params()[0].copy_(keep['w']))"),
-    Fault("parameter frozen", ("parameter frozen", "gradient zeroed"),
-          more="def between():\n    params()[0].requires_grad_(False)\ndef after():\n    params()[0].requires_grad_(True)"),
+    Fault(
+        "one tensor not updated",
+        ("update skipped",),
+        "keep = {}\n    "
+        + pre("keep.update(w=params()[0].clone())")
+        + "\n    after_update(lambda o: params()[0].copy_(keep['w']))",
+    ),
+    Fault(
+        "parameter frozen",
+        ("parameter frozen", "gradient zeroed"),
+        more="def between():\n    params()[0].requires_grad_(False)\n"
+        "def after():\n    params()[0].requires_grad_(True)",
+    ),
     Fault("forward in bfloat16", ("precision",), "BF16", scripts=("own_batch_gpt", "cnn_workers", "hf_trainer")),
-)  # fmt: skip
+)
 
 CLIP = """
 def clip(other):
@@ -281,7 +392,8 @@ def clip(other):
 MODELS = """
 def models():
     import gc
-    return [m for m in gc.get_objects() if isinstance(m, T.nn.Module) and any(q is p for q in m.parameters() for p in params()[:1])]
+    held = [m for m in gc.get_objects() if isinstance(m, T.nn.Module)]
+    return [m for m in held if any(q is params()[0] for q in m.parameters())]
 def dropouts():
     return [m for top in models() for m in top.modules() if type(m).__name__ == "Dropout"]
 """
@@ -442,7 +554,8 @@ def table(cases: list[Case]) -> str:
     ]
     for c in cases:
         lines.append(
-            f"{c.script:14} {c.fault:34} {c.step or '-':>4} {'exact' if c.exact else '-':5} {'yes' if c.right else 'NO':5} "
+            f"{c.script:14} {c.fault:34} {c.step or '-':>4} "
+            f"{'exact' if c.exact else '-':5} {'yes' if c.right else 'NO':5} "
             f"{c.confidence or '-':11} {c.tried:>6} {c.seconds:>6}  {c.words or c.note[-300:]}"
         )
     acts = [c for c in cases if c.fault != "clean"]
