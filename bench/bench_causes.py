@@ -8,8 +8,8 @@ environment without that file. Shown per case: whether the first bad step is exa
 confidence, and whether that is right (its kind is the fault's, and where the fault has a number, the number).
 
 The insider's file only patches torch and the loader from outside and knows nothing of the audit; the audit knows
-nothing of the file. Faults are harmless: factors, signs, seeds, on the run's own numbers. Clean runs of the same scripts
-are part of the table: they must be equal.
+nothing of the file. Faults are harmless: factors, signs, seeds, on the run's own numbers. Clean runs of the same
+scripts are part of the table: they must be equal.
 """
 
 from __future__ import annotations
