@@ -32,10 +32,10 @@ types: .venv/test.stamp
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist loadgroup
 
 nightly: .venv/test.stamp
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "nightly or not nightly"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "nightly or not nightly"
 
 bench: .venv/test.stamp
 	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done

@@ -15,3 +15,12 @@ def _nothing_compiled() -> Iterator[None]:
     compiled = sys.modules.get("torch._dynamo.utils")
     if compiled is not None:
         compiled.counters.clear()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share what is made once for their file on one worker (`--dist loadgroup`): it is a whole run."""
+    for item in items:
+        shared = getattr(item, "_fixtureinfo", None)
+        made = shared.name2fixturedefs.values() if shared is not None else ()
+        if any(definitions[-1].scope in ("module", "class") for definitions in made):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::", 1)[0]))
