@@ -17,6 +17,7 @@ def _nothing_compiled() -> Iterator[None]:
         compiled.counters.clear()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests that share what is made once for their file on one worker (`--dist loadgroup`): it is a whole run."""
     for item in items:

@@ -22,6 +22,7 @@ def installed_optimizer() -> str:
     return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
 
 
+@pytest.mark.nightly
 def test_the_quick_demo_is_verified_when_clean_and_finds_both_of_its_acts(tmp_path: Path):
     """Exit 0 says so, and the reports, the index and the log to check them with are there."""
     before = installed_optimizer()

@@ -59,6 +59,7 @@ NIGHTLY = {
     "ema_swap",
     "fsdp2_two_ranks",
     "gan_two_optimizers",
+    "hf_trainer",
     "lightning_fit",
     "mlp_adadelta",
     "reinforce_loop",
@@ -121,6 +122,7 @@ def test_an_honest_script_holds_every_link(tmp_path: Path, script: str) -> None:
     assert judge(Replicas, records)[0] == []
 
 
+@pytest.mark.nightly
 def test_two_ranks_that_reduce_their_gradients_hold(tmp_path: Path) -> None:
     """Reduction truth: the gradient used is the mean of what both ranks had, then clipped; no_sync now and then."""
     parts = command("ddp_two_ranks", "--steps", "12")

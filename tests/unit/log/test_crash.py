@@ -196,6 +196,7 @@ def test_every_storage_step_may_fail_and_the_next_process_finds_a_whole_log(mode
         shutil.rmtree(story.folder)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", BrokenDisk.MODES)
 def test_every_storage_step_may_fail_and_the_same_process_goes_on(mode: str, fast: Path) -> None:
     """Break each call in turn after the open, try the step again, finish the story, and look after every step."""
