@@ -160,6 +160,7 @@ def work(step):
     assert link.broken == 0
 
 
+@pytest.mark.nightly
 def test_checkpoints_of_a_resuming_job_are_its_own_under_a_lock(tmp_path: Path) -> None:
     """Saved and read back in one run, with and without tensors in them, and by a child that was started for it."""
     child = "import torch\ntorch.load('out/model.pt'), torch.load('out/plain.pt')\n"

@@ -80,6 +80,7 @@ def test_a_rank_that_kills_another_is_named_with_its_line(tmp_path: Path, way: s
     assert any(f"rank 1 was ended by {name}, sent by process" in note for note in done.link("kills")["blind"])
 
 
+@pytest.mark.nightly
 def test_a_stopped_rank_is_a_finding_too(tmp_path: Path) -> None:
     """SIGSTOP hangs a job as well as SIGKILL, and leaves no exit status at all."""
     lines = ("import os, time", "def end(pid):", "    os.kill(pid, 19)", "    time.sleep(0.2)", "    os.kill(pid, 9)")

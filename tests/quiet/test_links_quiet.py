@@ -138,6 +138,7 @@ def test_two_ranks_that_reduce_their_gradients_hold(tmp_path: Path) -> None:
     assert {r.body["gradients"]["world"] for r in records if r.kind == "step"} == {2}
 
 
+@pytest.mark.nightly
 def test_weights_clamped_by_hand_are_one_line_to_approve(tmp_path: Path) -> None:
     """Not silent, but named; silent once the line is approved."""
     parts = command("wgan_clamp", "--steps", "10")
@@ -153,6 +154,7 @@ def test_weights_clamped_by_hand_are_one_line_to_approve(tmp_path: Path) -> None
     assert states["weights"].state == "explained"
 
 
+@pytest.mark.nightly
 def test_what_cannot_be_recomputed_is_blind_with_its_reason(tmp_path: Path) -> None:
     """L-BFGS has no formula, so its steps are repeated from its source; updates by hand make no step at all."""
     records, _ = recorded(tmp_path / "a", *command("lbfgs", "--steps", "4"))
