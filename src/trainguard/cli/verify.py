@@ -13,6 +13,11 @@ from trainguard.home import Home
 
 @click.command("verify")
 @click.option("--key", type=click.Path(path_type=Path), help="Public key (PEM) that must have signed it.")
+@click.option(
+    "--signers",
+    type=click.Path(path_type=Path),
+    help="Trust file: whose keys may have signed it, and from when to when.",
+)
 @click.option("--log-key", help="Public key (vkey, or a file with it) of the log that must hold it.")
 @click.option("--run", help="Run it must be of.")
 @click.option("--newest", is_flag=True, help="It must be the newest checkpoint of its run.")
@@ -20,7 +25,14 @@ from trainguard.home import Home
 @click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 @click.argument("path", type=click.Path(path_type=Path))
 def command(
-    key: Path | None, log_key: str | None, run: str | None, newest: bool, as_json: bool, quiet: bool, path: Path
+    key: Path | None,
+    signers: Path | None,
+    log_key: str | None,
+    run: str | None,
+    newest: bool,
+    as_json: bool,
+    quiet: bool,
+    path: Path,
 ) -> int:
     """Verify PATH against its seal and the log, naming the files and tensors that changed.
 
@@ -28,7 +40,7 @@ def command(
     """
     from trainguard.seal import verify_seal
 
-    report = verify_seal(path, home=Home.find(), key=key, log_key=log_key, run=run, newest=newest)
+    report = verify_seal(path, home=Home.find(), key=key, signers=signers, log_key=log_key, run=run, newest=newest)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
     elif not quiet:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ def open_checkpoint(
     seal: SealRule = "if-present",
     home: Home | None = None,
     key: Path | None = None,
+    signers: Path | None = None,
     run: str | None = None,
     newest: bool = False,
 ) -> Any:
@@ -64,7 +66,7 @@ def open_checkpoint(
     map_location: as torch.load takes it; None leaves tensors where they were saved.
     policy: budgets, tier and trust of the scan (spec/scan.md).
     seal: `required` refuses what has no seal; `ignore` does not look for one.
-    home, key, run, newest: as `trainguard.seal.verify_seal` takes them; home defaults to that of `Home.find`.
+    home, key, signers, run, newest: as `trainguard.seal.verify_seal` takes them; home defaults to that of `Home.find`.
 
     Raises a LoadRefused (UnsafeCheckpoint, UnvettedCheckpoint, NotWhatWasSealed, SealMissing, ModuleShadowed) before
     anything of the checkpoint is imported or unpickled; Misuse where there is no checkpoint at `path`; Unavailable
@@ -81,7 +83,8 @@ def open_checkpoint(
         reports = {name: _vet(place, name, one, policy, folder) for name, one in held.items()}
         _refuse_unsafe(place, reports, tuple(stand_ins(list(reports.values()))) if folder else ())
         if seal != "ignore":
-            _check_seal(place, held, required=seal == "required", home=home, key=key, run=run, newest=newest)
+            asked = _Asked(home=home, key=key, signers=signers, run=run, newest=newest)
+            _check_seal(place, held, required=seal == "required", asked=asked)
         names = {name for report in reports.values() for name in report.globals}
         allowed = resolve_all(names, trusted=trusted)
         if not folder:
@@ -134,24 +137,32 @@ def _refuse_unsafe(place: Path, reports: Mapping[str, FileReport], more: tuple[R
 # -- 3: the seal ------------------------------------------------------------------------------------------------------
 
 
-def _check_seal(
-    place: Path,
-    held: Mapping[str, Held],
-    *,
-    required: bool,
-    home: Home | None,
-    key: Path | None,
-    run: str | None,
-    newest: bool,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What the caller wants of the seal, as verify_seal takes it."""
+
+    home: Home | None
+    key: Path | None
+    signers: Path | None
+    run: str | None
+    newest: bool
+
+    @property
+    def anything(self) -> bool:
+        return self.newest or any(value is not None for value in (self.key, self.signers, self.run))
+
+
+def _check_seal(place: Path, held: Mapping[str, Held], *, required: bool, asked: _Asked) -> None:
     """Verify the seal and that the held bytes are the sealed ones; return where there is none and none is needed."""
-    home = home if home is not None else Home.find()
+    home = asked.home if asked.home is not None else Home.find()
     sealed_at, prefix = _sealed_at(place)
-    must = required or key is not None or run is not None or newest or sealed_at is not None
+    must = required or asked.anything or sealed_at is not None
     if not must and not (home.keys / "attestation.pub").exists():
         return
     try:
-        report, seal = verify_sealed(sealed_at or place, home=home, key=key, run=run, newest=newest)
+        report, seal = verify_sealed(
+            sealed_at or place, home=home, key=asked.key, signers=asked.signers, run=asked.run, newest=asked.newest
+        )
     except Unavailable as error:
         if not must and "has no seal" in str(error):
             return

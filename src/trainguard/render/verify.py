@@ -48,7 +48,8 @@ def _facts(report: SealReport) -> Iterator[str]:
         yield f"  root       {report.root}"
     if report.signer:
         leaf = f", log entry {report.leaf}" if report.leaf is not None else ""
-        yield f"  signer     key {report.signer[:16]}{leaf}"
+        name = f"{report.signed_by}, " if report.signed_by else ""
+        yield plain(f"  signer     {name}key {report.signer[:16]}{leaf}")
 
 
 def _finding_lines(findings: tuple[Finding, ...]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from trainguard.finding import Citation, Finding, Outcome, Subject
 from trainguard.seal.bundle import Seal
 from trainguard.seal.ledger import Ledger, SealLeaf
 from trainguard.seal.manifest import SINGLE
+from trainguard.seal.signers import Signers
 
 
 @dataclass(slots=True)
@@ -22,6 +23,12 @@ class Case:
     public: ec.EllipticCurvePublicKey
     ledger: Ledger | None
     seal_file: Path
+    others: tuple[ec.EllipticCurvePublicKey, ...] = ()
+    """Further keys of the trust file: entries of the log may be by them."""
+    trust: Signers | None = None
+    """Who may sign and when; None where one key is trusted for good."""
+    signed_by: str | None = None
+    """The signer's name in it."""
     seal: Seal | None = None
     leaf: SealLeaf | None = None
     findings: list[Finding] = field(default_factory=list)

@@ -158,7 +158,7 @@ def _index_others(case: Case, seal: Seal) -> dict[str, tuple[SealLeaf, str]]:
     for leaf in reversed(case.ledger.seals[-SEALS_SEARCHED:]):
         if leaf.payload == seal.payload_digest:
             continue
-        other = case.ledger.kept(leaf, case.public)
+        other = case.ledger.kept(leaf, case.public, *case.others)
         if other is None or other.hash_type != seal.hash_type:
             continue
         for name, entry in other.entries.items():

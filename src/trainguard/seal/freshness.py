@@ -8,6 +8,7 @@ two seals for one step, or of one content for two steps (E10).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from trainguard.seal.bundle import Bundle, Seal
 from trainguard.seal.case import Case
 from trainguard.seal.ledger import RUN, Ledger, SealLeaf, verify_entry
 from trainguard.seal.manifest import SINGLE
-from trainguard.seal.report import LOGGED, NEWEST
+from trainguard.seal.report import LOGGED, NEWEST, SIGNER
+from trainguard.seal.signers import When, judge, witnessed_at
 from trainguard.seal.tensors import is_training_state
 
 NEWEST_NAMES = frozenset({"latest", "last", "current", "newest", "final"})
 """A link so named is meant to lead to the newest checkpoint of a run."""
 _CALLED_LIMIT = 3
+TIME_DIGITS = 20
+"""Of nanoseconds since the epoch: up to the year 5138."""
 
 
 def check_logged(case: Case, bundle: Bundle, seal: Seal, verifier: Verifier | None, *, required: bool) -> None:
@@ -83,6 +87,41 @@ def _never_entered(case: Case, ledger: Ledger) -> None:
         message = "signed with the expected key but never entered in the log: the key was used behind its back"
         expected, found = f"an entry in {ledger.head.origin}", f"none among {ledger.head.size}"
     case.say("violated", ("E10",), message, expected=expected, found=found)
+
+
+def check_signer(case: Case, seal: Seal, bundle: Bundle | None) -> None:
+    """E10: was the key good when it sealed this, by the trust file. Without one there is nothing to ask."""
+    signer = case.trust.find(seal.signer) if case.trust is not None else None
+    if signer is None:
+        return
+    case.signed_by = signer.name
+    doubt = judge(signer, _when(case, bundle))
+    if doubt is None:
+        case.checked.append(SIGNER)
+        return
+    case.blocking = case.blocking or doubt.outcome == "not_checked"
+    case.say(doubt.outcome, ("E10",), doubt.message, expected=doubt.expected, found=doubt.found)
+
+
+def _when(case: Case, bundle: Bundle | None) -> When:
+    """What is known of when the seal was made: by its witnesses, by our log, by entries before it."""
+    witnesses = case.trust.witnesses if case.trust is not None else ()
+    proved = LOGGED in case.checked and bundle is not None and bundle.entry is not None
+    witnessed = witnessed_at(bundle.entry.note, witnesses) if proved and bundle and bundle.entry else None
+    leaf, ledger = case.leaf, case.ledger
+    earlier = [_seconds(s) for s in ledger.seals if s.leaf < leaf.leaf] if ledger is not None and leaf else []
+    return When(
+        existed_by=min(time.time(), witnessed) if witnessed is not None else time.time(),
+        witnessed=witnessed is not None,
+        said=_seconds(leaf) if leaf is not None else None,
+        not_earlier=max((at for at in earlier if at is not None), default=None),
+    )
+
+
+def _seconds(leaf: SealLeaf) -> float | None:
+    """When its entry says it was sealed; None where it says nothing that could be a time."""
+    text = leaf.sealed_at
+    return int(text) / 1e9 if text.isascii() and text.isdigit() and len(text) <= TIME_DIGITS else None
 
 
 def check_run(case: Case, seal: Seal, run: str | None) -> None:

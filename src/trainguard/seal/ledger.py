@@ -100,8 +100,11 @@ class Ledger:
         """The seals of a run in order; none for None."""
         return tuple(seal for seal in self.seals if run is not None and seal.run == run)
 
-    def kept(self, leaf: SealLeaf, key: ec.EllipticCurvePublicKey) -> Seal | None:
-        """The whole seal as we kept it, verified anew; None where our copy is gone or was touched."""
+    def kept(self, leaf: SealLeaf, key: ec.EllipticCurvePublicKey, *more: ec.EllipticCurvePublicKey) -> Seal | None:
+        """The whole seal as we kept it, verified anew by any of the keys; None where our copy is gone or altered."""
+        return next((seal for k in (key, *more) if (seal := self._kept(leaf, k)) is not None), None)
+
+    def _kept(self, leaf: SealLeaf, key: ec.EllipticCurvePublicKey) -> Seal | None:
         where = f"leaf {leaf.leaf}"
         try:
             envelope = json.loads(self.home.blob(leaf.envelope))
@@ -118,31 +121,31 @@ def _fits(seal: SealLeaf, place: str | None, run: str | None) -> bool:
     return (place is None or seal.place == place) and (run is None or seal.run == run)
 
 
-def read_ledger(home: Home, key: ec.EllipticCurvePublicKey) -> Ledger | None:
+def read_ledger(home: Home, key: ec.EllipticCurvePublicKey, *more: ec.EllipticCurvePublicKey) -> Ledger | None:
     """The ledger of the log in `home`, or None where there is no log. Raises VerificationError for a damaged log.
 
-    key: the attestation key that signs `seal/v1` statements.
+    key, more: the attestation keys that sign `seal/v1` statements; one, until a key is replaced.
     """
     vkey = home.keys / "log.vkey"
     if not vkey.exists() or not (home.log / "journal").is_dir():
         return None
     reader = LogReader(home.log, vkey)
     head = reader.head()
-    return Ledger(home, reader, tuple(_seals(reader.entries(0, head.size), key)))
+    return Ledger(home, reader, tuple(_seals(reader.entries(0, head.size), (key, *more))))
 
 
-def _seals(entries: Iterator[bytes], key: ec.EllipticCurvePublicKey) -> Iterator[SealLeaf]:
+def _seals(entries: Iterator[bytes], keys: tuple[ec.EllipticCurvePublicKey, ...]) -> Iterator[SealLeaf]:
     after_signature = False
     for index, entry in enumerate(entries):
-        if after_signature and (leaf := _seal_leaf(index, entry, key)) is not None:
+        if after_signature and (leaf := _seal_leaf(index, entry, keys)) is not None:
             yield leaf
         after_signature = entry.startswith(_HASHEDREKORD)
 
 
-def _seal_leaf(index: int, entry: bytes, key: ec.EllipticCurvePublicKey) -> SealLeaf | None:
+def _seal_leaf(index: int, entry: bytes, keys: tuple[ec.EllipticCurvePublicKey, ...]) -> SealLeaf | None:
     """The statement in `entry`, or None where it is another's or another kind."""
     try:
-        value = verify_statement(entry, [key], where=f"leaf {index}")
+        value = verify_statement(entry, keys, where=f"leaf {index}")
         if value["predicateType"] != PREDICATE_BASE + PREDICATE:
             return None
         return msgspec.convert({**value["predicate"], "leaf": index, "hash": sha256_hex(entry)}, SealLeaf)

@@ -13,6 +13,7 @@ Status = Literal["upheld", "violated", "unknown"]
 
 CONTENT = "content"
 SIGNATURE = "signature"
+SIGNER = "signer"
 LOGGED = "logged"
 NEWEST = "newest"
 
@@ -33,6 +34,8 @@ class SealReport(msgspec.Struct, frozen=True, kw_only=True):
     step: int | None = None
     signer: str | None = None
     """Fingerprint of the key whose signature held: SHA-256 of its PEM, hex."""
+    signed_by: str | None = None
+    """What the trust file calls that key."""
     root: str | None = None
     """OMS root digest, SHA-256 hex: what `cosign --digest` takes."""
     dir_hash: str | None = None
@@ -47,7 +50,7 @@ class SealReport(msgspec.Struct, frozen=True, kw_only=True):
     live: str | None = None
     """`equal` or `differs`: against the digest taken while it was saved."""
     checked: tuple[str, ...] = ()
-    """Which of signature, logged, newest and content were checked and held."""
+    """Which of signature, signer (its time, by a trust file), logged, newest and content were checked and held."""
     notes: tuple[str, ...] = ()
     """What is worth knowing and no finding: later checkpoints that are gone, as retention leaves them."""
     findings: tuple[Finding, ...] = ()

@@ -5,8 +5,9 @@
 
 Steps, numbered as in the code:
  1. the bundle file: bounded, strictly parsed
- 2. its signature, by the expected key: before anything else of the checkpoint is read
- 3. the log: is the seal in it, is it the newest of its place, was anything after it deleted or sealed twice
+ 2. its signature, by the expected key or one of a trust file: before anything else of the checkpoint is read
+ 3. the log: is the seal in it, is it the newest of its place, was anything after it deleted or sealed twice; and, by
+    a trust file, was its key valid when it sealed
  4. names, kinds, sizes and modes against the seal: nothing is opened for this
  5. the bytes, streamed once
  6. for files that differ: the tensors that changed, and whether the file is another seal's
@@ -23,7 +24,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from trainguard.envelope import load_public_key
-from trainguard.errors import MalformedEvidence, Unavailable, VerificationError
+from trainguard.errors import MalformedEvidence, Misuse, Unavailable, VerificationError
 from trainguard.finding import worst_first
 from trainguard.home import Home
 from trainguard.log import load_verifier
@@ -31,11 +32,12 @@ from trainguard.log.note import Verifier
 from trainguard.seal.bundle import Bundle, Seal, digest_of, fingerprint
 from trainguard.seal.case import Case
 from trainguard.seal.content import check_content
-from trainguard.seal.freshness import check_logged, check_newest, check_run, means_newest
+from trainguard.seal.freshness import check_logged, check_newest, check_run, check_signer, means_newest
 from trainguard.seal.ledger import RUN, Ledger, SealLeaf, home_verifier, read_ledger
 from trainguard.seal.manifest import SEAL_SUFFIX, read_manifest, resolve, root_digest, seal_path_of
 from trainguard.seal.parse import BUNDLE_LIMIT_BYTES, parse_bundle, verify_bundle
 from trainguard.seal.report import LOGGED, SIGNATURE, SealReport, status_of
+from trainguard.seal.signers import Signers, load_signers
 
 
 def verify_seal(
@@ -43,6 +45,7 @@ def verify_seal(
     *,
     home: Home | None = None,
     key: Path | None = None,
+    signers: Path | None = None,
     log_key: str | Path | None = None,
     run: str | None = None,
     newest: bool = False,
@@ -51,11 +54,12 @@ def verify_seal(
 
     home: whose log and key to use; None for neither.
     key: file with the public key to trust instead of home's; what is signed by another is refused (E10).
+    signers: a trust file instead (spec/seal.md): whose keys may have signed it, and when they were good.
     log_key: vkey (text or file) of the log that must hold the seal, where home has no log.
     run: the run the checkpoint must be of. newest: it must be the newest of its run.
     Bad evidence becomes findings. Raises Misuse or Unavailable where there is nothing to verify, or no key.
     """
-    return verify_sealed(path, home=home, key=key, log_key=log_key, run=run, newest=newest)[0]
+    return verify_sealed(path, home=home, key=key, signers=signers, log_key=log_key, run=run, newest=newest)[0]
 
 
 def verify_sealed(
@@ -63,26 +67,51 @@ def verify_sealed(
     *,
     home: Home | None = None,
     key: Path | None = None,
+    signers: Path | None = None,
     log_key: str | Path | None = None,
     run: str | None = None,
     newest: bool = False,
 ) -> tuple[SealReport, Seal | None]:
     """As verify_seal, with the seal that was believed, for callers that compare bytes they hold with its entries."""
-    public, own = _trusted_key(home, key)
-    ledger = read_ledger(home, public) if home is not None and own else None
+    trust = _trust_file(key, signers)
+    public, others, own = _trusted_keys(home, key, trust)
+    ledger = read_ledger(home, public, *others) if home is not None and own else None
     missing = _if_deleted(path, ledger, public)
     if missing is not None:
         return missing, None
     place = resolve(path)
-    case = Case(path=path, place=place, public=public, ledger=ledger, seal_file=seal_path_of(place))
+    case = Case(path=path, place=place, public=public, ledger=ledger, others=others, seal_file=seal_path_of(place))
+    case.trust = trust
     bundle = _bundle(case)  # 1, 2
     if bundle is not None and case.seal is not None:  # 3
         check_logged(case, bundle, case.seal, _log_verifier(home, log_key, own), required=own and key is None)
     if case.seal is not None:
+        check_signer(case, case.seal, bundle)
         check_run(case, case.seal, run)
         check_newest(case, case.seal, must=newest or means_newest(path))
         check_content(case, case.seal)  # 4, 5, 6
     return _report(case), case.seal
+
+
+def _trust_file(key: Path | None, signers: Path | None) -> Signers | None:
+    if signers is None:
+        return None
+    if key is not None:
+        raise Misuse("a key and a trust file: expected one of them", next_step="name the key in the trust file")
+    return load_signers(signers)
+
+
+def _trusted_keys(
+    home: Home | None, key: Path | None, trust: Signers | None
+) -> tuple[ec.EllipticCurvePublicKey, tuple[ec.EllipticCurvePublicKey, ...], bool]:
+    """The key to begin with, further ones that may have signed, and whether one of them signs for `home`."""
+    if trust is None:
+        public, own = _trusted_key(home, key)
+        return public, (), own
+    ours = home.keys / "attestation.pub" if home is not None else None
+    signer = trust.find(fingerprint(load_public_key(ours))) if ours is not None and ours.exists() else None
+    first = signer or trust.signers[0]
+    return first.key, tuple(one.key for one in trust.signers if one is not first), signer is not None
 
 
 def _trusted_key(home: Home | None, key: Path | None) -> tuple[ec.EllipticCurvePublicKey, bool]:
@@ -158,20 +187,26 @@ def _believed(case: Case, data: bytes) -> Bundle | None:
     """The bundle in `data` once its signature holds; a finding and None where another key signed it."""
     bundle = parse_bundle(data, where=case.seal_file.name)
     try:
-        case.seal = verify_bundle(bundle, [case.public], where=case.seal_file.name)
+        case.seal = verify_bundle(bundle, [case.public, *case.others], where=case.seal_file.name)
     except MalformedEvidence:
         raise
     except VerificationError as error:
-        case.say(
-            "violated",
-            ("E10",),
-            f"the seal is not by the expected signer: {error}",
-            expected=f"signed by {fingerprint(case.public)}",
-            found=f"key {bundle.hint[:64]}",
-        )
+        _not_the_signer(case, bundle, error)
         return None
+    case.public = next(key for key in (case.public, *case.others) if fingerprint(key) == case.seal.signer)
     case.checked.append(SIGNATURE)
     return bundle
+
+
+def _not_the_signer(case: Case, bundle: Bundle, error: VerificationError) -> None:
+    trust = case.trust
+    if trust is not None and trust.find(bundle.hint) is None:
+        message = "sealed by a key that the trust file does not name"
+        expected = f"one of the {len(trust.signers)} keys in {Path(trust.where).name}"
+    else:
+        message = f"the seal is not by the expected signer: {error}"
+        expected = f"signed by {fingerprint(case.public)}"
+    case.say("violated", ("E10",), message, expected=expected, found=f"key {bundle.hint[:64]}")
 
 
 def _read_bundle(case: Case) -> bytes | None:
@@ -249,7 +284,7 @@ def _by_log(case: Case, leaf: SealLeaf | None) -> None:
     case.leaf = leaf
     if leaf is None or case.ledger is None:
         return
-    case.seal = case.ledger.kept(leaf, case.public)
+    case.seal = case.ledger.kept(leaf, case.public, *case.others)
     if case.seal is None:
         case.blocking = True
         case.say("not_checked", (), "the content was not checked: our copy of the seal is gone or was altered")
@@ -278,6 +313,7 @@ def _report(case: Case) -> SealReport:
         run=seal.facts.run if seal else leaf.run if leaf else None,
         step=seal.facts.step if seal else leaf.step if leaf else None,
         signer=seal.signer if seal else None,
+        signed_by=case.signed_by,
         root=seal.root if seal else leaf.root if leaf else None,
         dir_hash=seal.dir_hash if seal else leaf.dir_hash if leaf else None,
         hash_type=seal.hash_type if seal else None,
