@@ -17,6 +17,11 @@ def _nothing_compiled() -> Iterator[None]:
         compiled.counters.clear()
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Give long texts and bytes no id of their own: what is signed anew in every process would differ between workers."""
+    return argname if isinstance(val, str | bytes) and len(val) > 60 else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests that share what is made once for their file on one worker (`--dist loadgroup`): it is a whole run."""
