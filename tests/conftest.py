@@ -18,7 +18,7 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Give long texts and bytes no id of their own: what is signed anew in every process would differ between workers."""
+    """Give long texts and bytes no id of their own: what is signed anew in each process would differ by worker."""
     return argname if isinstance(val, str | bytes) and len(val) > 60 else None
 
 

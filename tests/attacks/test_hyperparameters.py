@@ -101,6 +101,28 @@ def test_one_group_lowered_once_and_left_so_is_found() -> None:
     assert [(f.subject.step, f.techniques) for f in findings] == [(31, ("C3",))]
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_rate_set_by_hand_beside_a_waiting_scheduler_needs_a_line_of_the_script(
+    shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight averaging's way: the script sets the rate, and a scheduler that was made at the start takes over later."""
+    monkeypatch.setattr(writers, "places", lambda: {"lr": ["/job/train.py:78"]} if shown else {})
+
+    def by_hand(run: Run) -> None:
+        if run.step % 5 == 0:
+            run.optimizer.param_groups[0]["lr"] = 3e-3 / (1 + run.step)
+
+    def at_the_end(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    findings, states = judge(Hyperparameters, train(20, schedule=at_the_end, before_step=by_hand).records)
+    if shown:
+        assert findings == []
+        assert states["hyperparameters"].state == "held"
+    else:
+        assert {(f.outcome, f.techniques) for f in findings} == {("violated", ("C3",))}
+
+
 def test_a_scheduler_stepped_twice_is_found_although_the_rate_is_its_own() -> None:
     """C3: the schedule runs ahead by one."""
 

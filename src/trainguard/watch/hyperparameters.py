@@ -8,7 +8,7 @@ Value of the link in a step frame (absent when nothing changed; spec/evidence.md
      "changed": [[group, name, value]]             otherwise: what differs from the step before
      "inside": [[group, name, value]]              what differs after the update from before it, in checked steps
      "schedulers": [[class, steps it made, [last rates]]]   when one acts on this optimizer, with every change
-     "writers": {name: ["file:line", …]}           once, at the first change that no scheduler explains
+     "writers": {name: ["file:line", …]}           once, at the first change that is not what a scheduler set
      "census": {"total", "frozen": [names], "without_grad": [names], "outside": [names], "counts": [3 numbers]}}
                                                    in checked steps, when it differs from the last one sent
 
@@ -104,7 +104,9 @@ class Hyperparameters:
             return None
         memory["stale"] = True
         still.values = [(group, tuple(copy.values())) for group, _, copy in copies]
-        return {self.name: {"changed": moved, "schedulers": reports}}
+        value: Dict[str, Any] = {"changed": moved, "schedulers": reports}
+        self._name_writers(value, moved, reports)
+        return {self.name: value}
 
     def after(self, step: Step) -> Any:
         """Compare again; in checked steps, count the parameters that take no part."""
@@ -138,7 +140,11 @@ class Hyperparameters:
         reports = [_report(ref()) for ref in memory["schedulers"] if ref() is not None]
         if reports:
             value["schedulers"] = reports
-        if changed and not reports and not self.sent_writers:
+        self._name_writers(value, changed, reports)
+
+    def _name_writers(self, value: Dict[str, Any], changed: List[Any], reports: List[Any]) -> None:
+        """Send once which lines of the job set hyper-parameters: where a change is not what a scheduler says."""
+        if not self.sent_writers and not _scheduled(changed, reports):
             self.sent_writers = True
             value["writers"] = writers.places()
 
@@ -288,6 +294,14 @@ def _subclasses(kind: Any) -> Any:
                 known.add(each)
                 waiting.append(each)
     return known
+
+
+def _scheduled(changed: List[Any], reports: List[Any]) -> bool:
+    """Whether every change is of a rate, to what a scheduler set for that group."""
+    return all(
+        name == "lr" and any(number < len(rates) and rates[number] == now for _, _, rates in reports)
+        for number, name, now in changed
+    )
 
 
 def _report(scheduler: Any) -> List[Any]:
