@@ -1,11 +1,8 @@
 """Tools that others wrote accept our seals unmodified and offline, and refuse tampered ones.
 
-Each is skipped with its reason where it is not installed. To have them:
-    python3 -m venv V && V/bin/pip install model-signing pyopenssl jsonschema
-    export TRAINGUARD_MODEL_SIGNING=V/bin/model_signing
-    cosign 3.1 or newer (a Debian package; unpacking it with dpkg -x is enough), on PATH or in TRAINGUARD_COSIGN
-    apt-get install golang-go golang-golang-x-mod-dev openssl
-    TRAINGUARD_OMS_SCHEMAS = the folder schemas/v1.0 of the OpenSSF model-signing-spec (jsonschema comes with the venv)
+`tools/readers.sh .venv-tools`, which `make test` runs, gets model_signing and cosign without root; Go with
+golang-golang-x-mod-dev and openssl are looked for on PATH. What is not there is skipped with its reason.
+TRAINGUARD_MODEL_SIGNING, TRAINGUARD_COSIGN, TRAINGUARD_OPENSSL name others.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers import schemas
 
 from trainguard.envelope import pre_authentication_encoding
 from trainguard.home import Home
@@ -32,14 +30,17 @@ pytestmark = pytest.mark.tool
 GO_LIBRARIES = Path("/usr/share/gocode")
 """Where Debian's golang-*-dev packages lie."""
 
+TOOLS = Path(__file__).parents[2] / ".venv-tools" / "bin"
+"""Where tools/readers.sh puts them."""
+
 Ran = subprocess.CompletedProcess[str]
 
 
 def tool(variable: str, name: str) -> str:
-    """The program that `variable` names, or `name` on PATH; skips where there is none."""
-    found = os.environ.get(variable) or shutil.which(name)
-    if not found or not Path(found).exists():
-        pytest.skip(f"{name} is not installed (put it on PATH or set {variable})")
+    """The program that `variable` names, or `name` on PATH or among our tools; skips where there is none."""
+    found = os.environ.get(variable) or shutil.which(name) or str(TOOLS / name)
+    if not Path(found).exists():
+        pytest.skip(f"{name} is not installed (tools/readers.sh .venv-tools, or put it on PATH, or set {variable})")
     return str(Path(found).absolute())
 
 
@@ -85,28 +86,41 @@ def cosign(tmp_path: Path, home: Home) -> Callable[..., Ran]:
     return verify
 
 
+def tampered(folder: Path) -> dict[str, Path]:
+    """Copies of a sealed folder, each changed in one way."""
+    made = {name: folder.parent / f"copy-{name}" for name in ("changed", "extra", "missing", "renamed")}
+    for copy in made.values():
+        shutil.copytree(folder, copy)
+    (made["changed"] / "weights.bin").write_bytes(bytes(5120))
+    (made["extra"] / "more").write_bytes(b"")
+    (made["missing"] / "empty").unlink()
+    (made["renamed"] / "weights.bin").rename(made["renamed"] / "other.bin")
+    return made
+
+
 def test_model_signing_upholds_our_seal_and_refuses_tampering(model_signing: str, home: Home, folder: Path) -> None:
-    """The reference implementation of OMS: change, extra, missing, renamed."""
+    """The reference implementation of OMS, its command and its library: change, extra, missing, renamed."""
     seal_path(home, folder, run="r", step=1)
+    copies = tampered(folder)
+    public = home.keys / "attestation.pub"
 
-    def verify() -> int:
-        public = home.keys / "attestation.pub"
-        arguments = ("--public_key", public, "--signature", seal_path_of(folder))
-        return run(model_signing, "verify", "key", folder, *arguments).returncode
+    def verify(place: Path) -> Ran:
+        return run(model_signing, "verify", "key", place, "--public_key", public, "--signature", seal_path_of(place))
 
-    assert verify() == 0
-    weights = folder / "weights.bin"
-    data = weights.read_bytes()
-    weights.write_bytes(data[:-1] + b"x")
-    assert verify() != 0
-    weights.write_bytes(data)
-    (folder / "extra").write_bytes(b"")
-    assert verify() != 0
-    (folder / "extra").unlink()
-    weights.rename(folder / "other.bin")
-    assert verify() != 0
-    (folder / "other.bin").rename(weights)
-    assert verify() == 0
+    assert verify(folder).returncode == 0
+    assert verify(copies["changed"]).returncode != 0
+    code = (
+        "import sys, pathlib; from model_signing import verifying\n"
+        "for place in sys.argv[2:]:\n"
+        "    try:\n"
+        "        verifying.Config().use_elliptic_key_verifier(public_key=sys.argv[1]).verify(\n"
+        "            pathlib.Path(place), pathlib.Path(place) / 'model.sig')\n"
+        "        print('upheld')\n"
+        "    except ValueError: print('refused')\n"
+    )
+    python = Path(model_signing).resolve().with_name("python")
+    done = run(python, "-c", code, public, folder, *copies.values())
+    assert done.stdout.split() == ["upheld", *["refused"] * 4], done.stderr
 
 
 def test_model_signing_upholds_a_seal_of_one_file(model_signing: str, home: Home, tmp_path: Path) -> None:
@@ -129,7 +143,7 @@ def test_model_signings_library_upholds_a_blake3_seal(model_signing: str, home: 
         "    __import__('model_signing').hashing.Config().use_file_serialization(hashing_algorithm='blake3')\n"
         "    .set_ignored_paths(paths=[sys.argv[3]])).verify(sys.argv[2], sys.argv[3])\n"
     )
-    python = Path(model_signing).with_name("python")
+    python = Path(model_signing).resolve().with_name("python")
     arguments = (home.keys / "attestation.pub", folder, seal_path_of(folder))
     done = run(python, "-c", code, *arguments)
     assert done.returncode == 0, done.stderr
@@ -246,24 +260,15 @@ def test_dirhash_is_gos(home: Home, folder: Path, tmp_path_factory: pytest.TempP
     assert run(build / "dirhash", folder).stdout.strip() == go_dirhash(report.dir_hash or "")
 
 
-def test_the_published_schemas_hold(model_signing: str, home: Home, folder: Path, tmp_path: Path) -> None:
-    """The four JSON schemas of OMS v1.0, by the jsonschema that lies beside model_signing."""
-    schemas = os.environ.get("TRAINGUARD_OMS_SCHEMAS")
-    if not schemas:
-        pytest.skip("TRAINGUARD_OMS_SCHEMAS does not name the schemas of model-signing-spec")
-    code = (
-        "import base64, json, sys, pathlib\n"
-        "from jsonschema import Draft202012Validator as V\n"
-        "from referencing import Registry, Resource\n"
-        "f = pathlib.Path(sys.argv[1]).glob('*.schema.json')\n"
-        "s = {p.name.split('.')[0]: json.loads(p.read_text()) for p in f}\n"
-        "r = Registry().with_resources([(v['$id'], Resource.from_contents(v)) for v in s.values()])\n"
-        "b = json.loads(pathlib.Path(sys.argv[2]).read_text())\n"
-        "p = json.loads(base64.b64decode(b['dsseEnvelope']['payload']))\n"
-        "parts = {'bundle': b, 'envelope': b['dsseEnvelope'], 'statement': p, 'predicate': p['predicate']}\n"
-        "for n, v in parts.items(): V(s[n], registry=r).validate(v); print(n)\n"
-    )
-    seal_path(home, folder, run="r", step=1)
-    python = Path(model_signing).with_name("python")
-    done = run(python, "-c", code, schemas, seal_path_of(folder))
-    assert done.stdout.split() == ["bundle", "envelope", "statement", "predicate"], done.stderr
+@pytest.mark.parametrize("kind", ["folder", "file", "blake3"])
+def test_the_published_schemas_hold(home: Home, folder: Path, kind: str) -> None:
+    """The four JSON schemas of OMS v1.0, as published."""
+    place = folder / "weights.bin" if kind == "file" else folder
+    seal_path(home, place, run="r", step=1, hash_type="blake3" if kind == "blake3" else "sha256")
+    bundle = json.loads(seal_path_of(place).read_bytes())
+    payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    parts = {"bundle": bundle, "envelope": bundle["dsseEnvelope"], "statement": payload}
+    parts["predicate"] = payload["predicate"]
+    assert [line for name, part in parts.items() for line in schemas.errors(part, f"oms-1.0-{name}")] == []
+    payload["predicate"]["serialization"]["run"] = "r"  # what we must not write
+    assert schemas.errors(payload["predicate"], "oms-1.0-predicate")
