@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from tests.helpers.recorded import judge, recording
 from tests.helpers.watched import Watched, training, watch, write
+from torch import nn
 
 from trainguard.appraise.modules import Modules
 from trainguard.evidence import Evidence
@@ -72,6 +75,28 @@ def test_evaluation_between_steps_and_a_counter_are_no_changes(tmp_path: Path) -
     run = watch(tmp_path)
     findings, link = run.judge(Modules)
     assert (run.status, run.faults(), findings, link.state) == (0, [], [], "held")
+
+
+def test_a_closure_that_sets_the_mode_itself_is_no_change() -> None:
+    """A trainer that validates every third step, and calls train() only inside what it hands to step()."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure() -> torch.Tensor:
+        model.train()
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    with recording() as recorder:
+        for step in range(12):
+            optimizer.step(closure)
+            if step % 3 == 0:
+                model.eval()
+    findings, states = judge(Modules, recorder.records)
+    assert (findings, states["modules"].state) == ([], "held")
 
 
 def test_a_rank_that_starts_with_another_flag_is_named() -> None:

@@ -1,8 +1,8 @@
 """Link *modules*: the mode and settings of the model's modules, and torch's numeric flags, read back as they are.
 
 Flags are what torch itself says, not what a configuration says. Of each module: `training` and its public scalar
-attributes (dropout probability, momentum, eps, …). Read before the update, so a toggle to eval() and back between steps
-is not a change. Flags at every checked step; modules at every fifth. Attributes that move during the first steps
+attributes (dropout probability, momentum, eps, …). Read when the gradients are final (in a closure's step, when the
+closure has run), so a toggle to eval() and back between steps is not a change. Flags at every checked step; modules at every fifth. Attributes that move during the first steps
 (counters, warm-ups) are learnt and left out.
 
 In the step frame, only when something changed since it was last read, and at the first look:
@@ -74,10 +74,18 @@ class Modules:
         self.looked = 0
         self.compared = 0
         self._said: Optional[Dict[str, Any]] = None
+        self._read = False
 
     def before(self, step: Any) -> None:
-        """Read and compare, before anything of the update happened."""
+        """Nothing yet: a closure may still set the mode."""
         self._said = None
+        self._read = False
+
+    def ready(self, step: Any) -> None:
+        """Read and compare, once a step, before anything of the update happened."""
+        if self._read:
+            return
+        self._read = True
         changed = self._flags(step.torch)
         first = self.looked == 0
         if first or step.number % MODULES_EVERY == 0:
