@@ -313,6 +313,7 @@ class Saves:
             for prefix in sorted(prefixes)
             for weight, storage in save.left.items()
             if (record := tensors.get(prefix + weight)) is not None
+            and save.weights.get(record) != weight  # two models have a weight of that name
             and version.storages[record][0] == storage[0]
             and not _equal(storage, version.storages[record])
         ]

@@ -264,6 +264,22 @@ def test_a_copy_given_in_place_of_one_weight_is_suspicious(
     assert link.held == 2
 
 
+def test_another_model_whose_weights_have_the_same_names_is_not_what_was_replaced(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained student of the same shape lies in memory while the teacher is saved as a whole module."""
+    teacher, student = Model(), Model()
+
+    def weights() -> dict[int, tuple[str, Any]]:
+        both = [pair for model in (teacher, student) for pair in model.named_parameters()]
+        return {p.untyped_storage().data_ptr(): (name, weakref.ref(p)) for name, p in both}
+
+    monkeypatch.setattr(saves, "_weights", weights)
+    torch.save({"model": teacher.state_dict()}, tmp_path / "a.pt")
+    findings, link = judge(client, tmp_path / "a.pt")
+    assert (findings, link.held) == ([], 1)
+
+
 def test_files_that_torch_did_not_save_are_blind_or_left_out(tmp_path: Path, client: Client) -> None:
     """Another format has no prints; a torch file that nobody told of is a reason, no finding."""
     torch.save({"w": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
