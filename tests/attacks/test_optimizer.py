@@ -90,6 +90,27 @@ def test_bias_correction_left_out_is_named() -> None:
     assert "bias correction was left out" in findings[0].message
 
 
+def test_weights_that_other_processes_share_are_blind_and_convict_nobody() -> None:
+    """Lock-free training by several processes: what another one adds during the update is its honest work."""
+
+    def share(run: Run) -> None:
+        run.net.share_memory()
+        real = run.optimizer.step
+
+        def step(*args: Any) -> None:
+            real(*args)
+            with torch.no_grad():  # within the step, as another process might
+                for weight in run.net.parameters():
+                    weight.add_(1e-3)
+
+        run.optimizer.step = step  # type: ignore[method-assign]
+
+    findings, states = judge(Optimizer, train(6, start=share).records)
+    assert findings == []
+    assert states["optimizer"].state == "blind"
+    assert "other processes write to it" in states["optimizer"].blind[0]
+
+
 def test_one_frozen_matrix_is_named_within_two_rounds_of_the_rotation() -> None:
     """C5: its update is undone; the state moves on as if nothing were the matter."""
 

@@ -26,6 +26,8 @@ FRAME_LIMIT_BYTES = 160 * 1024
 
 QUEUE_LIMIT_BYTES = 4 << 20
 WELCOME_SECONDS = 5.0
+GOODBYE_SECONDS = 10.0
+"""How long a leaving process waits for a supervisor that is slow to read: without its goodbye it looks cut off."""
 
 
 class Client:
@@ -143,7 +145,7 @@ class Client:
         if self.socket is not None:
             try:
                 if self.queue:
-                    self.socket.settimeout(1.0)
+                    self.socket.settimeout(GOODBYE_SECONDS)
                     self._push()
                 self.socket.close()
             except OSError:

@@ -2,7 +2,9 @@
 
 Flags are what torch itself says, not what a configuration says. Of each module: `training` and its public scalar
 attributes (dropout probability, momentum, eps, …). Read when the gradients are final (in a closure's step, when the
-closure has run), so a toggle to eval() and back between steps is not a change. Flags at every checked step; modules at every fifth. Attributes that move during the first steps
+closure has run), so a toggle to eval() and back between steps is not a change.
+
+Flags at every checked step; modules at every fifth. Attributes that move during the first steps
 (counters, warm-ups) are learnt and left out.
 
 In the step frame, only when something changed since it was last read, and at the first look:

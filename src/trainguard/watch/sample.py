@@ -57,6 +57,15 @@ def why_not(tensor: Any) -> Optional[str]:
     return None
 
 
+def shared(param: Any) -> Optional[str]:
+    """Why what is written to this parameter may be another process's work, or None."""
+    try:
+        mine = param.device.type != "cpu" or not param.is_shared()
+    except (RuntimeError, NotImplementedError):  # it has no memory of its own, as a share of a tensor
+        return None
+    return None if mine else "in shared memory: other processes write to it"
+
+
 class Gathered:
     """Values of many views, copied on their devices; `raw` fetches them. The order of the views is kept."""
 

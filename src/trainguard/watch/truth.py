@@ -273,7 +273,7 @@ class Truth:
             return "another dispatch mode is in force"
         if any(hasattr(entry.param, "to_local") for entry in step.track.entries[:4]):
             return "parameters are shards"
-        if any(entry.param.device.type == "cpu" and entry.param.is_shared() for entry in step.track.entries[:4]):
+        if any(sample.shared(entry.param) for entry in step.track.entries[:4]):
             return "parameters are in shared memory"
         if not self._affordable(step):
             return ""

@@ -316,9 +316,8 @@ def _forget(step: Step, opt: int) -> None:
 
 
 def _off(step: Step) -> Optional[str]:
-    for entry in step.track.entries[:4]:
-        if entry.param.device.type == "cpu" and entry.param.is_shared():
-            return "parameters are in shared memory; other processes write to them"
+    if any(sample.shared(entry.param) for entry in step.track.entries[:4]):
+        return "parameters are in shared memory; other processes write to them"
     return None
 
 

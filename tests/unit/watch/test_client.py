@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 from trainguard.watch.client import Client
@@ -42,6 +43,37 @@ def test_frames_of_many_threads_all_arrive_in_one_numbering(tmp_path: Path) -> N
     assert client.dropped == 0
     assert [frame["q"] for frame in received] == list(range(len(received)))
     assert sum(frame["k"] == "note" for frame in received) == 8 * 200
+
+
+def test_a_goodbye_waits_for_a_supervisor_that_is_slow_to_read(tmp_path: Path) -> None:
+    """A busy host: the queue is full when the process ends, and is read only seconds later."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen(1)
+    received: list[dict] = []
+    leaving = threading.Event()
+
+    def serve() -> None:
+        link, _ = listener.accept()
+        link.recv(1 << 18)
+        link.send(b"{}")
+        leaving.wait(20)
+        time.sleep(1.5)  # longer than an impatient process would wait
+        while data := link.recv(1 << 18):
+            received.append(json.loads(data))
+        link.close()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    client = Client(str(tmp_path / "s"))
+    assert client.open()
+    while not client.queue:
+        client.send("note", {"text": "x" * 100_000})
+    leaving.set()
+    client.close()
+    server.join(20)
+    listener.close()
+    assert received[-1]["k"] == "bye"
 
 
 def test_without_a_supervisor_the_client_stays_asleep(tmp_path: Path) -> None:
