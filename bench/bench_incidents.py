@@ -15,8 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from trainguard.testing.incidents import SCRIPTS, Score, play, score
+from trainguard.testing.casebook import CASEBOOK
+from trainguard.testing.incidents import SCRIPTS, Score, Script, play, score
 
+SETS = {"the first set": SCRIPTS, "the casebook": CASEBOOK}
 GROUPS = {
     "act": "acts",
     "frame": "acts made to look like another's",
@@ -25,11 +27,11 @@ GROUPS = {
 }
 
 
-def scores(seeds: int) -> list[Score]:
+def scores(scripts: tuple[Script, ...], seeds: int) -> list[Score]:
     """Every script with every seed."""
     found = []
     for seed in range(seeds):
-        for script in SCRIPTS:
+        for script in scripts:
             with tempfile.TemporaryDirectory() as folder:
                 found.append(score(play(script, Path(folder), seed=seed)))
     return found
@@ -40,10 +42,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
+    told = [table(name, scripts, options) for name, scripts in SETS.items()]
+    return 0 if all(told) else 1
+
+
+def table(name: str, scripts: tuple[Script, ...], options: argparse.Namespace) -> bool:
+    """Print how a set was told; whether the first account is right in 95 % and no framed one ever is first."""
     began = time.process_time()
-    found = scores(options.seeds)
+    found = scores(scripts, options.seeds)
     print(
-        f"{'':36}{'n':>5}{'first right':>13}{'framed first':>14}{'loss right':>12}{'worst loss':>12}{'taint right':>13}"
+        f"{name:34}{'n':>7}{'first right':>13}{'framed first':>14}"
+        f"{'loss right':>12}{'worst loss':>12}{'taint right':>13}"
     )
     for group, words in GROUPS.items():
         part = [each for each in found if each.group == group]
@@ -53,14 +62,14 @@ def main() -> int:
         first, framed = f"{sum(e.right for e in part)}/{len(part)}", sum(e.framed for e in part)
         loss = f"{sum(e.loss_is_right for e in claimed)}/{len(claimed)}"
         taint = f"{sum(e.spread for e in part)}/{len(part)}"
-        print(f"{words:34}{len(part):5}{first:>13}{framed:>14}{loss:>12}{worst:>8}{taint:>13}")
+        print(f"{words:34}{len(part):7}{first:>13}{framed:>14}{loss:>12}{worst:>12}{taint:>13}")
     seconds = time.process_time() - began
     print(f"{len(found)} incidents in {seconds:.1f} CPU-s, {1000 * seconds / len(found):.0f} ms each")
     wrong = [e for e in found if not (e.right and e.loss_is_right and e.spread) or e.framed]
     for each in wrong if options.verbose else wrong[:10]:
         print(f"  {each.group} {each.name}: {each.said} {each.hours} {each.truth_hours} {dict(each.words)}")
     right = sum(e.right for e in found) / len(found)
-    return 0 if right >= 0.95 and not any(e.framed for e in found) else 1
+    return right >= 0.95 and not any(e.framed for e in found)
 
 
 if __name__ == "__main__":

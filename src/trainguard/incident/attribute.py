@@ -9,6 +9,10 @@ by people. An account is not a person: it may be shared, stolen, or used to fram
 something was done and the login session from which it was done are separate candidates, and where they contradict
 each other the session is the stronger one: su and sudo change a process's account, its audit login is set once.
 
+A process that cron or a timer started did what its script says, and not what its account chose just then: if the script
+is another account's, it is followed there. A file tells of its owner as the record met it; read from the disk, the
+owner counts only while the inode is as it was at the act, and nobody's number is nobody.
+
 A process of the job acts under the account that started the job, whoever wrote the code that it runs: such an act is
 followed to the file that holds the line, never to the job's own account. And a trace that would look the same whoever
 had left it (a file that others may write, a file of root) does not outrank the host.
@@ -48,15 +52,28 @@ SHARES: dict[str, float] = {
     "session and account contradict each other": 0.40,
     "no login is recorded": 0.15,
     "any process or account of that host": 0.50,
+    "no account stands behind that number": 0.50,
+    "the file was changed after the act": 0.50,
+    "an older file was put in its place": 0.50,
+    "it lies in another account's folder": 0.50,
+    "it started unattended, from a file of another account": 0.50,
 }
 """Alternative → share of the confidence it takes; what is left is multiplied, so doubts never add up to certainty.
 
 A half is taken by whatever makes a trace worth no more than "somebody on that host": then the host stands first.
 """
 
+NOBODY = frozenset({65533, 65534})
+"""What file servers and user namespaces make of root, and of numbers that they do not know."""
+UNATTENDED = frozenset({"cron", "crond", "anacron", "atd", "fcron", "systemd"})
+ATTENDED = frozenset({"sshd", "login", "su", "sudo", "tmux", "screen", "gnome-terminal", "agetty"})
+"""Programs in a process's ancestry that tell whether anybody chose the moment it began."""
+
 FINDINGS_LIMIT = 64
 """Findings of one incident that are followed to their traces, worst first."""
 OPENS_LIMIT = 100_000
+MOVED_NS = 60 * 10**9
+"""A file whose content is so much older than its inode's last change was moved, or had its times set."""
 SUPPORTS_LIMIT = 12
 JOB_KINDS = ("kill", "open", "code")
 """Kinds of frames whose records attribution reads, beside those of the supervisor."""
@@ -198,7 +215,9 @@ def _candidates(finding: Finding, facts: Facts, sources: Sources) -> Iterator[Ca
         if sender is not None:
             within = _is_of_the_job(sender, facts)
             outside = outside or not within
-            yield from _from_process(sender, facts, (citation,), within=within)
+            lent = () if within else tuple(_from_script(sender, finding, facts, sources))
+            yield from _from_process(sender, facts, (citation,), within=within, lent=bool(lent))
+            yield from lent
         traces.extend(_in_record(record, finding, facts))
     if outside:
         return
@@ -243,10 +262,39 @@ def _ancestry(sender: Mapping[str, Any]) -> list[list[Any]]:
     return [step for step in steps if isinstance(step, list) and len(step) > 2 and isinstance(step[0], int)]
 
 
+def _from_script(sender: Mapping[str, Any], finding: Finding, facts: Facts, sources: Sources) -> Iterator[Candidate]:
+    """The owner of the script that a process ran unattended, where that is not the account it ran under."""
+    programs = {str(step[2]) for step in _ancestry(sender)}
+    if not programs & UNATTENDED or programs & ATTENDED:
+        return
+    path = _script(sender)
+    now = sources.inode(Path(path)) if path is not None else None
+    if path is None or now is None or now.uid in {sender.get("uid"), 0, *NOBODY}:
+        return
+    trace = _Trace(path=path, how="a process that cron or a timer started ran it", moved=True)
+    yield from _from_file(trace, finding, facts, sources)
+
+
+def _script(sender: Mapping[str, Any]) -> str | None:
+    """The file that a command line runs: its first word that is a path, the program itself apart."""
+    command = sender.get("cmdline")
+    words = [str(word) for word in command[:8]] if isinstance(command, list) else []
+    exe, cwd = sender.get("exe"), sender.get("cwd")
+    for word in words:
+        if word.startswith("/") and word != exe and "/bin/python" not in word:
+            return word
+        if word.endswith((".py", ".sh")) and isinstance(cwd, str) and cwd.startswith("/"):
+            return f"{cwd}/{word}"
+    return None
+
+
 def _from_process(
-    sender: Mapping[str, Any], facts: Facts, cites: tuple[Citation, ...], *, within: bool
+    sender: Mapping[str, Any], facts: Facts, cites: tuple[Citation, ...], *, within: bool, lent: bool = False
 ) -> Iterator[Candidate]:
-    """A process, the account it ran under, and the login it came from."""
+    """A process, the account it ran under, and the login it came from.
+
+    lent: it ran another account's file, and nobody chose the moment.
+    """
     pid, uid = _whole(sender.get("pid")), _whole(sender.get("uid"))
     login, session = _login(sender.get("loginuid")), _login(sender.get("session"))
     command = sender.get("cmdline")
@@ -263,7 +311,7 @@ def _from_process(
     steered = ("the process may have been steered by what it read",)
     yield _candidate("A2", name, None, seen, (), steered, cites)
     if uid is not None:
-        yield from _accounts(uid, login, session, facts, seen, cites, within=within)
+        yield from _accounts(uid, login, session, facts, seen, cites, within=within, lent=lent)
 
 
 def _accounts(
@@ -275,6 +323,7 @@ def _accounts(
     cites: tuple[Citation, ...],
     *,
     within: bool,
+    lent: bool,
 ) -> Iterator[Candidate]:
     """The account of a process, and the login session where that is another's: su and sudo keep the audit login."""
     doubts = ["shared account", "stolen credentials"]
@@ -294,8 +343,16 @@ def _accounts(
     if within:
         against += ("it is the account that started the run: every process of the job has it, whoever wrote its code",)
         doubts.append("it is the account that started the run")
+    elif uid == facts.uid and login in (None, facts.loginuid):
+        against += ("it is the account that started the run itself, and its owner may have ended what she began",)
+        doubts += ["it is the account that started the run", "an honest bug"]
+    if lent:
+        against += ("nobody was there: cron or a timer ran a file that belongs to another account",)
+        doubts.append("it started unattended, from a file of another account")
     if uid == 0:
         doubts.append("root stands for whoever administers the host")
+    if uid in NOBODY:
+        doubts.append("no account stands behind that number")
     yield _candidate("A3", f"account {_name(uid)}", uid, seen, against, tuple(doubts), cites)
 
 
@@ -321,7 +378,7 @@ def _in_opens(files: object, finding: Finding) -> Iterator[_Trace]:
             continue
         changed = line.get("changed") is True
         how = "its content changed while the run read it" if changed else "the run read it"
-        yield _Trace(path=path, how=how, then=_uid_alone(line.get("uid"), line.get("ctime_ns")), moved=True)
+        yield _Trace(path=path, how=how, then=_met(line), moved=True)
 
 
 def _in_ran(ran: Mapping[str, Any], facts: Facts) -> Iterator[_Trace]:
@@ -329,7 +386,7 @@ def _in_ran(ran: Mapping[str, Any], facts: Facts) -> Iterator[_Trace]:
     file, source = ran.get("file"), ran.get("source")
     line = facts.opens.get(source) if isinstance(source, str) else None
     if line is not None and isinstance(line.get("path"), str) and line["path"] != file:
-        then = _uid_alone(line.get("uid"), line.get("ctime_ns"))
+        then = _met(line)
         yield _Trace(path=line["path"], how="its text was run as code", then=then, moved=True)
     elif isinstance(file, str) and file.startswith("/"):
         yield _Trace(path=file, how="it was run", then=_owner(ran.get("owner")), moved=True)
@@ -356,6 +413,9 @@ def _from_file(trace: _Trace, finding: Finding, facts: Facts, sources: Sources) 
         alternatives.append("written through a shared folder")
     if owner == 0:
         alternatives.append("root stands for whoever administers the host")
+    for alternative, line in _may_be_others(trace, owner, now, finding, facts):
+        alternatives.append(alternative)
+        against.append(line)
     if owner == facts.uid:
         against.append("it is the account that started the run itself")
         alternatives.append("it is the account that started the run")
@@ -378,6 +438,40 @@ def _from_file(trace: _Trace, finding: Finding, facts: Facts, sources: Sources) 
         against.append(f"the run was started from a login of account {_name(facts.loginuid)}")
         alternatives.append("session and account contradict each other")
     yield _candidate("A3", f"account {_name(owner)}", owner, supports, tuple(against), tuple(alternatives), cites)
+
+
+def _may_be_others(
+    trace: _Trace, owner: int, now: Inode | None, finding: Finding, facts: Facts
+) -> Iterator[tuple[str, str]]:
+    """What makes the owner of a file say little of who did it: an alternative, and its reason."""
+    then = trace.then
+    if owner in NOBODY:
+        yield "no account stands behind that number", "a file server made a number of its own of the owner"
+    acted = max((facts.by_hash[c.hash].at for c in finding.evidence if c.hash in facts.by_hash), default=None)
+    changed = now.changed_ns if now is not None else None
+    if then is None and acted is not None and changed is not None and changed > acted:
+        yield (
+            "the file was changed after the act",
+            f"its inode was changed at {_moment(changed)}, after the act: who owned it then is not recorded",
+        )
+    known = [inode for inode in (then, now) if inode is not None and inode.uid == owner]
+    if any(inode.replaceable_by_others for inode in known) and then is not None and _is_older(then):
+        yield (
+            "an older file was put in its place",
+            "its content is older than its place in that folder, where others may put it",
+        )
+    for inode in known[-1:]:
+        if inode.folder_uid not in (None, 0, owner) and inode.folder_mode is not None and not inode.folder_mode & 0o022:
+            yield (
+                "it lies in another account's folder",
+                f"its folder belongs to account {_name(inode.folder_uid or 0)}, who alone can put files there",
+            )
+
+
+def _is_older(inode: Inode) -> bool:
+    """Whether a file's content is older than its inode's last change, as that of one that was moved is."""
+    written, changed = inode.written_ns, inode.changed_ns
+    return written is not None and changed is not None and changed - written > MOVED_NS
 
 
 def _owned(trace: _Trace, owner: int, now: Inode | None) -> Iterator[str]:
@@ -430,9 +524,10 @@ def _owner(value: object) -> Inode | None:
     return Inode(uid=uid, mode=mode & 0o7777, folder_uid=folder_uid, folder_mode=folder_mode)
 
 
-def _uid_alone(uid: object, changed_ns: object) -> Inode | None:
-    known = _whole(uid)
-    return None if known is None else Inode(uid=known, changed_ns=_whole(changed_ns))
+def _met(line: Mapping[str, Any]) -> Inode | None:
+    """What a process saw of a file when it opened it."""
+    uid, changed, written = (_whole(line.get(name)) for name in ("uid", "ctime_ns", "mtime_ns"))
+    return None if uid is None else Inode(uid=uid, changed_ns=changed, written_ns=written)
 
 
 # -- what is left ------------------------------------------------------------------------------------------------------

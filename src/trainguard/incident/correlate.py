@@ -63,7 +63,7 @@ def incidents(
         incident
         for run, verdict in lineage.verdicts.items()
         if any(finding.outcome != "not_checked" for finding in verdict.findings)
-        for incident in _of_run(run, verdict, _records(home, run, leaves), lineage, sources)
+        for incident in _of_run(run, verdict, _records(home, run, leaves, verdict), lineage, sources)
     ]
     order = ("critical", "high", "medium", "low")
     return sorted(found, key=lambda one: (order.index(one.severity), one.run, one.first_step or 0, one.id))
@@ -78,12 +78,13 @@ def find(known: Sequence[Incident], name: str) -> Incident:
     raise Misuse(f"incident {name[:60]!r}: {said}", next_step="trainguard incident list")
 
 
-def _records(home: Home, run: str, leaves: LogLeaves) -> list[Evidence]:
-    """Records that can be cited; those of a broken record up to where it breaks."""
+def _records(home: Home, run: str, leaves: LogLeaves, verdict: Verdict) -> list[Evidence]:
+    """The supervisor's records, those that attribution reads, and all that are cited; up to where a record breaks."""
+    cited = {citation.hash for finding in verdict.findings for citation in finding.evidence}
     kept: list[Evidence] = []
     try:
         for record in RunReader(home, run, leaves=leaves).records():
-            if record.source == "supervisor" or record.kind in JOB_KINDS:
+            if record.source == "supervisor" or record.kind in JOB_KINDS or record.hash in cited:
                 kept.append(record)
     except VerificationError:
         pass  # the verdict has it as a finding

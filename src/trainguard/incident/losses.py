@@ -13,7 +13,8 @@ Each moment of a device is counted in one row. What takes only time (kills, slee
 the work of such a run is presumed good, and stands in the high figure alone.
 
 Taken off: ends that come by nature, where the sender is not known (`kills.BASE_RATE_PER_GPU_DAY`); slow steps that
-there were before, where a line is named.
+there were before, where a line is named; and of a slow step, what a rank of it waited for a processor longer than it
+usually does, which a sleep does not cause.
 """
 
 from __future__ import annotations
@@ -130,6 +131,12 @@ class _Course:
     """When checkpoints were on disk, in order."""
     exits: list[Evidence]
     ended: int = 0
+    waits: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
+    """Process → (from, to, share of that time it was ready and had no processor)."""
+
+    def busy_ns(self, begin: int, end: int) -> int:
+        """How long the rank that waited most for a processor did so from `begin` to `end`, above what is usual."""
+        return max((int(_above_usual(windows, begin, end)) for windows in self.waits.values()), default=0)
 
 
 @dataclass(slots=True)
@@ -385,7 +392,15 @@ def _slowed(course: _Course, findings: Sequence[Finding]) -> Iterator[Piece]:
             median = _median(span, finding.subject.step or 0)
             for number, at, wall in span.steps:
                 if number in slow and (excess := wall - median) > 0:
-                    yield "slowed", span, (at - excess, at), 0.0 if waits else low, share, finding
+                    own = share * max(0.0, 1 - course.busy_ns(at - wall, at) / excess)
+                    yield "slowed", span, (at - excess, at), 0.0 if waits else min(low, own), own, finding
+
+
+def _above_usual(windows: Sequence[tuple[int, int, float]], begin: int, end: int) -> float:
+    """Nanoseconds without a processor from `begin` to `end`, above the median of all windows."""
+    usual = statistics.median([share for _, _, share in windows]) if len(windows) > 2 else 0.0
+    parts = (max(0, min(end, last) - max(begin, first)) * max(0.0, share - usual) for first, last, share in windows)
+    return sum(parts)
 
 
 def _accused(course: _Course, finding: Finding) -> list[Span]:
@@ -433,6 +448,8 @@ def _read(home: Home, leaves: LogLeaves, run: str, findings: Sequence[Finding]) 
                 course.saved.append(record.at)
             elif record.kind == "process" and record.process is not None:
                 hellos[record.process] = record
+            elif record.kind == "pace" and record.process is not None:
+                course.waits.setdefault(record.process, []).extend(_window(record))
             elif record.kind == "exit":
                 course.exits.append(record)
                 if record.process in spans:
@@ -461,6 +478,13 @@ def _steps(record: Evidence) -> list[tuple[int, int, int]]:
         found.append((number, at, wall))
         at -= wall
     return found[::-1]
+
+
+def _window(record: Evidence) -> Iterator[tuple[int, int, float]]:
+    """The stretch a `pace` record is about, and the share of it without a processor; nothing where it does not say."""
+    length, queue, stopped = (_whole(record.body.get(name)) for name in ("window_ns", "queue_ns", "throttled_ns"))
+    if length:
+        yield record.at - length, record.at, min(1.0, max(queue, stopped) / length)
 
 
 def _whole(value: object) -> int:

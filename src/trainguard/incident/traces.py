@@ -37,6 +37,8 @@ class Inode(msgspec.Struct, frozen=True, kw_only=True):
     """Permission bits; None where only the owner is known."""
     changed_ns: int | None = None
     """When the inode last changed (ctime), nanoseconds since the epoch."""
+    written_ns: int | None = None
+    """When the content last changed (mtime); its owner can set it to any time."""
     folder_uid: int | None = None
     folder_mode: int | None = None
 
@@ -82,6 +84,7 @@ def look_at(path: Path) -> Inode | None:
         uid=status.st_uid,
         mode=status.st_mode & 0o7777,
         changed_ns=status.st_ctime_ns,
+        written_ns=status.st_mtime_ns,
         folder_uid=folder.st_uid,
         folder_mode=folder.st_mode & 0o7777,
     )

@@ -125,6 +125,8 @@ class Stage:
     """What happens after its last step."""
     inodes: dict[str, Inode] = field(default_factory=dict)
     lines: dict[str, Authorship] = field(default_factory=dict)
+    says: dict[str, Any] = field(default_factory=dict)
+    """What the start of the attacked run claims beside."""
     bad_from: int | None = None
     lost_ns: int = 0
 
@@ -354,7 +356,7 @@ def _start(stage: Stage, policy: str, *, attacked: bool) -> Body:
         "policy": policy,
         "lock": None,
         "settings": {"links": "governed"},
-    }
+    } | (stage.says if attacked else {})
 
 
 def _measure(job: Job) -> None:

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from trainguard.testing.casebook import CASEBOOK
 from trainguard.testing.incidents import SCRIPTS, Script, play, score
 
+OTHERS = [
+    pytest.param(script, id=script.name, marks=() if script.group != "act" else pytest.mark.nightly)
+    for script in CASEBOOK
+]
+"""The second set: by day those in which somebody could be accused who had nothing to do with it."""
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+
+@pytest.mark.parametrize("script", [*(pytest.param(one, id=one.name) for one in SCRIPTS), *OTHERS])
 def test_a_scripted_incident_is_told_as_it_was(script: Script, tmp_path: Path) -> None:
     """The right account or none; nobody framed; the loss within 5 %; taint where it belongs and nowhere else."""
     told = score(play(script, tmp_path, seed=0))
@@ -17,6 +24,14 @@ def test_a_scripted_incident_is_told_as_it_was(script: Script, tmp_path: Path) -
     assert told.right, told.said
     assert told.loss_is_right, (told.hours, told.truth_hours)
     assert told.spread, told.words
+
+
+def test_the_second_set_is_another_one() -> None:
+    """At least 30, of every kind, and none by the name of one of the first set."""
+    names = {script.name for script in CASEBOOK}
+    assert len(names) == len(CASEBOOK) >= 30
+    assert not names & {script.name for script in SCRIPTS}
+    assert {script.group for script in CASEBOOK} == {"act", "frame", "hardware", "honest"}
 
 
 def test_there_are_enough_of_them_of_every_kind() -> None:
