@@ -141,10 +141,12 @@ def test_a_method_hidden_by_an_attribute_of_one_module_is_found(run: Watched) ->
 
 
 def test_an_honest_run_has_no_difference(tmp_path: Path) -> None:
-    """A scheduler that patches the optimizer's `step`, and a subclass of the job's own, are no differences."""
+    """A scheduler that patches the optimizer's `step`, a subclass of the job's own, bases the interpreter carries."""
     top = """
-import torch
-class Mine(torch.optim.AdamW):
+import abc, collections.abc, typing, torch
+class Mine(torch.optim.AdamW, abc.ABC, collections.abc.Sized, typing.Generic[typing.TypeVar("T")]):
+    def __len__(self):
+        return 1
     def step(self, closure=None):
         return super().step(closure)
 """

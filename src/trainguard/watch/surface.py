@@ -19,6 +19,7 @@ milliseconds after a step, when the budget has room.
 
 from __future__ import annotations
 
+import _imp
 import atexit
 import functools
 import os
@@ -247,7 +248,7 @@ class Surface:
         module = sys.modules.get(kind.__module__)
         namespace = object.__getattribute__(module, "__dict__") if isinstance(module, type(sys)) else {}
         path = _file_of(namespace)
-        index = self._index(path) if path is not None else None
+        index = self._index(path, module) if path is not None else None
         if index is None:
             return
         loaded = code.current()
@@ -266,11 +267,11 @@ class Surface:
     ) -> None:
         self.bindings.append(Binding(owner, name, label + "." + name, expected, own, hides))
 
-    def _index(self, path: str) -> Optional[Index]:
+    def _index(self, path: str, module: Any = None) -> Optional[Index]:
         """The code objects of a loaded file; None when its source cannot be had any more."""
         if path not in self.indexes:
             loaded = code.current()
-            module_code = None if loaded is None else loaded.code_of(path)
+            module_code = _frozen(module) or (None if loaded is None else loaded.code_of(path))
             if module_code is None or loaded is None:
                 self.indexes[path] = None
                 self.unread.add(path)
@@ -413,6 +414,16 @@ class Surface:
         if claims:
             line["claims"] = True
         self._differ.append(line)
+
+
+def _frozen(module: Any) -> Any:
+    """The code of a module that lies in the interpreter itself, such as `abc`; None where it came from a file."""
+    if getattr(getattr(module, "__spec__", None), "origin", None) != "frozen":
+        return None
+    try:
+        return _imp.get_frozen_object(module.__name__)
+    except ImportError:
+        return None
 
 
 def reach(value: Any) -> Iterator[Any]:
