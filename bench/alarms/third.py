@@ -164,7 +164,7 @@ def hf_models(path: Path) -> None:
         "intermediate_size": 8,
         "vocab_size": 9,
     }
-    for kind in ("Albert", "Deberta", "GPTNeoX", "Falcon", "Qwen3", "Gemma2", "Phi3", "Llama"):
+    for kind in ("Albert", "GPTNeoX", "Falcon", "Qwen3", "Gemma2", "Phi3", "Llama"):
         config = getattr(transformers, f"{kind}Config")(**small)
         transformers.AutoModel.from_config(config).save_pretrained(path / kind)
     byte_level = Tokenizer(models.BPE())

@@ -654,13 +654,15 @@ class Machine:
         self._stack.append(self._parse_int(line.removesuffix(b"L")))
 
     def _parse_int(self, line: bytes) -> int:
-        if len(line) > self._meter.policy.integer_digits:
-            raise OverBudget(f"an integer of {len(line)} digits, limit {self._meter.policy.integer_digits}")
         if not INTEGER.fullmatch(line):
             raise Malformed(f"expected an integer, found {line[:40]!r}")
+        if len(line) > self._meter.policy.integer_digits:
+            raise OverBudget(f"an integer of {len(line)} digits, limit {self._meter.policy.integer_digits}")
         return int(line)
 
     def _long_binary(self, length: int) -> None:
+        if length > self.source.size - self.position:
+            raise Malformed(f"an argument of {length} bytes runs past the end")
         if length > self._keep:
             raise OverBudget(f"an integer of {length} bytes, limit {self._keep}")
         self._made += 1 + (length >> 6)

@@ -17,6 +17,7 @@ import pytest
 from trainguard.digest import sha256_hex
 from trainguard.errors import Misuse
 from trainguard.scan import Report, ScanPolicy, Verdict, parse_trust, vet, vet_file, worst
+from trainguard.scan.limits import VERSION
 from trainguard.testing.forge import BENIGN, named, stream, torch_zip, touch, zip_of
 
 
@@ -375,3 +376,9 @@ def test_report_json_is_plain(tmp_path: Path) -> None:
     """What the command prints with --json is the report and nothing else."""
     (tmp_path / "a.pkl").write_bytes(BENIGN)
     assert json.loads(msgspec.json.encode(vet(tmp_path)))["schema"] == "trainguard/scan/v1"
+
+
+def test_the_specification_shows_this_version() -> None:
+    """Whoever compares a report with spec/scan.md sees the version that made it."""
+    shown = (Path(__file__).parents[3] / "spec" / "scan.md").read_text()
+    assert f'"version": "{VERSION}"' in shown

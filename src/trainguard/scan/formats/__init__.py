@@ -10,6 +10,7 @@ from trainguard.scan.formats.npy import NPY
 from trainguard.scan.formats.onnx import ONNX, SENTENCEPIECE
 from trainguard.scan.formats.pickles import PICKLE_FORMAT
 from trainguard.scan.formats.safetensors import SAFETENSORS
+from trainguard.scan.formats.tables import ARROW, CATBOOST, MATLAB, PARQUET
 from trainguard.scan.formats.tar import TAR
 from trainguard.scan.formats.ubjson import UBJSON
 from trainguard.scan.formats.zips import ZIP
@@ -19,7 +20,7 @@ STRONG: tuple[Format, ...] = (
     PICKLE_FORMAT,
     *(ZIP, NPY, HDF5, GGUF, UBJSON, ARCHIVE_FORMAT),
     *COMPRESSED[:5],
-    *(IMAGE, CODE_FORMAT),
+    *(IMAGE, CODE_FORMAT, PARQUET, ARROW, MATLAB, CATBOOST),
 )
 """Formats with a magic, asked first."""
 SHAPED: tuple[Format, ...] = (TAR, EVENTS, *COMPRESSED[5:], ONNX, SENTENCEPIECE)

@@ -30,22 +30,28 @@ LIBRARIES = frozenset(
     for name in ("bert", "roberta", "llama", "mistral", "qwen2", "gpt2", "t5", "vit", "clip", "whisper", "gemma", "phi")
 )
 PIPELINE_LIBRARIES = frozenset(("diffusers", "transformers", "stable_diffusion", "onnxruntime.training"))
+SENTENCE_MODULES = {
+    "Transformer": "transformer",
+    "Pooling": "pooling",
+    "Normalize": "normalize",
+    "Dense": "dense",
+    "Dropout": "dropout",
+    "LayerNorm": "layer_norm",
+    "CNN": "cnn",
+    "LSTM": "lstm",
+    "BoW": "bow",
+    "WordEmbeddings": "word_embeddings",
+    "WeightedLayerPooling": "weighted_layer_pooling",
+}
+"""Class → the file it lies in; newer releases name both."""
 SENTENCE_TYPES = frozenset(
     f"sentence_transformers.{path}.{name}"
     for path in ("models", "sentence_transformer.modules", "base.modules")
-    for name in (
-        "Transformer",
-        "Pooling",
-        "Normalize",
-        "Dense",
-        "Dropout",
-        "LayerNorm",
-        "CNN",
-        "LSTM",
-        "BoW",
-        "WordEmbeddings",
-    )
+    for cls, module in SENTENCE_MODULES.items()
+    for name in (cls, f"{module}.{cls}", f"{cls}.{cls}")
 )
+PIPELINE_INDEX = "model_index.json"
+"""Where diffusers looks for [library, class] pairs, which it imports; elsewhere two words in a list are two words."""
 
 
 def judge(job: Job, data: bytes | None) -> tuple[str, str]:
@@ -138,7 +144,7 @@ def _class_tables(job: Job, value: Any) -> None:
             kind = item.get("type") if isinstance(item, dict) and {"idx", "name", "path"} <= set(item) else None
             if isinstance(kind, str) and kind not in SENTENCE_TYPES:
                 job.note(Verdict.UNKNOWN, "config", f"type: imports {kind[:120]!a}", global_name=kind, use="call")
-    elif isinstance(value, dict) and "_class_name" in value and "_diffusers_version" in value:
+    elif isinstance(value, dict) and job.name.lower() in (PIPELINE_INDEX, "") and "_class_name" in value:
         for key, pair in value.items():
             if _is_class(pair) and pair[0] not in PIPELINE_LIBRARIES:
                 name = f"{pair[0]}.{pair[1]}"
