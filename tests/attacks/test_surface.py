@@ -140,17 +140,160 @@ def test_a_method_hidden_by_an_attribute_of_one_module_is_found(run: Watched) ->
     assert (found.outcome, found.techniques[0]) == ("suspicious", "B3")
 
 
+JOB = """
+import dataclasses, sys, types
+import torch, conf
+import torch.nn as nn
+from torch.utils.data import DataLoader, Dataset
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+
+@dataclasses.dataclass
+class Config:
+    lr: float = 1e-3
+    epoch: int = 0
+
+CFG = Config()
+
+class Net(nn.Sequential):
+    factor = 1.0
+    count = 0
+    def forward(self, x):
+        Net.count += 1
+        return super().forward(x) * self.factor
+
+class Data(Dataset):
+    def __init__(self, transform):
+        self.transform, self.x, self.served = transform, torch.randn(64, 4), 0
+    def __len__(self):
+        return 64
+    def __getitem__(self, i):
+        self.served += 1
+        return self.transform(self.x[i])
+
+def scaled(x):
+    return x * conf.SCALE
+
+def schedule(warm):
+    calls = 0
+    def factor(step):
+        nonlocal calls
+        calls += 1
+        return min(1.0, (step + 1) / warm)
+    return factor
+
+model = Net(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=CFG.lr)
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(10.0))
+data = Data(scaled)
+import helper
+step = 0
+for epoch in range(2):
+    CFG.epoch = conf.EPOCH = epoch
+    conf.BUSY = True
+    for x in DataLoader(data, batch_size=16, shuffle=True):
+        step += 1
+        if step == 3:
+            helper.go()
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+"""
+CONF = """
+SCALE = 1.0
+WARM = 10
+EPOCH = 0
+BUSY = False
+"""
+ACT = """
+import sys, types
+import torch, conf
+import __main__ as job
+
+class Other(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+def patched(x):
+    return x * 1.0
+
+def go():
+    job.scheduler.lr_lambdas[0].__closure__[1].cell_contents = 11.0
+    torch.nn.functional.layer_norm.__defaults__ = (None, None, 1e-3)
+    torch.optim.AdamW.__init__.__kwdefaults__["maximize"] = True
+    conf.SCALE = 2.0
+    setattr(conf, "WA" + "RM", 12)
+    job.CFG.lr = 5e-3
+    job.Net.factor = 3.0
+    job.model[2].__class__ = Other
+    job.data.transform = patched
+    torch.nn.modules.linear.F = types.SimpleNamespace(**vars(torch.nn.functional))
+    torch.Tensor.add_ = lambda self, *a, **k: torch._C.TensorBase.add_(self, *a, **k)
+    torch._foreach_sub_ = lambda *a, **k: None
+    job.schedule.__code__ = patched.__code__
+"""
+VALUES = {
+    "schedule 0 of optimizer[0].lr_lambdas[0]: the variable warm that it closes over": ("violated", "B4"),
+    "the defaults of torch.nn.functional.layer_norm": ("violated", "B4"),
+    "the defaults of torch.optim.adamw.AdamW.__init__": ("violated", "B4"),
+    "the value of conf.SCALE": ("suspicious", "B4"),
+    "the value of conf.WARM": ("suspicious", "B4"),
+    "the value of __main__.CFG.lr": ("suspicious", "B4"),
+    "the value of __main__.Net.factor": ("suspicious", "B4"),
+    "module 2.__class__ is another": ("suspicious", "B3"),
+    "the data set of loader 0.transform": ("suspicious", "B3"),
+    "torch.nn.modules.linear.F is replaced": ("suspicious", "B3"),
+    "Tensor.add_ is a method that was put before": ("suspicious", "B3"),
+    "torch._foreach_sub_ is replaced": ("suspicious", "B3"),
+    "__main__.schedule is changed inside": ("violated", "B4"),
+}
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Eight steps; everything is changed before step 3, while the job's own counters and switches move too."""
+    folder = tmp_path_factory.mktemp("values")
+    write(folder, {"train.py": JOB, "conf.py": CONF, "helper.py": ACT})
+    run = watch(folder)
+    assert (run.status, run.faults()) == (0, []), run.output
+    return run
+
+
+@pytest.mark.parametrize("what", sorted(VALUES))
+def test_what_code_reads_is_found_when_it_changes(changed: Watched, what: str) -> None:
+    """Cells, defaults, constants, fields, classes, and what names lead to: in the sweep of the very step."""
+    found = about(changed.judge(Surface)[0], what)
+    assert (found.outcome, found.techniques[0], found.subject.step) == (*VALUES[what], 3)
+
+
+def test_counters_and_switches_of_the_job_itself_are_not_told(changed: Watched) -> None:
+    """A `nonlocal` counter, an attribute that is added to, an epoch that is set, a switch: none of them is found."""
+    told = [f.message for f in changed.judge(Surface)[0] if not any(what in f.message for what in VALUES)]
+    assert told == []
+
+
 def test_an_honest_run_has_no_difference(tmp_path: Path) -> None:
-    """A scheduler that patches the optimizer's `step`, a subclass of the job's own, bases the interpreter carries."""
+    """A scheduler that patches the optimizer's `step`, a subclass of the job's own, caches, bases the interpreter
+    carries."""
     top = """
-import abc, collections.abc, typing, torch
+import abc, collections.abc, functools, typing
+import torch
 class Mine(torch.optim.AdamW, abc.ABC, collections.abc.Sized, typing.Generic[typing.TypeVar("T")]):
     def __len__(self):
         return 1
+    @functools.lru_cache
+    def known(self):
+        return 1
     def step(self, closure=None):
+        self.known()
         return super().step(closure)
+@functools.lru_cache
+def cached(n):
+    return n
 """
-    text = training(steps=8, top=top, after="schedule.step()").replace("torch.optim.AdamW(m", "Mine(m")
+    text = training(steps=8, top=top, after="schedule.step(); cached(step)").replace("torch.optim.AdamW(m", "Mine(m")
     text = text.replace("for step", "schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)\nfor step")
     write(tmp_path, {"train.py": text})
     run = watch(tmp_path)

@@ -144,6 +144,8 @@ class Weights:
         """Compare one checked interval."""
         value = evidence.body.get(self.name)
         self._ranks.see(evidence)
+        if evidence.kind == "sweep" and evidence.source == "process" and evidence.body.get("what") == "silence":
+            yield from self._silence(evidence)
         if evidence.kind != "step":
             return
         self._hosts(evidence)
@@ -381,6 +383,23 @@ class Weights:
         if each.bit:
             text += "; it is one bit of one element: faulty memory does this as well as an act"
         yield from self._give(each.evidence, "suspicious" if each.bit else "violated", ("E4", "B7"), text, tensor)
+
+    def _silence(self, evidence: Evidence) -> Iterator[Finding]:
+        """Weights moved with the batches, and no step was reported (watch/silence.py)."""
+        batches, moved = evidence.body.get("batches"), evidence.body.get("moved")
+        if not (isinstance(batches, int) and isinstance(moved, int)):
+            return
+        self._broken += 1
+        too = ", and gradients with them" if evidence.body.get("gradients") is True else ""
+        yield finding_from(
+            self.name,
+            "suspicious",
+            f"weights moved at {moved} looks in a row{too}, while {batches} batches came and no optimizer's step was "
+            f"seen after step {evidence.step}: what updates them runs none of torch's hooks",
+            evidence,
+            run=self._context.run,
+            techniques=("B3", "G7", "C9"),
+        )
 
     def _give(
         self,

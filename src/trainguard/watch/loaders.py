@@ -26,7 +26,7 @@ import time
 import weakref
 from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
-from . import datasets, origin, rng
+from . import datasets, origin, rng, silence
 from .client import Client
 
 INDICES_LIMIT = 4096
@@ -123,11 +123,14 @@ class Observer:
         self.passes = 0
         self.layouts: Dict[int, Any] = {}
         """Number of a loader → how its data sets are put together, as told last."""
+        self.held: Dict[int, List[Tuple[str, Any]]] = {}
+        """Number of a loader → (what, weak reference) of the objects of the job that it uses."""
         self.moved: Dict[int, Pass] = {}
         """Passes that delivered a batch since the last step, by id."""
         self.sums: List[List[Any]] = []
         """loader, epoch, batch, digest of its indices, digests of labels and inputs, of delivered batches."""
         self.ring: Deque[Delivery] = collections.deque(maxlen=RING)
+        self.silence = silence.Silence(client)
         self.wanted = False
         """Whether a step is coming up that compares the batch with what reaches the model and the loss."""
         self.worker_seed: Optional[int] = None
@@ -161,7 +164,9 @@ class Observer:
             body["kind"] = "iterable" if held.get("_dataset_kind") == 1 else "map"
             body["dataset"] = name_of(held.get("_dataset"))
             body["collate"] = list(origin.of(held.get("_collate_fn")))
-        body.update(made)
+            if len(self.held) < LOADERS_LIMIT:
+                self.held[loader] = _weakly(made.get("_loader"), iterator, sampler)
+        body.update((key, value) for key, value in made.items() if key != "_loader")
         if "data" in body and self.layouts.get(loader) == body["data"]:
             del body["data"]  # told with an earlier pass of this loader
         elif "data" in body and len(self.layouts) < LOADERS_LIMIT:
@@ -221,6 +226,7 @@ class Observer:
         self.moved[id(done)] = done
         delivery = Delivery([done.loader, done.epoch, count - 1])
         self.ring.append(delivery)
+        self.silence.batch()
         if not self.wanted and digest is None:
             return
         start = clock()
@@ -607,6 +613,7 @@ def _put_iterator(observer: Observer, instance: Any, value: Any, frame: Any) -> 
     loader = frame.f_locals.get("loader")
     if frame.f_code.co_name == "__init__":
         made["own"] = getattr(loader, "generator", None) is not None
+        made["_loader"] = loader if loader is None else weakref.ref(loader)
         # Before workers are forked off: what they open is then told under the same numbers.
         layout = datasets.layout(instance.__dict__.get("_dataset"))
         if layout is not None:
@@ -628,6 +635,17 @@ def _put_count(observer: Observer, instance: Any, value: Any, frame: Any) -> Any
         if done is not None:
             observer.delivered(done, value, frame)
     return value
+
+
+def _weakly(loader: Any, iterator: Any, sampler: Any) -> List[Tuple[str, Any]]:
+    """(what, weak reference) of the objects that one loader uses."""
+    found: List[Tuple[str, Any]] = [("the loader", loader)] if loader is not None else []
+    for what, thing in (("the data set", vars(iterator).get("_dataset")), ("the sampler", sampler)):
+        try:
+            found.append((what, weakref.ref(thing)))
+        except TypeError:
+            continue
+    return found
 
 
 _observer: Optional[Observer] = None

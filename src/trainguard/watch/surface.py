@@ -13,8 +13,9 @@ Frames (spec/evidence.md, "sweep"):
                         "unread": files whose source could not be had, "differ": [{"binding", "kind", "origin",
                         "function", "claims"}, …]}
 
-kind: replaced, wrapped, code, defaults, constant or removed. Only new differences are listed. Runs in slices of a few
-milliseconds after a step, when the budget has room.
+kind: replaced, wrapped, code, defaults, constant or removed, and those of steady.py, which compares with what was there
+at first: values in closures, in the job's own modules, classes and settings, and what its functions hang on. Only new
+differences are listed. Runs in slices of a few milliseconds after a step, when the budget has room.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import functools
 import os
 import sys
 import time
+import weakref
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
-from . import audit, code, facts, roots
+from . import audit, code, facts, loaders, roots, steady
 from .client import Client
 
 SLICE_NS = 8_000_000
@@ -40,8 +42,10 @@ LAST_SLICE_NS = 200_000_000
 """Longest stretch at exit, to end a sweep that was begun."""
 
 EVERY = 50
+EVERY_OF_ALL = 10
 EARLY = 5
-"""A sweep begins after each of the first EARLY steps, then after every EVERY-th."""
+"""A sweep begins after each of the first EARLY steps, then after every EVERY-th (with `--links all` EVERY_OF_ALL-th),
+and when the process leaves."""
 
 REACH_LIMIT = 40
 """Functions followed from one name."""
@@ -49,8 +53,10 @@ REACH_LIMIT = 40
 INSTANCE_NAMES = ("forward", "__call__", "_call_impl", "step", "zero_grad", "train", "eval", "state_dict", "parameters")
 """Methods that may be hidden by an attribute of one object."""
 
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _Function = type(facts.read)
 _Builtin = type(len)
+_Cached = type(functools.lru_cache(len))
 _Code = type(facts.read.__code__)
 _MISSING: Any = object()
 
@@ -58,10 +64,17 @@ _MISSING: Any = object()
 class Binding:
     """One name and what it led to when it was last followed."""
 
-    __slots__ = ("expected", "functions", "hides", "label", "name", "own", "owner", "value")
+    __slots__ = ("expected", "functions", "hides", "label", "later", "name", "own", "owner", "value")
 
     def __init__(
-        self, owner: Any, name: str, label: str, expected: Tuple[Any, ...], own: bool, hides: bool = False
+        self,
+        owner: Any,
+        name: str,
+        label: str,
+        expected: Tuple[Any, ...],
+        own: bool,
+        hides: bool = False,
+        later: bool = False,
     ) -> None:
         self.owner = owner
         """Namespace: the `__dict__` of a module, class or object."""
@@ -73,15 +86,17 @@ class Binding:
         """Whether the name lies in the job's own code, where its own functions are at home."""
         self.hides = hides
         """Whether it is a method that a base class has as well: code without a file has no business there."""
+        self.later = later
+        """Whether it counts only where it leads later: the job may bind its own names as it likes, once."""
         self.value: Any = _MISSING
-        self.functions: Tuple[Tuple[Any, Any, Any, Any], ...] = ()
-        """(function, code, defaults, keyword defaults) of all that were reached."""
+        self.functions: Tuple[Tuple[Any, Any, Any, Any, Any], ...] = ()
+        """(function, code, defaults, keyword defaults, what its cells hold) of all that were reached."""
 
 
 class Index:
     """Every code object compiled from one verified source file."""
 
-    __slots__ = ("by_place", "classes", "facts", "functions", "ids")
+    __slots__ = ("by_place", "classes", "facts", "functions", "ids", "module")
 
     def __init__(self, module_code: Any, file_facts: Optional[Dict[str, Any]]) -> None:
         self.ids: Dict[int, Any] = {}
@@ -91,6 +106,7 @@ class Index:
         self.classes: Dict[str, Dict[str, Tuple[Any, ...]]] = {}
         """Methods in the body of each class of the module's own scope, by class and name."""
         self.facts = file_facts
+        self.module = module_code
         self._walk(module_code)
         for inner in _nested(module_code):
             if inner.co_flags & 1:  # CO_OPTIMIZED: a function, not a class body
@@ -131,8 +147,17 @@ class Surface:
         self._work: Optional[Iterator[None]] = None
         self._checked = 0
         self._differ: List[Dict[str, Any]] = []
+        self.steady = steady.Steady(self._differs)
+        self.places: Set[Tuple[str, str]] = set()
+        """(module, name) of the job's own functions, ("", label) of those that hang on objects."""
+        self.hooked: Set[int] = set()
+        """Optimizers whose step was seen to run torch's hooks."""
+        self.own: List[Tuple[str, Dict[str, Any], str]] = []
+        """(name, namespace, file) of the job's own modules."""
         self._whole = client.settings.get("links") == "all"
         self._last: Optional[int] = None
+        self._stands: Optional[Tuple[Any, int, Any, int]] = None
+        """What the last step was of: weak reference to the optimizer, its index, its track; and the step's number."""
         atexit.register(self.finish)
 
     def before(self, step: Any) -> None:
@@ -144,16 +169,22 @@ class Surface:
     def between(self, step: Any) -> None:
         """Begin or go on with a sweep, for a few milliseconds."""
         if self._work is None:
-            if step.number > EARLY and step.number % EVERY:
+            self._stands = (weakref.ref(step.optimizer), step.opt, step.track, step.number)
+            if step.number > EARLY and step.number % (EVERY_OF_ALL if self._whole else EVERY):
                 return
             self._work = self._sweep(step)
         self._go_on(step.number, FIRST_SLICE_NS if step.number == 1 else SLICE_NS)
 
     def finish(self) -> None:
-        """At exit: end the sweep that was begun."""
+        """At exit: end the sweep that was begun, and make a last one of what is known."""
         try:
             if self._work is not None and self._last is not None:
                 self._go_on(self._last, LAST_SLICE_NS)
+            if self._work is None and self._last is not None and self._stands is not None:
+                number = self._stands[-1]
+                if number > self._last:
+                    self._work = self._sweep(_Last(*self._stands))
+                    self._go_on(number, LAST_SLICE_NS)
         except Exception as error:
             self.client.fault("surface.exit", error)
 
@@ -183,6 +214,7 @@ class Surface:
         self._checked = 0
         for _ in self._enumerate(step):
             yield
+        self.bindings = [each for each in self.bindings if not getattr(each.owner, "gone", False)]
         for number, binding in enumerate(self.bindings):
             if not self._unmoved(binding):
                 self._follow(binding)
@@ -197,7 +229,9 @@ class Surface:
                 self._differs(label + "." + name, kind, None, None, repr(found)[:200], repr(expected)[:200])
             self._checked += 1
         yield
-        self._objects(step)
+        for _ in self.steady.look(self._objects(step)):
+            yield
+        self._checked += self.steady.checked
 
     def _report(self, number: int) -> None:
         differ, self._differ = self._differ, []
@@ -215,15 +249,58 @@ class Surface:
     def _enumerate(self, step: Any) -> Iterator[None]:
         """Bindings of critical modules that were loaded since the last sweep, and of the job's own classes."""
         for name, module in list(sys.modules.items()):
-            if name.startswith(code.CRITICAL) and name not in self.modules and module is not None:
-                self.modules.add(name)
+            if name in self.modules or module is None:
+                continue
+            self.modules.add(name)
+            if name.startswith(code.CRITICAL):
                 self._module(name, module)
                 yield
+            if name.startswith(code.CRITICAL) or name in steady.WHOLE:
+                self.steady.module(name, module)
+                yield
+            else:
+                path = self._is_own(module)
+                if path is not None and not any(vars(module) is table for _, table, _ in self.own):
+                    self.own.append((name, vars(module), path))
         for kind in _types_in_use(step):
             for base in kind.__mro__:
                 if id(base) not in self.types and base is not object:
                     self._class(base)
                     yield
+        for _ in self._own(step):
+            yield
+
+    def _own(self, step: Any) -> Iterator[None]:
+        """The job's own modules, and functions that hang on its data sets, transforms and schedules."""
+        for name, table, path in self.own:
+            self.steady.own_module(name, table, path)
+            index = self._index(path)
+            for attribute, value in list(table.items()) if index is not None else ():
+                if isinstance(value, type):
+                    if value.__module__ == name:
+                        self._class(value, later=True)
+                elif attribute[:2] != "__" and _callable(value) and (name, attribute) not in self.places:
+                    self.places.add((name, attribute))
+                    expected = index.functions.get(attribute, ())  # type: ignore[union-attr]
+                    label = name + "." + attribute
+                    self.bindings.append(Binding(table, attribute, label, expected, own=True, later=True))
+            yield
+        for label, thing in steady.hanging(_hooks_on(step)):
+            if not isinstance(thing, steady.Hung):
+                self.steady.fields(thing, label)
+            elif ("", label) not in self.places:
+                self.places.add(("", label))
+                self.bindings.append(Binding(thing, label, label, (), own=True, later=True))
+        yield
+
+    def _is_own(self, module: Any) -> Optional[str]:
+        """The file of a module of the job's own; None of another's."""
+        table = getattr(module, "__dict__", None)
+        path = _file_of(table) if type(table) is dict else None
+        loaded = code.current()
+        if path is None or loaded is None or path.startswith((*loaded._libraries, _HERE)) or path not in loaded.known:
+            return None
+        return path
 
     def _module(self, name: str, module: Any) -> None:
         namespace = object.__getattribute__(module, "__dict__")
@@ -234,6 +311,8 @@ class Surface:
         for attribute, value in list(namespace.items()):
             if isinstance(value, type) and getattr(value, "__module__", None) == name:
                 self._class(value)
+            elif isinstance(value, type) and value.__module__ == "torch":
+                self.steady.kind(value, own=False)  # torch.Tensor, which calls itself a class of torch
             elif attribute[:2] != "__" and _callable(value):
                 self._bind(namespace, attribute, name, index.functions.get(attribute, ()))
         constants = (index.facts or {}).get("constants", {})
@@ -241,7 +320,7 @@ class Surface:
             if attribute in namespace and attribute[:2] != "__":
                 self.constants.append((namespace, attribute, expected, name))
 
-    def _class(self, kind: type) -> None:
+    def _class(self, kind: type, later: bool = False) -> None:
         if id(kind) in self.types:
             return
         self.types.add(id(kind))
@@ -253,6 +332,7 @@ class Surface:
             return
         loaded = code.current()
         own = loaded is not None and not str(path).startswith(loaded._libraries)
+        self.steady.kind(kind, own)
         methods = index.classes.get(kind.__qualname__, {})
         label = "%s.%s" % (kind.__module__, kind.__qualname__)
         held = vars(kind)
@@ -260,12 +340,19 @@ class Surface:
             value = held.get(attribute, _MISSING)
             if attribute in methods or _callable(value):
                 hides = attribute[:2] != "__" and any(attribute in vars(base) for base in kind.__mro__[1:])
-                self._bind(held, attribute, label, methods.get(attribute, ()), own, hides)
+                self._bind(held, attribute, label, methods.get(attribute, ()), own, hides, later)
 
     def _bind(
-        self, owner: Any, name: str, label: str, expected: Tuple[Any, ...], own: bool = False, hides: bool = False
+        self,
+        owner: Any,
+        name: str,
+        label: str,
+        expected: Tuple[Any, ...],
+        own: bool = False,
+        hides: bool = False,
+        later: bool = False,
     ) -> None:
-        self.bindings.append(Binding(owner, name, label + "." + name, expected, own, hides))
+        self.bindings.append(Binding(owner, name, label + "." + name, expected, own, hides, later))
 
     def _index(self, path: str, module: Any = None) -> Optional[Index]:
         """The code objects of a loaded file; None when its source cannot be had any more."""
@@ -288,8 +375,10 @@ class Surface:
         """Whether everything this name led to last time is still the same objects."""
         if binding.owner.get(binding.name, _MISSING) is not binding.value or binding.value is _MISSING:
             return False
-        for function, function_code, defaults, keywords in binding.functions:
+        for function, function_code, defaults, keywords, held in binding.functions:
             if function.__code__ is not function_code or function.__defaults__ is not defaults:
+                return False
+            if (held or function.__closure__) and not steady.same_cells(held, function):
                 return False
             if keywords is not None and function.__kwdefaults__ != keywords:
                 return False
@@ -305,12 +394,24 @@ class Surface:
                 self._differs(binding.label, "removed", None, None)
             binding.value = value
             return
-        binding.value = value
+        before, binding.value = binding.value, value
+        known = {id(function): (code_before, held) for function, code_before, _, _, held in binding.functions}
         kept, wrong, expected_seen = [], False, not binding.expected
+        if binding.later:
+            expected_seen = True
+            if before is not _MISSING and value is not before and steady.origin(value) != steady.origin(before):
+                self._differs(binding.label, "moved", *steady.origin(value), was=steady.origin(before)[0])
         for position, function in enumerate(reach(value)):
             self.followed += 1
             found = function.__code__
-            kept.append((function, found, function.__defaults__, _copy(function.__kwdefaults__)))
+            held = steady.cells(function)
+            kept.append((function, found, function.__defaults__, _copy(function.__kwdefaults__), held))
+            if id(function) in known:
+                code_before, held_before = known[id(function)]
+                if code_before is found:
+                    self._cells(binding, function, held_before, held)
+                elif binding.own and code_before.co_filename != found.co_filename:
+                    self._differs(binding.label, "code", *_origin(function))
             if any(found is one for one in binding.expected) or _equals_one(found, binding.expected):
                 expected_seen = True
                 self._defaults(binding, function, found)
@@ -320,10 +421,24 @@ class Surface:
         if not expected_seen and not wrong and not isinstance(value, type):
             self._differs(binding.label, "replaced", *_origin(value))
 
+    def _cells(self, binding: Binding, function: Any, before: Tuple[Any, ...], held: Tuple[Any, ...]) -> None:
+        """Tell of cells that hold something else than when this name was followed last."""
+        if steady.same_cells(before, function) or len(before) != len(held):
+            return
+        path = os.path.abspath(function.__code__.co_filename)
+        index = self._index(path)
+        if index is None:
+            return
+        for name, one, two in zip(function.__code__.co_freevars, before, held):
+            if one is not two and not (steady.is_plain(one) and facts.same(one, two)):
+                self.steady.cell_moved(binding.label, function, name, one, two, index.module)
+
     def _is_verified(self, binding: Binding, function: Any, found: Any, *, first: bool) -> bool:
         """Whether code that is not the binding's own may stand there: verified code of the library, or of its file."""
         loaded = code.current()
         if loaded is None:
+            return True
+        if binding.later and found.co_filename[:1] == "<":
             return True
         if found.co_filename[:1] == "<":
             planted = first and bool(binding.expected or binding.hides)
@@ -371,12 +486,29 @@ class Surface:
 
     # -- single objects -------------------------------------------------------------------------------------------
 
-    def _objects(self, step: Any) -> None:
-        """Methods hidden by an attribute of the optimizer or of one module."""
-        self._object(step.optimizer, "optimizer[%d]" % step.opt)
+    def _objects(self, step: Any) -> List[Tuple[str, Any]]:
+        """Methods hidden by an attribute of the optimizer or of one module; returns all of these by label."""
+        things = [("optimizer[%d]" % step.opt, step.optimizer)] if step.optimizer is not None else []
         for root in roots.roots():
-            for name, module in root.named_modules():
-                self._object(module, "module %s" % (name or "root"))
+            things.extend(("module %s" % (name or "root"), module) for name, module in root.named_modules())
+        for label, thing in things:
+            self._object(thing, label)
+        self._step_of(step)
+        return things
+
+    def _step_of(self, step: Any) -> None:
+        """Does `optimizer.step` still run torch's hooks, as it did when the guard's ran in it?"""
+        optimizer = step.optimizer
+        if optimizer is None:
+            return
+        home = sys.modules["torch.optim.optimizer"].__file__
+        found = list(reach(optimizer.step))
+        hooked = any(one.__code__.co_name == "wrapper" and one.__code__.co_filename == home for one in found)
+        if hooked:
+            self.hooked.add(step.opt)
+        elif found and step.opt in self.hooked and not _is_compiled(optimizer.step):
+            self.hooked.discard(step.opt)
+            self._differs("optimizer[%d].step" % step.opt, "unhooked", *_origin(found[0]))
 
     def _object(self, thing: Any, label: str) -> None:
         held, loaded = vars(thing), code.current()
@@ -403,6 +535,8 @@ class Surface:
         found: Optional[str] = None,
         expected: Optional[str] = None,
         claims: bool = False,
+        was: Optional[str] = None,
+        stores: Optional[List[List[str]]] = None,
     ) -> None:
         key = (label, kind, origin or found or "")
         if key in self.told:
@@ -413,6 +547,10 @@ class Surface:
             line["found"], line["expected"] = found, expected
         if claims:
             line["claims"] = True
+        if was is not None:
+            line["was"] = was
+        if stores:
+            line["stores"] = stores
         self._differ.append(line)
 
 
@@ -424,6 +562,31 @@ def _frozen(module: Any) -> Any:
         return _imp.get_frozen_object(module.__name__)
     except ImportError:
         return None
+
+
+class _Last:
+    """Stands in for a step when the process leaves."""
+
+    def __init__(self, ref: Any, opt: int, track: Any, number: int) -> None:
+        self.optimizer, self.opt, self.track, self.number = ref(), opt, track, number
+
+
+def _is_compiled(function: Any) -> bool:
+    """torch.compile traces a step's hooks away; the record shows that its steps are not seen."""
+    return hasattr(function, "_torchdynamo_orig_callable") or hasattr(function, "_torchdynamo_inline")
+
+
+def _hooks_on(step: Any) -> List[Tuple[str, Any]]:
+    """Objects of the job that hold functions: schedules of this optimizer, data sets of loaders seen so far."""
+    known = step.track.memory.get("hyperparameters") or {}
+    things: List[Tuple[str, Any]] = []
+    for number, ref in enumerate(known.get("schedulers", ())):
+        things.append(("schedule %d of optimizer[%d]" % (number, step.opt), ref()))
+    observer = loaders.current()
+    for number, refs in list(observer.held.items()) if observer is not None else ():
+        for what, ref in refs:
+            things.append(("%s of loader %d" % (what, number), ref()))
+    return [(label, thing) for label, thing in things if thing is not None]
 
 
 def reach(value: Any) -> Iterator[Any]:
@@ -446,6 +609,8 @@ def reach(value: Any) -> Iterator[Any]:
             queue.append(one.func)
         elif hasattr(type(one), "__func__") and not isinstance(one, type):
             queue.append(one.__func__)
+        elif isinstance(one, _Cached):
+            queue.append(one.__wrapped__)
 
 
 def _inside(function: Any) -> Iterator[Any]:
@@ -491,7 +656,7 @@ def _methods(body: Any) -> Dict[str, Tuple[Any, ...]]:
 
 
 def _types_in_use(step: Any) -> Set[type]:
-    kinds = {type(step.optimizer)}
+    kinds = {type(step.optimizer)} - {type(None)}
     for root in roots.roots():
         kinds.update(type(module) for module in root.modules())
     return kinds
