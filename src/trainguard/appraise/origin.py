@@ -17,7 +17,7 @@ taken before this attempt. Only where there is neither do the process's own clai
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from trainguard.appraise.interface import Context
 from trainguard.digest import HEX_SHA256_LENGTH, file_sha256
 from trainguard.errors import TrainguardError
 from trainguard.evidence import Evidence
-from trainguard.lockfile import Measurement, Tree, parse_lock, parse_measurement
+from trainguard.lockfile import Measurement, parse_lock, parse_measurement
 from trainguard.policy import Policy
 
 Standing = Literal["library", "approved", "own", "guard", "cache", "foreign", "planted", "generated"]
@@ -140,9 +140,7 @@ class Origins:
     def _rebuild(self) -> None:
         if self.measured is not None:
             self._areas = [
-                (self.normal(root), _area(name), name)
-                for name, tree in self.measured.trees.items()
-                for root in _roots(tree)
+                (self.normal(tree.root), _area(name), name) for name, tree in self.measured.trees.items() if tree.root
             ]
             if self.measured.interpreter is not None:
                 self._areas.append((self.normal(self.measured.interpreter.prefix + "/bin"), "program", ""))
@@ -162,17 +160,31 @@ class Origins:
         path = self.normal(path)
         if self._guard is not None and path.startswith(self.normal(self._guard) + "/"):
             return "guard", "", path[len(self.normal(self._guard)) + 1 :]
-        for root, area, name in self._areas:
-            if path == root:
-                return area, name, path.rsplit("/", 1)[-1]
-            if path.startswith(root + "/"):
-                return area, name, path[len(root) + 1 :]
+        found = self._tree_of(path)
+        if found is not None:
+            return found
         if any(mark in path for mark in CACHE_MARKS) or self._in_cache(path):
             return "cache", "", path
         for folder in self._folders if self.measured is None else ():
             if path.startswith(folder + "/"):
                 return "code", "", path[len(folder) + 1 :]
         return "outside", "", path
+
+    def _tree_of(self, path: str) -> tuple[Area, str, str] | None:
+        """The innermost tree around a path; of several with one root, the one that lists it: data lies beside code."""
+        innermost: tuple[Area, str, str] | None = None
+        length = 0
+        for root, area, name in self._areas:
+            if innermost is not None and len(root) < length:
+                break
+            if path != root and not path.startswith(root + "/"):
+                continue
+            below = path[len(root) + 1 :] or path.rsplit("/", 1)[-1]
+            if below in self._locked.get(name, ()) or below in self._taken.get(name, ()):
+                return area, name, below
+            if innermost is None:
+                innermost, length = (area, name, below), len(root)
+        return innermost
 
     def locked(self, path: str) -> str | None:
         """SHA-256 that the lock holds for `path`, or None."""
@@ -306,15 +318,6 @@ def _area(tree: str) -> Area:
     if tree.startswith(("stdlib", "site-packages", "user-site")):
         return "library"
     return "data" if tree.startswith(("data:", "weights:")) else "code"
-
-
-def _roots(tree: Tree) -> Iterator[str]:
-    """The folder of a tree, and before it the file itself where the tree is one file: its folder may be another's."""
-    names = list(tree.files)
-    if tree.root and len(names) == 1 and _area(tree.name) == "data" and "/" not in names[0]:
-        yield f"{tree.root.rstrip('/')}/{names[0]}"
-    if tree.root:
-        yield tree.root
 
 
 def _digest(value: str | None) -> str | None:

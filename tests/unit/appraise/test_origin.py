@@ -75,15 +75,18 @@ def with_lock(measured: Measurement, locked: Measurement, *records: tuple[str, d
 
 
 def test_files_named_one_by_one_are_found_wherever_they_lie() -> None:
-    """Two of them in one folder, one beside the script: their folder is the code's, or each other's."""
+    """Alone or together in one folder, beside the script or not: their folder is the code's, or each other's."""
     named = {
         f"data:{path}": Tree(name=f"data:{path}", root=root, files={path.rsplit("/", 1)[-1]: f"{digest} 1"})
         for path, root, digest in (("names.txt", "/job", A), ("d/a.bin", "/job/d", A), ("d/b.bin", "/job/d", B))
     }
+    beside = {"rows.csv": f"{A} 1", "words.txt": f"{B} 1"}
+    named["data:beside the code"] = Tree(name="data:beside the code", root="/job", files=beside)
     measured = measurement()
     whole = msgspec.structs.replace(measured, trees=measured.trees | named)
     found = with_lock(whole, whole)
-    for path, digest in (("/job/names.txt", A), ("/job/d/a.bin", A), ("/job/d/b.bin", B), ("/job/train.py", A)):
+    alone = (("/job/names.txt", A), ("/job/d/a.bin", A), ("/job/d/b.bin", B), ("/job/train.py", A))
+    for path, digest in (*alone, ("/job/rows.csv", A), ("/job/words.txt", B)):
         assert (found.locked(path), found.taken(path)) == (digest, digest), path
     assert found.locked("/job/d/c.bin") is None
 
