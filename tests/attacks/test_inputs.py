@@ -146,6 +146,9 @@ def work(step):
     numpy.load(f"shard{step}.npy"), numpy.load("shard0.npy")
     json.dump({"step": step}, open("state.tmp", "w")) ; os.replace("state.tmp", "state.json")
     json.load(open("state.json"))
+    if step == 2:
+        os.mkdir("cache.part"); open("cache.part/rows", "w").write("1"); os.rename("cache.part", "cache")
+    open("cache/rows").read() if step > 1 else None
     torch.save(model.state_dict(), "best.pt") if step % 2 else torch.load("best.pt")
     with tempfile.NamedTemporaryFile("w+") as file:
         file.write("x"); file.flush(); open(file.name).read()

@@ -30,6 +30,7 @@ READER_FILES = 8
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DATA = (".npy", ".npz", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".jsonl", ".idx", ".mds", ".tar", ".h5", ".pkl")
 PATHS_LIMIT = 100_000
+FOLDERS_LIMIT = 1000
 FINDING_LIMIT = 500
 
 
@@ -48,6 +49,8 @@ class Inputs:
         self._explained: dict[str, None] = {}
         self._outputs: set[str] = set()
         self._folders: set[str] = set()
+        self._moved: list[tuple[str, str]] = []
+        """Folders that the job renamed: (new name, old name)."""
         self._began: int | None = None
         """Supervisor's clock at the start of the run."""
         self._polled: dict[str, tuple[Evidence, dict[str, Any]]] = {}
@@ -79,6 +82,11 @@ class Inputs:
     def _file(self, evidence: Evidence, path: str, line: dict[str, Any]) -> Iterator[Finding]:
         if line.get("mode") == "alias":
             return  # another name of a file; where it is read, it speaks for itself
+        if line.get("mode") == "moved":
+            source = text(line.get("of"), 4096)
+            if source is not None and len(self._moved) < FOLDERS_LIMIT:
+                self._moved.append((path, source))
+            return
         if line.get("mode") == "w":
             if len(self._outputs) < PATHS_LIMIT:
                 self._outputs.add(path)
@@ -168,15 +176,26 @@ class Inputs:
 
         torch.save of an object without tensors is seen by nobody; such a file lies beside others that were.
         """
-        if path in self._outputs or self._origins.declared_output(path):
+        if self._wrote(path) or self._origins.declared_output(path):
             return True
         written = line.get("mtime_ns")
         fresh = isinstance(written, int) and self._began is not None and written >= self._began
         return fresh and path.endswith(CHECKPOINTS) and path.rsplit("/", 1)[0] in self._folders
 
+    def _wrote(self, path: str) -> bool:
+        """Whether the job wrote the file, under this name or under that of a folder it renamed since."""
+        if path in self._outputs:
+            return True
+        for target, source in reversed(self._moved):
+            if path.startswith(target + "/"):
+                path = source + path[len(target) :]
+                if path in self._outputs:
+                    return True
+        return False
+
     def _altered(self, evidence: Evidence, path: str, place: str | None, line: dict[str, Any]) -> Iterator[Finding]:
         own = line.get("own") is True
-        if path in self._outputs and not own:
+        if self._wrote(path) and not own:
             return  # another process of this job wrote it
         self._changed.add(path)
         step = line.get("step")
@@ -201,7 +220,7 @@ class Inputs:
             small = isinstance(size, int) and size <= (KNOWN_BEFORE_BYTES if first is None else POLLED_BYTES)
             data = len(self._readers.get(place or "", ())) > READER_FILES
             accepted = self._origins.lock is not None and self._origins.locked(path) == line.get("sha256")
-            skipped = path in self._changed or path in self._outputs or accepted or data
+            skipped = path in self._changed or self._wrote(path) or accepted or data
             if skipped or not small or place is None:
                 continue
             if self._origins.standing(place) in ("library", "guard"):

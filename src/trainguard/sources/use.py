@@ -235,6 +235,8 @@ class _Reader:
         if mode == "w":
             self._outputs.add(path)
             return
+        if mode == "moved":
+            return  # a folder: what is read in it is told like any other file
         step = line.get("step")
         digest = self._digest(path, line)
         data = line.get("data")

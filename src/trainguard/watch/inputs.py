@@ -138,7 +138,11 @@ class Inputs:
             return
         target = os.path.abspath(os.fsdecode(target))
         base = os.path.dirname(target) if how == "symlink" else os.getcwd()
-        foreign = self.alias(os.path.normpath(os.path.join(base, os.fsdecode(source))), target)
+        source = os.path.normpath(os.path.join(base, os.fsdecode(source)))
+        foreign = self.alias(source, target)
+        if how == "rename" and os.path.isdir(source):
+            self.report({"path": target, "mode": "moved", "of": source, "place": self.place()[0]})
+            return
         self.wrote(target)
         if foreign and how != "rename":
             self.files[target].settled = True

@@ -56,6 +56,30 @@ def locked() -> tuple[dict[str, Any], dict[str, bytes]]:
     return {"blob": made.digest, "lock": "lock", "attempt": 0}, {made.digest: made.encode(), "lock": lock}
 
 
+def of_the_locked_run(*lines: dict[str, Any]) -> list[Finding]:
+    body, blobs = locked()
+    check = Inputs(Context(run="r", policy=Policy(), blob=blobs.__getitem__))
+    found = list(check.see(Evidence(n=0, at=0, source="supervisor", kind="measurement", body=body)))
+    for n, line in enumerate(lines, 1):
+        given = {"sha256": "b" * 64, "size": 9, "place": "/job/train.py:3", "step": None, "uid": 1000} | line
+        record = Evidence(n=n, at=n, source="process", kind="open", body={"files": [given]}, process=0, uid=1000)
+        found += list(check.see(record))
+    return found
+
+
+def test_a_cache_built_in_a_folder_that_was_renamed_since_is_the_jobs_own() -> None:
+    """Data sets are prepared in a folder of another name; a file that was put into the folder afterwards is named."""
+    made = (
+        {"path": "/c/a.incomplete/x/t.arrow", "mode": "w"},
+        {"path": "/c/a", "mode": "moved", "of": "/c/a.incomplete"},
+    )
+    read = {"path": "/c/a/x/t.arrow", "mode": "r"}
+    assert of_the_locked_run(*made, read) == []
+    (found,) = of_the_locked_run(*made, read | {"path": "/c/a/x/planted.arrow"})
+    assert (found.outcome, found.techniques) == ("suspicious", ("B2",))
+    assert [each.outcome for each in of_the_locked_run(made[0], read)] == ["suspicious"]
+
+
 @pytest.mark.parametrize(
     ("path", "by", "outcomes"),
     [
