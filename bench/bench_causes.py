@@ -1,6 +1,10 @@
 """Which causes an audit names: faults planted in four unmodified scripts, every in-process check off, audit only.
 
-    python bench/bench_causes.py [--script NAME] [--fault TEXT] [--out FILE.json] [--jobs 2]
+    python bench/bench_causes.py [--script NAME] [--fault TEXT] [--kept FILE.jsonl] [--seed 0] [--minutes 60]
+    python bench/bench_causes.py --kept FILE.jsonl --markdown docs/causes.md --minutes 0
+
+Cases are taken in an order drawn from --seed, and each result is added to --kept at once: the same call again goes on
+with the cases that are not there yet, and --minutes stops it early with a part that was chosen by lot.
 
 Each case is a run of a script from tests/scripts under `trainguard run --links none`, with a start-up file of an
 insider on PYTHONPATH that does one thing at optimizer step 8 of 12, and then `trainguard audit --segments all` in an
@@ -18,12 +22,14 @@ import argparse
 import concurrent.futures
 import json
 import os
+import random
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -251,13 +257,13 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("maximize in the kernel", ("maximize", "gradient sign"), "kernel(lambda k: k.__setitem__('maximize', True))"),
     Fault(
-        "gradient sign before the update",
+        "gradient sign after each backward",
         ("gradient sign",),
         after_backward("[g.neg_() for g in GRADS()]"),
         "def GRADS(): return " + GRADS,
     ),
     Fault(
-        "gradient x1.7 after backward",
+        "gradient x1.7 after each backward",
         ("gradient scaled", "loss scaled"),
         after_backward("[g.mul_(1.7) for g in GRADS()]"),
         "def GRADS(): return " + GRADS,
@@ -476,6 +482,8 @@ class Case:
     tried: int
     seconds: float
     note: str = ""
+    cpu: float = 0.0
+    """CPU seconds of recording and audit together; of all cases under way where several are."""
 
 
 def trainguard(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -488,8 +496,19 @@ def trainguard(folder: Path, *arguments: str, **env: str) -> subprocess.Complete
 
 def measure(script: str, fault: Fault, cache: Path) -> Case:
     """Record, audit, compare with what was done."""
-    began = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="bench-causes-"))
+    began, used = time.monotonic(), _used()
+    with tempfile.TemporaryDirectory(prefix="bench-causes-") as top:
+        case = _measured(Path(top), script, fault, cache, began)
+    return replace(case, cpu=round(_used() - used, 1))
+
+
+def _used() -> float:
+    """CPU seconds of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _measured(folder: Path, script: str, fault: Fault, cache: Path, began: float) -> Case:
     try:
         plant = folder / "plant"
         plant.mkdir()
@@ -499,6 +518,7 @@ def measure(script: str, fault: Fault, cache: Path) -> Case:
         work.mkdir()
         shutil.copy(SCRIPTS / f"{script}.py", work / "train.py")
         (work / "policy.toml").write_text("kills = 'off'\n")
+        _share_bytecode(work, cache)
         done = trainguard(
             work, "run", "--name", "r", "--links", "none", "--policy", "policy.toml", "--", sys.executable, "train.py",
             *ARGUMENTS[script], PYTHONPATH=str(plant), TRAINGUARD_CACHE=str(cache),
@@ -509,8 +529,15 @@ def measure(script: str, fault: Fault, cache: Path) -> Case:
         return _judged(script, fault, work, done, began)
     except (subprocess.TimeoutExpired, OSError) as error:
         return _failed(script, fault, began, str(error)[:300])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _share_bytecode(work: Path, cache: Path) -> None:
+    """A state folder keeps the bytecode of its replays, so that only its first audit compiles torch. Here every case
+    has a new state folder: they share one cache, as the audits of one project do."""
+    (cache / "replayed").mkdir(mode=0o700, exist_ok=True)
+    (work / ".trainguard" / "cache").mkdir(mode=0o700, parents=True)
+    (work / ".trainguard").chmod(0o700)
+    (work / ".trainguard" / "cache" / "replayed").symlink_to(cache / "replayed")
 
 
 def _failed(script: str, fault: Fault, began: float, note: str) -> Case:
@@ -570,30 +597,118 @@ def table(cases: list[Case]) -> str:
     return "\n".join(lines)
 
 
+def markdown(cases: list[Case], possible: int) -> str:
+    """The page: what was done, by fault and script."""
+    scripts = [script for script in EVERY if any(c.script == script for c in cases)]
+    names = [fault.name for fault in FAULTS if any(c.fault == fault.name for c in cases)]
+    known = {(c.fault, c.script): c for c in cases}
+    acts = [c for c in cases if c.fault != "clean"]
+    exact, right = sum(c.exact for c in acts), sum(c.right for c in acts)
+    sure = sum(c.right and c.confidence == "reproduced" for c in acts)
+    lines = [
+        PAGE.format(
+            cases=len(acts),
+            possible=possible,
+            kinds=len({c.fault for c in acts}),
+            scripts=len(scripts),
+            exact=exact,
+            right=right,
+            share=right / max(1, len(acts)),
+            sure=sure,
+            at=AT,
+            steps=STEPS,
+            cpu=_middle([c.cpu for c in acts]),
+            clean=sum(c.fault == "clean" and c.right for c in cases),
+            cleans=sum(c.fault == "clean" for c in cases),
+        ),
+        "| what was done | " + " | ".join(f"`{script}`" for script in scripts) + " |",
+        "|---" * (1 + len(scripts)) + "|",
+    ]
+    for name in names:
+        cells = (_cell(known.get((name, script)), name, script) for script in scripts)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+PAGE = """# Which causes an audit names
+
+Made by `python bench/bench_causes.py --kept FILE --markdown docs/causes.md`. Each case is one run of an unmodified
+script from tests/scripts under `trainguard run --links none` (no check in the process), in which a start-up file of an
+insider does one thing at optimizer step {at} of {steps}; then `trainguard audit --segments all` without that file. The
+audit knows nothing of the file.
+
+**{cases} of {possible} possible cases, drawn by lot, of {kinds} kinds in {scripts} scripts: first bad step exact in
+{exact}, cause right in {right} ({share:.0%}), {sure} of these reproduced bit for bit.** Clean runs equal in every
+segment: {clean} of {cleans}. Recording and audit of one case: {cpu:.0f} CPU seconds (median).
+
+A cell has the cause that the audit named. **Bold**: wrong, or none was named; *wrong step*: the first bad step was not
+exact; ~: the values fit and no round number gives the bytes (*consistent*). Empty: no such fault in that script, or
+not drawn.
+"""
+
+
+def _cell(case: Case | None, name: str, script: str) -> str:
+    if case is None:
+        return ""
+    if name == "clean":
+        return "equal" if case.right else f"**{case.words or case.note[:80]}**"
+    words = (case.words or case.note[-80:] or "nothing").replace("|", "/").replace("\n", " ")
+    text = words if case.confidence == "reproduced" else f"~ {words}"
+    return (text if case.right else f"**{text}**") + ("" if case.exact else " *wrong step*")
+
+
+def _middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
+
+
+def kept_cases(path: Path | None) -> list[Case]:
+    """What earlier calls left."""
+    if path is None or not path.exists():
+        return []
+    return [Case(**json.loads(line)) for line in path.read_text().splitlines() if line]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--script", choices=EVERY, action="append")
     parser.add_argument("--fault", default="", help="only faults with this in their name")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--kept", type=Path, help="where results are added, and read from")
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     cache = Path(tempfile.gettempdir()) / "bench-causes-cache"
     cache.mkdir(mode=0o700, exist_ok=True)
+    cases = kept_cases(options.kept)
+    known = {(case.script, case.fault) for case in cases}
+    everything = [(script, fault) for script in EVERY for fault in FAULTS if script in fault.scripts]
     wanted = [
         (script, fault)
-        for script in options.script or EVERY
-        for fault in FAULTS
-        if options.fault in fault.name and script in fault.scripts
+        for script, fault in everything
+        if script in (options.script or EVERY) and options.fault in fault.name and (script, fault.name) not in known
     ]
-    cases: list[Case] = []
+    random.Random(options.seed).shuffle(wanted)
+    until = time.monotonic() + 60 * options.minutes
+
+    def one(script: str, fault: Fault) -> Case | None:
+        return measure(script, fault, cache) if time.monotonic() < until else None
+
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(measure, *each, cache) for each in wanted]):
-            cases.append(future.result())
-            print(table([cases[-1]]).splitlines()[1], flush=True)
-            if options.out:
-                options.out.write_text(json.dumps([asdict(case) for case in cases], indent=1))
+        for future in concurrent.futures.as_completed([pool.submit(one, *each) for each in wanted]):
+            case = future.result()
+            if case is None:
+                continue
+            cases.append(case)
+            print(table([case]).splitlines()[1], flush=True)
+            if options.kept:
+                with options.kept.open("a") as file:
+                    file.write(json.dumps(asdict(case)) + "\n")
     cases.sort(key=lambda case: (case.script, case.fault))
     print(table(cases))
+    if options.markdown:
+        possible = sum(fault.name != "clean" for _, fault in everything)
+        options.markdown.write_text(markdown(cases, possible))
 
 
 if __name__ == "__main__":

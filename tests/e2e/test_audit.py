@@ -416,7 +416,7 @@ def test_what_could_not_be_replayed_is_said_and_is_no_finding(
 
     stand.act = act
     limit = 20.0 + len(how) + len(why)
-    report = Auditor(home, "r", Options(only=(0,), limit_seconds=limit)).run()
+    report = Auditor(home, "r", Options(only=(0,), limit_seconds=limit, explain_seconds=0.0)).run()
     assert report.exit_status == 3
     assert report.findings == ()
     (result,) = report.results

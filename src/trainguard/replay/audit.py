@@ -525,10 +525,8 @@ class Auditor:
             return [_not_replayed(segment, changed) for segment in group]
         self._progress(f"step {difference.step}: {difference.what} differs; replaying again to be sure")
         until = difference.step if difference.path is None else self._until(group[-1].last)
-        again = self._rerun(self._task_of(until=until, turn=1))
-        reason = _unfinished(again, difference.step, self._ranks) or self._unsteady(first, again, difference.step)
-        if reason is None and difference.path is not None and self._altered(again) != difference:
-            reason = f"two clean replays of the same command do not save the same to {difference.path}"
+        again, cause = self._again_and_why(difference, first, until)
+        reason = self._unlike(first, again, difference)
         if reason is not None:
             return [_not_replayed(segment, reason) for segment in group]
         results = [_equal(segment, "start") for segment in group if segment.last < difference.step]
@@ -546,37 +544,82 @@ class Auditor:
             after=max((n for n in self._committed.steps if n < difference.step), default=None),
             odd=odd_ranks(self._committed.everyone, again.accounts, difference),
             confirmed=True,
-            cause=self._explained(difference, again),
+            cause=cause,
         )
         return [*results, bad]
+
+    def _again_and_why(self, difference: Difference, first: Rerun, until: int) -> tuple[Rerun, Cause | None]:
+        """The second clean replay, and the cause where it is looked for.
+
+        Both in one process where that can be: the second replay is made on this machine, and waits at the step while
+        causes are tried in forks of it. What it then gives is compared with the first like any other; where the two
+        part, or the process could not be tried, it is replayed once more with nothing done to it.
+        """
+        tried: list[Cause] = []
+        if not self._apart and self._explains(difference) and not self._not_here():
+            with contextlib.suppress(TrainguardError):
+                again = self._tried_on_the_way(difference, first, until, tried)
+                if self._unlike(first, again, difference) is None:
+                    cause = _best(tried) or _unexplained(until, again.unable or "the step could not be tried again")
+                    return again, cause
+        again = self._rerun(self._task_of(until=until, turn=1))
+        proved = self._unlike(first, again, difference) is None
+        return again, self._explained(difference, again) if proved else None
+
+    def _unlike(self, first: Rerun, again: Rerun, difference: Difference) -> str | None:
+        """Why the second clean replay does not confirm the first, or None."""
+        reason = _unfinished(again, difference.step, self._ranks) or self._unsteady(first, again, difference.step)
+        if reason is None and difference.path is not None and self._altered(again) != difference:
+            return f"two clean replays of the same command do not save the same to {difference.path}"
+        return reason
 
     # -- why ---------------------------------------------------------------------------------------------------------
 
     def _explained(self, difference: Difference, clean: Rerun) -> Cause | None:
         """The cause of a difference that is proved already: nothing that is found here makes it more or less so."""
-        seconds, until = self._options.explain_seconds, difference.step
-        if seconds <= 0 or difference.path is not None:
+        until = difference.step
+        if not self._explains(difference):
             return None
         why_not = self._not_here()
         if why_not:
             return _unexplained(until, why_not)
-        run = self._committed.account
-        search = Search(run, clean.account, compare.idle(run, clean.account), seconds=seconds)
-        self._progress(f"step {until}: trying what may have caused it")
+        search = self._search(clean, until)
         tried: list[Cause] = []
 
         def explore(ready: Ready) -> bool:
             tried.append(search.at(ready, until))
             return tried[-1].confidence != "reproduced" and ready.step < until and not search.over
 
-        after = max((n for n in self._committed.steps if n < until), default=0)
         try:
-            unable = self._tried((after + 1, until), explore, tried)
+            unable = self._tried(self._window(until), explore, tried)
         except TrainguardError as error:
             return _unexplained(until, str(error))
-        if not tried:
-            return _unexplained(until, unable or "the step could not be tried again")
-        return min(tried, key=lambda cause: CONFIDENCES.index(cause.confidence))
+        return _best(tried) or _unexplained(until, unable or "the step could not be tried again")
+
+    def _tried_on_the_way(self, difference: Difference, first: Rerun, until: int, tried: list[Cause]) -> Rerun:
+        """A replay from the start to step `until` that waits where the act may lie and tries causes there."""
+        search = self._search(first, until)
+
+        def explore(ready: Ready) -> bool:
+            if not search.over and not any(cause.confidence == "reproduced" for cause in tried):
+                tried.append(search.at(ready, until))
+            return True
+
+        task = self._task_of(until=until, turn=1)
+        limit = self._options.limit_seconds + self._options.explain_seconds
+        return explored(msgspec.structs.replace(task, limit_seconds=limit), self._window(difference.step), explore)
+
+    def _search(self, clean: Rerun, until: int) -> Search:
+        run = self._committed.account
+        self._progress(f"step {until}: trying what may have caused it")
+        return Search(run, clean.account, compare.idle(run, clean.account), seconds=self._options.explain_seconds)
+
+    def _explains(self, difference: Difference) -> bool:
+        return self._options.explain_seconds > 0 and difference.path is None
+
+    def _window(self, until: int) -> tuple[int, int]:
+        """The steps in which what shows at step `until` may have been done."""
+        return max((n for n in self._committed.steps if n < until), default=0) + 1, until
 
     def _not_here(self) -> str:
         """Why steps cannot be tried: it needs a replay on this machine, of one process."""
@@ -935,6 +978,11 @@ class Auditor:
 
 
 CONFIDENCES = ("reproduced", "consistent", "none")
+
+
+def _best(tried: Sequence[Cause]) -> Cause | None:
+    """The surest of the causes that steps gave."""
+    return min(tried, key=lambda cause: CONFIDENCES.index(cause.confidence), default=None)
 
 
 def _unexplained(step: int, reason: str) -> Cause:

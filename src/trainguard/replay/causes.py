@@ -515,6 +515,12 @@ def _hook_gradients(scene: Scene) -> Iterator[Hypothesis]:
     )  # fmt: skip
 
 
+def _each_backward(scene: Scene) -> Iterator[Hypothesis]:
+    """Gradients changed after every backward pass of a step that has several: what the next one adds to is other."""
+    if int(scene.facts.get("backwards") or 0) > 1:
+        yield from _operations(scene, "raw", "grads", ("backward",))
+
+
 def _batches(scene: Scene) -> Iterator[Hypothesis]:
     """Another batch: an earlier one again, a later one, rows in another order."""
     for back in (1, 2, 3):
@@ -707,7 +713,8 @@ ORDER: Mapping[str, tuple[Source, ...]] = {
     "rng": (_streams, _batches, _hidden_dropout, _no_step),
     "before": (_edited, _no_step),
     "raw": (
-        _loss, _smoothing, _batches, _labels, _hook_gradients, _forward, _inputs, _one_label, _permuted, _no_step,
+        _loss, _smoothing, _batches, _labels, _hook_gradients, _forward, _inputs, _each_backward, _one_label, _permuted,
+        _no_step,
     ),
     "used": (_clip, _used),
     "groups": (_named_settings, _no_step),

@@ -50,6 +50,13 @@ def start() -> None:
     _part("probe", lambda part: part.install(_client))
 
 
+def keeps_bytecode() -> bool:
+    """Whether bytecode goes to the guard's private folder: it is then written also where the job's environment says to
+    write none (images often do). What lies beside the sources is not read, so torch would be compiled at every start."""
+    own = _client.settings.get("pycache") if _client is not None else None
+    return bool(own) and sys.pycache_prefix == own
+
+
 def _part(name: str, action: Callable[[Any], None]) -> None:
     """Load one part and act on it; report what fails, and go on."""
     try:

@@ -26,6 +26,7 @@ def _start_guard():
         from _trainguard import bootstrap
 
         bootstrap.start()
+        write = write and not bootstrap.keeps_bytecode()
     finally:
         sys.dont_write_bytecode = write
 
