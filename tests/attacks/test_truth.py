@@ -227,3 +227,13 @@ def test_weights_written_between_steps_and_kept_are_blind_and_those_put_back_are
     findings, _ = judged(run)
     assert {f.outcome for f in findings} <= {"violated", "suspicious"}
     assert findings
+
+
+def test_a_tape_can_be_stopped_while_the_interpreter_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of modules are gone by then: the mode is left alone, and nothing is raised at exit."""
+    from trainguard.watch import tape
+
+    made = object.__new__(tape.Tape)
+    monkeypatch.setattr(tape, "sys", None)
+    assert made.stop()
+    assert made.stopped

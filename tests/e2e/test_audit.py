@@ -19,7 +19,7 @@ from tests.helpers import guarded
 
 from trainguard.archive import LogLeaves, RunReader
 from trainguard.home import Home
-from trainguard.replay.audit import Auditor, Options
+from trainguard.replay.audit import Auditor, Options, Report
 from trainguard.replay.committed import committed
 from trainguard.replay.rerun import Rerun
 from trainguard.replay.tasks import Task
@@ -298,11 +298,15 @@ class Stand:
         self.seeing = True
         """Whether a planted fault shows."""
         self.done: dict[str, Rerun] = {}
+        self.read: list[str] = []
+        """What every replay reads."""
+        self.clocks: set[float] = set()
         monkeypatch.setattr(Auditor, "_rerun", lambda _, task: self.give(task))
 
     def give(self, task: Task) -> Rerun:
         """One replay; each task is done once."""
         if task.id not in self.done:
+            self.clocks.add(task.clock)
             self.asked.append((-1 if task.plant else task.begin, task.until))
             self.done[task.id] = self.make(task.begin, task.until, task.plant if self.seeing else None)
         return self.done[task.id]
@@ -315,6 +319,7 @@ class Stand:
             turned = {**account.steps[plant].vectors, "weights": bytes(4 * len(account.tensors[0]))}
             account.steps[plant] = msgspec.structs.replace(account.steps[plant], vectors=turned)
         result = Rerun(account=account, accounts={0: account}, trained=1, landed=begin > 0, status=0)
+        result.read = list(self.read)
         if not plant:
             self.act(result)
         return result
@@ -446,6 +451,61 @@ def test_a_point_that_is_not_as_it_was_sealed_is_not_used(
     (result,) = report.results
     assert (result.outcome, result.way) == ("equal", "start")
     assert ("altered after it was sealed" if how == "altered" else "replay point of step 16") in str(result.reason)
+
+
+def test_a_checkpoint_that_was_altered_before_the_run_read_it_is_named(
+    home: Home, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S11: a run that resumes from another run's checkpoint, of which one layer was multiplied in between. The replay
+    reads the same file, so that its steps are equal; what it read is not what was sealed. S12: nor is an older one."""
+    import torch
+
+    path = clean / "out" / "16.pt"
+    kept = {each: each.read_bytes() for each in (clean / "out").iterdir()}
+    stand = Stand(home, monkeypatch)
+    stand.read = [str(path)]
+    monkeypatch.setattr("trainguard.replay.opened._old", lambda *_: True)  # as if written before this run began
+    monkeypatch.setattr("trainguard.replay.opened._own", lambda *_: False)  # and by an earlier one
+
+    def audited(number: float) -> Report:
+        return Auditor(home, "r", Options(only=(0,), limit_seconds=number)).run()
+
+    try:
+        assert audited(61.0).exit_status == 0
+        state = torch.load(path)
+        state["3.weight"] *= 1.01
+        torch.save(state, path)
+        report = audited(62.0)
+        (finding,) = report.findings
+        assert (report.exit_status, finding.outcome, finding.techniques[0]) == (1, "violated", "E3")
+        assert (finding.check, finding.subject.path, finding.subject.tensor) == ("replay", str(path), "3.weight")
+        assert finding.evidence
+        path.write_bytes(kept[clean / "out" / "8.pt"])
+        report = audited(63.0)
+        assert (report.exit_status, {each.outcome for each in report.findings}) == (1, {"violated"})
+    finally:
+        for each, data in kept.items():
+            each.write_bytes(data)
+
+
+def test_what_a_run_told_otherwise_than_its_replays_is_suspicious(
+    home: Home, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C10: steps and files are equal, and the command goes on after the last step of the run: exit status 3."""
+    stand = Stand(home, monkeypatch)
+
+    def act(result: Rerun) -> None:
+        last = max(result.account.steps)
+        if last == 24:
+            result.account.steps[25] = msgspec.structs.replace(result.account.steps[24], number=25)
+
+    stand.act = act
+    report = Auditor(home, "r", Options(only=(), limit_seconds=64.0)).run()
+    (finding,) = report.findings
+    assert (report.exit_status, finding.outcome, finding.techniques) == (3, "suspicious", ("C10",))
+    assert "the command goes on" in finding.message
+    assert {result.outcome for result in report.results} == {"equal"}
+    assert stand.clocks == {1.0, 3.0}
 
 
 @pytest.mark.nightly

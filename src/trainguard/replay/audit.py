@@ -35,7 +35,7 @@ from trainguard.finding import Citation, Finding, Subject
 from trainguard.home import Home
 from trainguard.lockfile import Lock, parse_lock, parse_measurement
 from trainguard.log import Log
-from trainguard.replay import bisect, compare, plan, points
+from trainguard.replay import bisect, compare, plan, points, told
 from trainguard.replay.committed import Account, Committed, Point, Step, committed
 from trainguard.replay.compare import Difference
 from trainguard.replay.environment import Refused, Rule, Wanted, wanted
@@ -44,6 +44,7 @@ from trainguard.replay.executors.local import LocalExecutor
 from trainguard.replay.explain import Cause, Search
 from trainguard.replay.files import first_altered, kept_files
 from trainguard.replay.launch import alone, with_python
+from trainguard.replay.opened import opened_findings
 from trainguard.replay.ranks import Odd, odd_ranks
 from trainguard.replay.rerun import Ready, Rerun
 from trainguard.replay.tasks import Desk, Executor, NotPerformed, Task, explored, settings
@@ -95,6 +96,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """How far apart, where the replay ran on another build and was compared by tolerance."""
     reason: str | None = None
     """Why it was not replayed, or what the warp could not do."""
+    told: tuple[Finding, ...] = ()
+    """What the run told of itself otherwise than two clean replays of the whole command (told.py)."""
     cause: Cause | None = None
     """Of a confirmed difference; None where it was not looked for."""
 
@@ -127,7 +130,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         if any(finding.outcome == "violated" for finding in self.findings):
             return 1
         equal = all(result.outcome == "equal" for result in self.results)
-        return 0 if equal and self.results and self.selftest.get("passed") is True else 3
+        sure = equal and self.results and self.selftest.get("passed") is True
+        return 0 if sure and not self.findings else 3
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -354,8 +358,13 @@ class Auditor:
         except Unavailable as error:
             return {"passed": None, "reason": str(error)}
         difference = compare.first_of_ranks(accounts, found.accounts, first=until, last=until)
+        start = self._committed.start
+        opened = opened_findings(
+            self._home, self._run, found.read, root=found.root, cwd=str(start.get("cwd")), began_ns=_began(start)
+        )
         return {
             "passed": difference is not None,
+            "opened": msgspec.to_builtins(list(opened)),
             "planted": {"step": until, "what": "sign of the gradient"},
             "found": None if difference is None else {"step": difference.step, "link": difference.link},
         }
@@ -516,7 +525,30 @@ class Auditor:
             return [
                 _equal(segment, "start") if segment.last < odd[0] else _not_replayed(segment, text) for segment in group
             ]
-        return [msgspec.structs.replace(_equal(segment, "start"), reason=why) for segment in group]
+        results = [msgspec.structs.replace(_equal(segment, "start"), reason=why) for segment in group]
+        return [*results[:-1], msgspec.structs.replace(results[-1], told=self._told(group, found))]
+
+    def _told(self, group: Sequence[plan.Segment], found: Rerun) -> tuple[Finding, ...]:
+        """What the run told of itself otherwise than this replay, and another one with a faster clock: to be looked
+        at where the group ends with the run and bits can be compared."""
+        last, ended = self._committed.last, self._committed.ended_ns
+        if group[-1].last < last or ended is None or self._ranks > 1 or self._kinds(found):
+            return ()
+
+        def departures(replay: Rerun) -> list[told.Departure]:
+            start = self._committed.start
+            return told.departures(
+                replay, last=last, cwd=str(start.get("cwd")), began_ns=_began(start), ended_ns=ended, files=self._files
+            )
+
+        first = departures(found)
+        if not first:
+            return ()
+        self._progress("the run told something else than its replay; replaying again with a faster clock")
+        again = self._rerun(self._task_of(group, turn=1, clock=told.CLOCK))
+        if _unfinished(again, last, self._ranks) or self._unsteady(found, again, last):
+            return ()
+        return tuple(told.findings(self._run, first, departures(again)))
 
     def _confirmed(self, group: Sequence[plan.Segment], difference: Difference, first: Rerun) -> list[Result]:
         """A difference counts when a second clean replay agrees with the first one and not with the run."""
@@ -684,9 +716,14 @@ class Auditor:
             path=altered.path, expected=altered.expected, found=altered.found,
         )  # fmt: skip
 
-    def _until(self, last: int) -> int:
-        """Where a replay up to step `last` stops: at the very end of the command where the run saved after that."""
-        to_the_end = last >= self._committed.last and any(file.step >= last for file in self._files)
+    def _until(self, last: int, *, whole: bool = False) -> int:
+        """Where a replay up to step `last` stops: at the very end of the command where the run saved after that, or
+        where all of it is replayed and the run came to its end."""
+        if last < self._committed.last:
+            return last
+        to_the_end = any(file.step >= last for file in self._files) or (
+            whole and self._ranks == 1 and self._committed.ended_ns is not None
+        )
         return last + 1 if to_the_end else last
 
     def _compare(self, found: Rerun, last: int) -> Difference | None:
@@ -781,6 +818,7 @@ class Auditor:
         points: Sequence[Point] = (),
         plant: int | None = None,
         turn: int = 0,
+        clock: float = 1.0,
     ) -> Task:
         """One replay: of a group, from the sealed states of all ranks or from the start; or until a step."""
         start = self._committed.start
@@ -798,8 +836,9 @@ class Auditor:
             numeric=self._numeric if plant is None else {},
             key=self._committed.key or "00" * 32,
             begin=points[0].step if points else 0,
-            until=self._until(last) if group else last,
+            until=self._until(last, whole=not points) if group else last,
             turn=turn,
+            clock=clock,
             points=tuple(points),
             keep=tuple(p.step for p in self._committed.points if group and first <= p.step <= last),
             plant=plant,
@@ -839,10 +878,14 @@ class Auditor:
             },
             selftest=selftest,
             results=results,
-            findings=tuple(
-                self._finding(result) if result.outcome == "differs" else self._suspicion(result)
-                for result in results
-                if result.outcome in ("differs", "departs")
+            findings=(
+                *(
+                    self._finding(result) if result.outcome == "differs" else self._suspicion(result)
+                    for result in results
+                    if result.outcome in ("differs", "departs")
+                ),
+                *(finding for result in results for finding in result.told),
+                *_opened(selftest),
             ),
             steps=self._committed.last,
             replayed_steps=sum(result.compared for result in results),
@@ -978,6 +1021,16 @@ class Auditor:
 
 
 CONFIDENCES = ("reproduced", "consistent", "none")
+
+
+def _opened(selftest: Mapping[str, Any]) -> tuple[Finding, ...]:
+    """What was found of the files that the command begins from."""
+    if selftest.get("passed") is not True:
+        return ()
+    try:
+        return msgspec.convert(selftest.get("opened") or [], tuple[Finding, ...])
+    except msgspec.ValidationError:
+        return ()
 
 
 def _best(tried: Sequence[Cause]) -> Cause | None:

@@ -216,6 +216,8 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     last: int
     others: tuple[Rank, ...] = ()
     """Ranks 1, 2, …"""
+    ended_ns: int | None = None
+    """When the command ended by itself, with status 0; None where it did not."""
 
     @property
     def everyone(self) -> tuple[Rank, ...]:
@@ -239,6 +241,7 @@ def committed(run: str, records: Iterable[Evidence], begin: Mapping[str, Any]) -
     alarms: set[int] = set()
     key: str | None = None
     lost: list[str] = []
+    ended: int | None = None
     for record in (each for folded in records for each in unfold(folded)):
         if record.kind == "step" and record.source == "process" and record.process is not None:
             citation = Citation(leaf=record.leaf, hash=record.hash) if record.leaf is not None and record.hash else None
@@ -250,7 +253,7 @@ def committed(run: str, records: Iterable[Evidence], begin: Mapping[str, Any]) -
         elif record.kind == "point" and isinstance(record.body.get("none"), str):
             lost.append(record.body["none"])
         elif record.kind == "end" and isinstance(record.body.get("key"), str):
-            key = record.body["key"]
+            key, ended = record.body["key"], record.at if record.body.get("status") == 0 else None
     if key is not None and not _opens(key, begin):
         raise MalformedEvidence(f"run {run}: the key said at its end is not the one committed to at its start")
     trained = _ranks(run, accounts)
@@ -267,6 +270,7 @@ def committed(run: str, records: Iterable[Evidence], begin: Mapping[str, Any]) -
         alarms=tuple(sorted(alarms)),
         last=ranks[0].last,
         others=tuple(ranks[1:]),
+        ended_ns=ended,
     )
 
 

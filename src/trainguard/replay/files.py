@@ -104,16 +104,18 @@ def _made(file: Kept, found: Rerun, cwd: str) -> list[Saved]:
     if file.form == "torch":
         layout = {name: storage[0] for name, storage in file.storages.items()}
         alike = [s for s in found.saved if {n: each[0] for n, each in s.storages.items()} == layout]
-        named = [s for s in alike if s.path is not None and os.path.realpath(_outside(s.path, found.root, cwd)) == path]
+        named = [
+            s for s in alike if s.path is not None and os.path.realpath(in_the_run(s.path, found.root, cwd)) == path
+        ]
         return named or [s for s in alike if s.path is None]
     return [
         Saved(process=0, number=0, step=step, path=path, aside=False, storages=_storages(found.native[written]))
         for written, step in found.written
-        if written in found.native and os.path.realpath(_outside(written, found.root, cwd)) == path
+        if written in found.native and os.path.realpath(in_the_run(written, found.root, cwd)) == path
     ]
 
 
-def _outside(path: str, root: str, cwd: str) -> str:
+def in_the_run(path: str, root: str, cwd: str) -> str:
     """What the run had where a replay has `path` (sandbox.py)."""
     for folder, origin in ((f"{root}/work", cwd), (f"{root}/outside", "/")):
         if path.startswith(folder + "/"):

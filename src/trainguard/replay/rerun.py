@@ -33,6 +33,7 @@ BOOT = Path(__file__).parent.parent / "watch" / "boot"
 FRAME_LIMIT_BYTES = 256 * 1024
 OUTPUT_TAIL_BYTES = 4_000
 SAVES_LIMIT = 10_000
+READ_LIMIT = 200
 
 INHERITED = (
     "OMP_NUM_THREADS",
@@ -105,7 +106,7 @@ class Saved:
 class Rerun:
     """What a replay gave."""
 
-    TOLD: ClassVar = ("status", "timed_out", "output", "seconds", "malformed", "left_out", "native", "root")
+    TOLD: ClassVar = ("status", "timed_out", "output", "seconds", "malformed", "left_out", "native", "root", "texts")
     """Fields that no frame tells."""
 
     account: Account
@@ -148,6 +149,10 @@ class Rerun:
     """Of those written once: the storages that were in them at the end (seal/prints.py)."""
     root: str = ""
     """Where the sandbox was."""
+    read: list[str] = field(default_factory=list)
+    """Files it read that may be models: real paths, in the sandbox where they lie there."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Small text files that it wrote, where the command came to its end: path in its folder → text."""
     unable: str | None = None
     """Why its steps could not be tried again."""
     mixed: str | None = None
@@ -222,6 +227,8 @@ class _Hearing:
             self.result.outside.append(str(body["outside"])[:1000])
         if "newer" in body and len(self.result.newer) < 20:
             self.result.newer.append(str(body["newer"])[:1000])
+        if "read" in body and len(self.result.read) < READ_LIMIT:
+            self.result.read.append(str(body["read"])[:1000])
         if "saving" in body:
             self._saving[process] = (int(body["saving"]), body.get("aside") is not False)
         if "written" in body and len(self.result.written) < SAVES_LIMIT:
@@ -418,13 +425,14 @@ def rerun(
     job: Job, *, until: int, begin: int = 0, points: Mapping[int, Path] | None = None, plant: int | None = None,
     keep: Sequence[int] = (), limit_seconds: float = 600.0, ranks: int = 1,
     patience_seconds: float = math.inf, window: tuple[int, int] | None = None,
-    explore: Callable[[Ready], bool] | None = None,
+    explore: Callable[[Ready], bool] | None = None, clock: float = 1.0,
 ) -> Rerun:  # fmt: skip
     """Run the command until step `until`; with begin > 0 warped to the states `points`, by rank, after that step.
 
     ranks: how many processes make steps, all of them on this host; patience_seconds: how long they may be silent then.
     keep: steps after which the replay's own state is written down, to be compared with the sealed one.
     plant: turn the gradient's sign in this step, on our own side: a verifier that does not see it is broken.
+    clock: how much faster than ours the command's clock runs.
     window, explore: before each of these steps, explore(ready) may try the step; it returns whether to go on.
     Raises Misuse when the command cannot be started.
     """
@@ -434,6 +442,7 @@ def rerun(
         "until": until,
         "points": {str(rank): str(folder) for rank, folder in (points or {}).items()},
         "plant": plant,
+        "clock": clock,
         "window": list(window) if window is not None else None,
         "began_ns": job.began_ns,
         "trusted": [str(folder) for folder in job.trusted],

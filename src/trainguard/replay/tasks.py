@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ from trainguard.replay.committed import Point
 from trainguard.replay.files import written_natively
 from trainguard.replay.rerun import Frame, Job, Ready, Rerun, heard, rerun, variables
 from trainguard.replay.sandbox import Sandbox
+from trainguard.replay.told import told_by, written_texts
 
 TASK_LIMIT_BYTES = 4 << 20
 OUTCOME_LIMIT_BYTES = 1 << 30
@@ -77,6 +79,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     leave: str = ""
     """Folder to leave the kept states in, as `rank-step`; empty leaves none."""
     plant: int | None = None
+    clock: float = 1.0
+    """How much faster than it is the command sees time pass (told.py)."""
     turn: int = 0
     """Which of several replays that are to agree with one another: each is made for itself."""
     trusted: tuple[str, ...] = ()
@@ -132,6 +136,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         for name, value in self.facts.items():
             if name in Rerun.TOLD:
                 setattr(result, name, value)
+        result.texts = told_by(result.texts)
         result.states = {_at(name): digests for name, digests in self.states.items()}
         result.distances = {_at(name): told for name, told in self.distances.items()}
         return result
@@ -206,13 +211,16 @@ def _replayed(
         ),
         until=task.until, begin=task.begin, points=sealed, plant=task.plant, keep=task.keep,
         limit_seconds=task.limit_seconds, ranks=task.ranks, patience_seconds=task.patience_seconds,
-        window=window, explore=explore,
+        window=window, explore=explore, clock=task.clock,
     )  # fmt: skip
     return found, sandbox, sealed
 
 
 def _performed(task: Task, place: Place, folder: Path, measured: str | None, unmeasured: str | None) -> Outcome:
+    began = time.time_ns()
     found, sandbox, sealed = _replayed(task, folder)
+    if found.status == 0 and found.reached < task.until:
+        found.texts = written_texts(sandbox.work, began)
     found.left_out = sandbox.left_out
     found.root = os.path.realpath(sandbox.root)
     found.native = written_natively(found.written, task.key)

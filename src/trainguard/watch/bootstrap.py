@@ -51,8 +51,11 @@ def start() -> None:
 
 
 def keeps_bytecode() -> bool:
-    """Whether bytecode goes to the guard's private folder: it is then written also where the job's environment says to
-    write none (images often do). What lies beside the sources is not read, so torch would be compiled at every start."""
+    """Whether bytecode goes to the guard's private folder.
+
+    It is then written also where the job's environment says to write none (images often do): what lies beside the
+    sources is not read, so torch would be compiled at every start.
+    """
     own = _client.settings.get("pycache") if _client is not None else None
     return bool(own) and sys.pycache_prefix == own
 

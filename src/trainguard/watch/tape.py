@@ -166,7 +166,10 @@ class Tape:
     def stop(self) -> bool:
         """End recording; False when another mode stands above ours, so that it must be tried again later."""
         self.stopped = True
-        stack = sys.modules["torch.utils._python_dispatch"]._get_current_dispatch_mode_stack()
+        modules = getattr(sys, "modules", None)
+        if not modules or "torch.utils._python_dispatch" not in modules:
+            return True  # the interpreter is ending: nothing runs under our mode any more, and its names are gone
+        stack = modules["torch.utils._python_dispatch"]._get_current_dispatch_mode_stack()
         if not any(each is self.mode for each in stack):
             return True
         if stack[-1] is not self.mode:
