@@ -506,6 +506,8 @@ class Supervisor:
                 data = peer.link.recv(FRAME_LIMIT_BYTES)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                continue  # it left without reading what we asked; told once, before what it said, its goodbye included
             except OSError:
                 data = b""
             if not data:

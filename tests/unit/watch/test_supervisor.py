@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -240,3 +241,23 @@ def test_a_keeper_that_ends_with_the_command_is_not_lost(monkeypatch: pytest.Mon
     assert supervisor._reap(child)
     assert supervisor._ended == (3, None)
     assert not records.of("ledger")
+
+
+def test_a_goodbye_of_a_process_that_left_a_question_unread_is_heard(tmp_path: Path) -> None:
+    """The kernel tells of the reset before it gives what was sent: the last words come after it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(1)
+        process = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process.connect(str(tmp_path / "s"))
+        records = Records()
+        supervisor = Supervisor(records, Settings())
+        supervisor._accept(listener)
+    (peer,) = supervisor._peers.values()
+    peer.link.send(b"where are you?")
+    process.send(b'{"k": "bye", "q": 0, "b": {}}')
+    process.close()
+    supervisor._read(peer)
+    (left,) = records.of("exit")
+    assert left.body["said_bye"] is True
+    assert not supervisor._peers
