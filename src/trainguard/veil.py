@@ -19,7 +19,7 @@ import hmac
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,8 +73,8 @@ def key_of(scope: str, value: str) -> bytes:
     return hmac.digest(b"trainguard/veil/v1", f"{scope}\0{value}".encode(), "sha256")
 
 
-def seal_mute(muted: Muted, index: Mapping[bytes, Sequence[bytes]]) -> bytes:
-    """The entry of a mute. index: the log's sealed entries by tag."""
+def seal_mute(muted: Muted, index: Container[bytes]) -> bytes:
+    """The entry of a mute. index: the tags of the log's sealed entries."""
     key = key_of(muted.scope, muted.value)
     number = next(n for n in range(RENEWALS) if opaque.mark(key, n) not in index)
     data = msgspec.json.encode(muted)

@@ -62,7 +62,8 @@ from trainguard.cases.records import (
     sign_record,
     unpack,
 )
-from trainguard.cases.room import Index, Memory, Room, Seen, read_rooms, vault_of
+from trainguard.cases.room import Memory, Room, Seen, read_rooms, vault_of
+from trainguard.cases.scan import Marked
 from trainguard.cases.sealed import Delivery, Header
 from trainguard.cases.state import MEMBERS, SECOND, Act, Invalid, Member, State
 from trainguard.digest import canonical_json, sha256_hex
@@ -142,7 +143,7 @@ class _Call:
     """One verb on its way."""
 
     rooms: list[Room]
-    index: Index
+    index: Marked
     now_ns: int
     mutes: list[bytes] = field(default_factory=list)
     """Entries of mutes that take effect with this call."""
@@ -359,9 +360,7 @@ class Desk:
             keys=(act.author, self._me.key),
             signatures=(said.signature, mine),
         )
-        call.mutes.append(
-            veil.seal_mute(muted, {tag: [entry for _, entry in ones] for tag, ones in call.index.items()})
-        )
+        call.mutes.append(veil.seal_mute(muted, call.index))
         return mine
 
     def hold(self, name: str, *, reason: str, release: bool = False) -> int:

@@ -2,8 +2,9 @@
 
    for room in read_rooms(home, identity): room.state, room.seen, room.broken
 
-1. Every entry of the log is checked against the signed tree head (LogReader).
-2. Entries of the sealed shape that open with the identity's key are deliveries: a room's key from one record on.
+1. Every entry that is read is checked against the signed tree head (LogReader).
+2. Entries of the sealed shape that open with the identity's key are deliveries: a room's key from one record on. Which
+   these are is remembered, with the root of the log they were found in (scan.py).
 3. From a delivery the room's records are found by their tags, backwards by the keys that `epoch` records hand on.
 4. Each record must follow from the one before, be signed by who was a member then, and be one they could write.
 5. A key counts only if a member of that moment signed its delivery; entries by others are named as strange and ignored.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from trainguard import opaque
 from trainguard.cases import sealed
 from trainguard.cases.identity import Card, Identity
 from trainguard.cases.records import NO_RECORD, Epoch, Open, Record, parse_record, verify_record
+from trainguard.cases.scan import Marked, Scan
 from trainguard.cases.sealed import Delivery
 from trainguard.cases.state import Invalid, State
 from trainguard.digest import sha256_hex, write_durably
@@ -113,28 +115,26 @@ class Memory:
             write_durably(self._path, msgspec.json.encode(self._held), mode=0o600)
 
 
-Index = Mapping[bytes, Sequence[tuple[int, bytes]]]
-"""Sealed entries of the log by their tags, each with its leaf."""
-
-
-def read_rooms(home: Home, identity: Identity | None) -> tuple[list[Room], Index]:
+def read_rooms(home: Home, identity: Identity | None) -> tuple[list[Room], Marked]:
     """Every room that was ever sealed to this identity, broken ones included; none without an identity. And the index.
 
-    The work is that of reading the log and trying each sealed entry, whatever comes of it.
+    The work is that of trying each sealed entry that came since this identity last called, whatever comes of it, and of
+    reading its own rooms: a stranger's call costs the same whether there is a case or not.
     """
-    index: dict[bytes, list[tuple[int, bytes]]] = {}
+    vkey = home.keys / "log.vkey"
+    reader = LogReader(home.log, vkey)
+    reader.head()
+    if identity is None:
+        return [], Marked()
+    known = Scan.load(identity, vkey.read_bytes())
+    known.extend(reader, identity)
+    known.keep(identity)
     given: dict[str, list[Delivery]] = {}
-    reader = LogReader(home.log, home.keys / "log.vkey")
-    for leaf, entry in enumerate(reader.entries(0, reader.head().size)):
-        if not opaque.is_sealed(entry):
-            continue
-        index.setdefault(opaque.tag_of(entry), []).append((leaf, entry))
-        found = sealed.open_delivery(entry, identity.sealing) if identity is not None else None
+    for leaf in known.given:
+        found = sealed.open_delivery(reader.entry(leaf), identity.sealing)
         if found is not None:
             given.setdefault(found.room, []).append(found)
-    if identity is None:
-        return [], index
-    memory = Memory(identity)
+    memory, index = Memory(identity), Marked(reader, known.marks)
     loader = _Loader(vault_of(home), index, identity.card)
     rooms = [loader.load(room, deliveries) for room, deliveries in given.items()]
     for room in rooms:
@@ -153,7 +153,7 @@ def vault_of(home: Home) -> Path:
 @dataclass(frozen=True, slots=True)
 class _Loader:
     vault: Path
-    index: Index
+    index: Marked
     card: Card
 
     def load(self, room_id: str, deliveries: list[Delivery]) -> Room:

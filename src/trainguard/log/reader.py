@@ -59,6 +59,7 @@ class LogReader:
         self._path = Path(path)
         self._verifier = load_verifier(vkey)
         self._shown: _Snapshot | None = None
+        self._near: tuple[int, list[bytes]] | None = None
 
     def head(self) -> TreeHead:
         """The signed head after the last entry. Raises VerificationError, or Unavailable where there is no log."""
@@ -74,6 +75,16 @@ class LogReader:
         start = max(start, shown.tree.published)
         if start < end:
             yield from self._journalled(shown, start, end)
+
+    def entry(self, index: int) -> bytes:
+        """One entry, checked. The bundle it lies in is kept: neighbours, in order, cost next to nothing."""
+        shown = self._snapshot()
+        if not 0 <= index < shown.head.size:
+            raise Misuse(f"{self._path}: expected an index below {shown.head.size}, found {index}")
+        first = index - index % TILE_WIDTH
+        if self._near is None or not first <= index < first + len(self._near[1]) or self._near[0] != first:
+            self._near = (first, list(self.entries(first, min(first + TILE_WIDTH, shown.head.size))))
+        return self._near[1][index - first]
 
     def inclusion(self, index: int) -> Proof:
         """Proof that entry `index` is under `head()`; verified before it is given out."""
