@@ -233,3 +233,13 @@ def test_a_worker_seeded_again_while_it_works_is_suspicious() -> None:
     assert findings == []
     findings, _ = judge(Rng, [*records, said(101), said(4)])
     assert [(f.outcome, f.techniques) for f in findings] == [("suspicious", ("D1",))]
+
+
+def test_steps_that_a_guard_short_of_time_did_not_read_are_no_departure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a stretch of steps is not looked at: all that they draw lies between two readings."""
+    monkeypatch.setattr(walks, "MOST_BLOCKS", 100)
+    monkeypatch.setattr(walks, "LEAST_BLOCKS", 4)
+    records = [record for record in train(60, after_step=heavy).records if record.step not in range(20, 50)]
+    findings, states = judge(Rng, records)
+    assert findings == []
+    assert any("more between two steps than a judge walks" in reason for reason in states["rng.numpy"].blind)

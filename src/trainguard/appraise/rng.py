@@ -45,6 +45,8 @@ class _Departure:
     outcome: Outcome = "violated"
     limit: int = 0
     """Draws after which the walk to this state was given up, where nothing else speaks of the departure."""
+    steps: int = 1
+    """Steps since the state before it was read."""
 
 
 @dataclass(slots=True)
@@ -80,6 +82,14 @@ class _Stream:
     epoch_began: bool = False
     """A loader began a pass since numpy's and Python's generators were last read."""
     workers: dict[int, int] = field(default_factory=dict)
+    read_at: dict[str, int] = field(default_factory=dict)
+    """Generator → step before which it was last read."""
+
+    def steps_since(self, name: str, step: int | None) -> int:
+        """Steps since that generator was last read, at least one; notes that it is read now."""
+        before, now = self.read_at.get(name), step or 0
+        self.read_at[name] = now
+        return max(1, now - before) if before is not None else 1
 
 
 class Rng:
@@ -263,6 +273,7 @@ class Rng:
         reading = self._read(stream, "torch", state, _whole(value, "torch"), beginning=beginning or seeding is not None)
         jumped, stream.jumped = stream.jumped or reading.kind in ("left", "seeded"), False
         limit, stream.limit = reading.limit or stream.limit, 0
+        steps = stream.steps_since("torch", evidence.step)
         known = stream.seen.get(state)
         if seeding is not None and (jumped or reading.kind != "reached"):
             stream.departures.append(seeding)
@@ -286,7 +297,9 @@ class Rng:
                 self._depart(evidence, stream, text, to=state)
             elif known is None and seeding is None and jumped and not beginning:
                 text = "torch's generator left its stream: this state is not reached by drawing from the one before"
-                self._depart(evidence, stream, text + _within(limit), to=state, outcome="suspicious", limit=limit)
+                self._depart(
+                    evidence, stream, text + _within(limit), to=state, outcome="suspicious", limit=limit, steps=steps
+                )
         if len(stream.seen) < STATES_LIMIT:
             stream.seen.setdefault(state, evidence.step or 0)
         stream.last = state
@@ -301,6 +314,7 @@ class Rng:
         name: str = "torch",
         outcome: Outcome = "violated",
         limit: int = 0,
+        steps: int = 1,
     ) -> None:
         stream.departures.append(
             _Departure(
@@ -311,6 +325,7 @@ class Rng:
                 at_epoch=stream.at_epoch if name == "torch" else stream.epoch_began,
                 outcome=outcome,
                 limit=limit,
+                steps=steps,
             )
         )
 
@@ -337,6 +352,7 @@ class Rng:
             if not isinstance(state, str):
                 continue
             self._others += 1
+            steps = stream.steps_since(name, evidence.step)
             seen = stream.others.setdefault(name, {})
             known = seen.get(state[:64])
             newest = next(reversed(seen), None)
@@ -351,7 +367,14 @@ class Rng:
                 to = str(reading.seed) if reading.kind == "seeded" else state
                 limit = reading.limit
                 self._depart(
-                    evidence, stream, text + _within(limit), to=to, name=name, outcome="suspicious", limit=limit
+                    evidence,
+                    stream,
+                    text + _within(limit),
+                    to=to,
+                    name=name,
+                    outcome="suspicious",
+                    limit=limit,
+                    steps=steps,
                 )
             if len(seen) < STATES_LIMIT:
                 seen.setdefault(state[:64], evidence.step or 0)
@@ -366,7 +389,7 @@ class Rng:
         """Departures of a process, by generator and place: explained by approval or habit, or told."""
         by_place: dict[tuple[str, str | None], list[_Departure]] = {}
         for each in stream.departures:
-            if each.limit and not stream.walks[each.name].outlasts(each.limit):
+            if each.limit and not stream.walks[each.name].outlasts(each.limit, steps=each.steps):
                 self._unwalked[f"{each.name}'s stream may draw more between two steps than a judge walks"] += 1
                 continue
             by_place.setdefault((each.name, each.place), []).append(each)

@@ -68,12 +68,14 @@ class Walk:
         self.reached = 0
         """Walks that did."""
 
-    def outlasts(self, limit: int) -> bool:
-        """Whether `limit` draws are far more than this generator usually makes between two readings.
+    def outlasts(self, limit: int, *, steps: int = 1) -> bool:
+        """Whether `limit` draws are far more than this generator usually makes in so many steps.
 
-        Ask when the run is over: a training whose every step draws more than a judge walks shows that only later.
+        steps: from the reading before to this one; a guard short of time reads none in between. Ask when the run is
+        over: a training whose every step draws more than a judge walks shows that only later.
         """
-        return self.reached > 0 and limit >= PROOF_TIMES * self.longest * WORDS
+        times = PROOF_TIMES + 2 * (steps - 1)
+        return self.reached > 0 and limit >= times * self.longest * WORDS
 
     def read(
         self, text: str, whole: object, seeds: Iterable[int] = (), *, beginning: bool = False, guess: bool = False
