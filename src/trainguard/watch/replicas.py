@@ -134,9 +134,12 @@ class Replicas:
 
     def still(self, track: Any, optimizer: Any, still: Any) -> bool:
         """Nothing to say before the next round; the step before it ends the quiet, so that we are called in time."""
-        member = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "GroupMember", None)
-        if member is not None:
-            still.same.append((member, "WORLD", self.group))
+        module = sys.modules.get("torch.distributed.distributed_c10d")
+        world = getattr(module, "_world", None)
+        if "_default_pg" in getattr(world, "__dict__", ()):  # what GroupMember.WORLD gives, without three calls
+            still.same.append((world, "_default_pg", self.group))
+        elif module is not None:
+            still.same.append((module.GroupMember, "WORLD", self.group))
         memory = track.memory.get(self.name)
         if self.world < 2 or memory is None:
             return self.world < 2

@@ -156,8 +156,8 @@ class Surface:
         """(name, namespace, file) of the job's own modules."""
         self._whole = client.settings.get("links") == "all"
         self._last: Optional[int] = None
-        self._stands: Optional[Tuple[Any, int, Any, int]] = None
-        """What the last step was of: weak reference to the optimizer, its index, its track; and the step's number."""
+        self._stands: Optional[Tuple[Any, int, List[Any], int]] = None
+        """What the last step was of: weakly the optimizer, its index, weakly its schedules, the step's number."""
         atexit.register(self.finish)
 
     def before(self, step: Any) -> None:
@@ -169,7 +169,7 @@ class Surface:
     def between(self, step: Any) -> None:
         """Begin or go on with a sweep, for a few milliseconds."""
         if self._work is None:
-            self._stands = (weakref.ref(step.optimizer), step.opt, step.track, step.number)
+            self._stands = (weakref.ref(step.optimizer), step.opt, _schedules(step), step.number)
             if step.number > EARLY and step.number % (EVERY_OF_ALL if self._whole else EVERY):
                 return
             self._work = self._sweep(step)
@@ -567,8 +567,15 @@ def _frozen(module: Any) -> Any:
 class _Last:
     """Stands in for a step when the process leaves."""
 
-    def __init__(self, ref: Any, opt: int, track: Any, number: int) -> None:
-        self.optimizer, self.opt, self.track, self.number = ref(), opt, track, number
+    def __init__(self, ref: Any, opt: int, schedules: List[Any], number: int) -> None:
+        self.optimizer, self.opt, self.schedules, self.number = ref(), opt, schedules, number
+
+
+def _schedules(step: Any) -> List[Any]:
+    """Weak references to the schedules of a step's optimizer, as link *hyperparameters* found them."""
+    if isinstance(step, _Last):
+        return step.schedules
+    return list((step.track.memory.get("hyperparameters") or {}).get("schedulers", ()))
 
 
 def _is_compiled(function: Any) -> bool:
@@ -578,9 +585,8 @@ def _is_compiled(function: Any) -> bool:
 
 def _hooks_on(step: Any) -> List[Tuple[str, Any]]:
     """Objects of the job that hold functions: schedules of this optimizer, data sets of loaders seen so far."""
-    known = step.track.memory.get("hyperparameters") or {}
     things: List[Tuple[str, Any]] = []
-    for number, ref in enumerate(known.get("schedulers", ())):
+    for number, ref in enumerate(_schedules(step)):
         things.append(("schedule %d of optimizer[%d]" % (number, step.opt), ref()))
     observer = loaders.current()
     for number, refs in list(observer.held.items()) if observer is not None else ():
