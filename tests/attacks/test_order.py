@@ -42,6 +42,37 @@ def test_one_pass_sorted_by_label_is_found_at_its_first_batch(monkeypatch: pytes
     assert "pass 2: batch 1" in findings[0].message
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"batch_size": BATCH // 2}, "batch was 16 and is 8"),
+        ({"drop_last": True}, "drop_last was False and is True"),
+        ({"sampler": RandomSampler(range(100))}, "length was 320 and is 100"),
+    ],
+)
+def test_a_loader_whose_samplers_are_changed_between_passes_is_found(change: dict[str, Any], told: str) -> None:
+    """Every batch is what these samplers draw: recomputing the order from the run's own account stays green."""
+    loader = DataLoader(Table(), batch_size=BATCH, shuffle=True)
+
+    def before(number: int) -> None:
+        if number == 1:
+            vars(loader.batch_sampler).update(change)
+
+    findings = findings_of(fit(loader, before_pass=before))
+    assert [(f.outcome, f.techniques) for f in findings] == [("suspicious", ("D2",))]
+    assert told in findings[0].message
+
+
+def test_data_that_grows_between_passes_is_no_departure() -> None:
+    """Examples that are collected while the model learns."""
+    data = Table()
+
+    def before(number: int) -> None:
+        data.x, data.y = torch.cat([data.x, data.x[:BATCH]]), torch.cat([data.y, data.y[:BATCH]])
+
+    assert findings_of(fit(DataLoader(data, batch_size=BATCH, shuffle=True), before_pass=before)) == []
+
+
 def test_a_batch_that_comes_twice_is_found_at_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch 5 is repeated in the place of batch 6: same length, same number of batches."""
     honest = BatchSampler.__iter__

@@ -34,6 +34,22 @@ WHOLE_LIMIT = 2_000_000
 BATCH_LIMIT = 1 << 20
 PASSES_LIMIT = 4096
 FINDINGS_LIMIT = 5
+PLAN: tuple[str, ...] = (
+    "class",
+    "batch",
+    "drop_last",
+    "length",
+    "replacement",
+    "samples",
+    "num_replicas",
+    "rank",
+    "seed",
+    "shuffle",
+)
+PLAN += ("initial_seed",)
+"""What stays as it is from pass to pass of one loader. `epoch` and the state of a generator move."""
+SHARES = frozenset(("num_replicas", "rank"))
+LOADERS_LIMIT = 1024
 Batch = tuple[int, ...]
 
 
@@ -79,6 +95,8 @@ class Order:
         self._given: Counter[str] = Counter()
         self._ranks = _Ranks()
         self._epochs: dict[tuple[int | None, int], list[int]] = {}
+        self._plans: dict[tuple[int | None, int], tuple[tuple[str, object], ...]] = {}
+        """Process, loader → the plan its first pass told."""
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         """Take one beginning, one end, or the loaders' places at one step."""
@@ -118,6 +136,7 @@ class Order:
         if len(self._passes) >= PASSES_LIMIT:
             oldest = next(iter(self._passes))
             yield from self._ended(oldest[1], oldest[2], self._passes.pop(oldest))
+        yield from self._planned(evidence, loader, epoch, samplers)
         names = " of ".join(_names(samplers))
         try:
             batches: Iterator[Batch] | None = self._drawn(samplers, body)
@@ -126,6 +145,28 @@ class Order:
             batches = None
         self._passes[evidence.process, loader, epoch] = _Pass(batches, names)
         yield from self._distributed(evidence, loader, samplers)
+
+    def _planned(self, evidence: Evidence, loader: int, epoch: int, samplers: dict[str, Any]) -> Iterator[Finding]:
+        """A loader's samplers are put together when it is made; what they draw does not change from pass to pass."""
+        plan = tuple(_plan(samplers))
+        first = self._plans.get((evidence.process, loader))
+        if first is None:
+            if len(self._plans) < LOADERS_LIMIT:
+                self._plans[evidence.process, loader] = plan
+            return
+        moved = [(one, two) for one, two in zip(first, plan, strict=False) if one != two and not _grown(one, two)]
+        if len(first) == len(plan) and not moved:
+            return
+        self._plans[evidence.process, loader] = plan
+        changes = ", ".join(f"{name} was {old!r:.80} and is {new!r:.80}" for (name, old), (_, new) in moved[:4])
+        self._broken += 1
+        yield self._finding(
+            evidence,
+            "suspicious",
+            "D3" if any(name in SHARES for (name, _), _ in moved) else "D2",
+            f"loader {loader}, pass {epoch + 1}: its samplers are not those of its first pass: "
+            f"{changes or 'they are others, or other in number'}",
+        )
 
     def _drawn(self, samplers: dict[str, Any], body: dict[str, Any]) -> Iterator[Batch]:
         inner: dict[str, Any] = samplers["of"] if isinstance(samplers.get("of"), dict) else samplers
@@ -411,6 +452,23 @@ def _stream(state: object, whole: object) -> Twister:
     if block_digest(stream.block) != digest:
         raise Unknown("the state that was told is not the one of its digest")
     return stream
+
+
+def _plan(samplers: Any) -> Iterator[tuple[str, object]]:
+    """What decides a loader's order and does not move by itself, sampler by sampler from the outermost."""
+    for _ in range(6):
+        if not isinstance(samplers, dict):
+            return
+        for name in PLAN:
+            if name in samplers:
+                yield name, samplers[name]
+        samplers = samplers.get("of")
+
+
+def _grown(before: tuple[str, object], after: tuple[str, object]) -> bool:
+    """Data that became more, as where examples are collected while a model learns."""
+    (name, old), (other, new) = before, after
+    return name == other and name in ("length", "samples") and _whole(old) and _whole(new) and new > old
 
 
 def _names(samplers: dict[str, Any]) -> Iterator[str]:
