@@ -126,6 +126,27 @@ def test_a_state_that_no_drawing_reaches_is_found_although_the_seed_stays(monkey
     assert "not reached by drawing" in findings[0].message
 
 
+def test_a_stream_put_back_before_every_step_stands_still_and_a_later_phase_without_draws_does_not() -> None:
+    """The same dropout mask for ever, by a hidden hand; then another optimizer, over a model that drops nothing."""
+
+    def put_back(run: Run) -> None:
+        if run.step == 20:
+            run.kept = torch.get_rng_state()  # type: ignore[attr-defined]
+        elif run.step > 20:
+            torch.set_rng_state(run.kept)  # type: ignore[attr-defined]
+
+    def later(run: Run) -> None:
+        if run.step == 20:
+            run.net.eval()
+            run.optimizer = torch.optim.SGD(run.net.parameters(), lr=0.01)
+
+    findings, _ = judge(Rng, train(30, after_step=put_back).records)
+    assert [(f.outcome, f.techniques) for f in findings] == [("suspicious", ("D1",))]
+    assert "stands still since step 21" in findings[0].message
+    findings, states = judge(Rng, train(40, after_step=later).records)
+    assert (findings, states["rng"].state) == ([], "held")
+
+
 @pytest.mark.parametrize("name", ["numpy", "python"])
 def test_numpy_or_python_seeded_again_is_found_with_the_seed(name: str) -> None:
     """Their streams are walked as well; a usual seed is named."""

@@ -61,11 +61,13 @@ class _Stream:
     seeds: list[int] = field(default_factory=list)
     """Seeds that torch reported, newest last."""
     steps: int = 0
-    moved: int = 0
+    moved: Counter[object] = field(default_factory=Counter)
+    """Optimizer → its latest steps in a row before which the state was a new one."""
     still: int = 0
     since: int = 0
     """Step at which the state was last a new one."""
-    was_moving: bool = False
+    movers: set[object] = field(default_factory=set)
+    """Optimizers before whose steps it moves. Another one begins another phase of the training, which may draw none."""
     frozen_told: bool = False
     repeating: bool = False
     """The state before the last step had been there already: the stream runs along an old path."""
@@ -277,9 +279,11 @@ class Rng:
         known = stream.seen.get(state)
         if seeding is not None and (jumped or reading.kind != "reached"):
             stream.departures.append(seeding)
+        opt = evidence.body.get("opt")
         if state == stream.last:
             stream.still += 1
-            if stream.was_moving and stream.still >= FROZEN_STEPS and not stream.frozen_told:
+            stream.moved[opt] = 0
+            if opt in stream.movers and stream.still >= FROZEN_STEPS and not stream.frozen_told:
                 stream.frozen_told = True
                 self._broken += 1
                 text = (
@@ -287,8 +291,9 @@ class Rng:
                 )
                 yield from self._give(evidence, "suspicious", ("D1",), text)
         else:
-            stream.moved = stream.moved + 1 if not stream.still else 0
-            stream.was_moving = stream.was_moving or stream.moved >= MOVING_STEPS
+            stream.moved[opt] = 0 if stream.still else stream.moved[opt] + 1
+            if stream.moved[opt] >= MOVING_STEPS:
+                stream.movers.add(opt)
             stream.still = 0
             stream.since = evidence.step or 0
             repeating, stream.repeating = stream.repeating, known is not None
