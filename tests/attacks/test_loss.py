@@ -173,3 +173,25 @@ def test_a_loss_of_ones_own_is_blind_and_not_accused() -> None:
     findings, link = judged(recorder.records)
     assert findings == []
     assert (link.state, link.required) == ("blind", False)
+
+
+def test_a_loss_of_ones_own_beside_one_of_torch_on_the_same_line_did_not_answer_for_it() -> None:
+    """focal(…) + F.cross_entropy(…): each is its own call."""
+
+    def focal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        chosen = F.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
+        return (-((1 - chosen.exp()) ** 2) * chosen).mean()
+
+    torch.manual_seed(0)
+    net = nn.Linear(8, 5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with recording(truth_every=1) as recorder:
+        for _ in range(6):
+            x, y = torch.randn(12, 8), torch.randint(5, (12,))
+            loss = focal(net(x), y) + F.cross_entropy(net(x), y) + 0.1 * F.mse_loss(net(x), torch.zeros(12, 5))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    findings, link = judged(recorder.records)
+    assert findings == []
+    assert link.broken == 0

@@ -19,6 +19,7 @@ Value (`losses` in link *truth*; spec/evidence.md "truth"):
 from __future__ import annotations
 
 import ast
+import itertools
 import linecache
 import math
 import sys
@@ -403,17 +404,38 @@ def _arguments(frame: Any, name: str) -> Tuple[Any, Any]:
     return first, second
 
 
-_parsed: Dict[Tuple[str, int], List[ast.Call]] = {}
+_parsed: Dict[Tuple[str, int, int], List[ast.Call]] = {}
 
 
 def _calls_at(frame: Any) -> List[ast.Call]:
-    """Calls written on the statement that a frame is executing; empty where the source cannot be read."""
-    key = (frame.f_code.co_filename, frame.f_lineno)
+    """The call that a frame is executing; all of the statement where Python keeps no columns; none without source."""
+    key = (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)
     if key not in _parsed:
         if len(_parsed) > 256:
             _parsed.clear()
-        _parsed[key] = _parse(*key)
+        call = _executing(frame)
+        _parsed[key] = [call] if call is not None else _parse(*key[:2])
     return _parsed[key]
+
+
+def _executing(frame: Any) -> Optional[ast.Call]:
+    """The call under way, by the columns that Python 3.11 and later keep of every instruction."""
+    if not hasattr(frame.f_code, "co_positions"):
+        return None
+    at = frame.f_lasti // 2
+    (begin, end, left, right), *_ = [*itertools.islice(frame.f_code.co_positions(), at, at + 1), (None,) * 4]
+    lines = linecache.getlines(frame.f_code.co_filename)
+    if begin is None or end is None or left is None or right is None or not 0 < begin <= end <= len(lines):
+        return None
+    text = [line.encode() for line in lines[begin - 1 : end]]
+    text[-1] = text[-1][:right]
+    text[0] = text[0][left:]
+    try:
+        tree = facts.parse("(" + b"".join(text).decode() + "\n)")
+    except (SyntaxError, ValueError):
+        return None
+    found = tree.body[0].value if len(tree.body) == 1 and isinstance(tree.body[0], ast.Expr) else None
+    return found if isinstance(found, ast.Call) else None
 
 
 def _parse(path: str, line: int) -> List[ast.Call]:
