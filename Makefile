@@ -18,7 +18,7 @@ BIN := .venv/bin
 .venv/test.stamp: .venv/run.stamp
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
 	  pytest pytest-randomly pytest-timeout pytest-xdist hypothesis ruff mypy \
-	  transformers accelerate lightning safetensors scikit-learn mlflow-skinny wandb submitit kubernetes-validate lightgbm xgboost-cpu jsonschema weasyprint
+	  transformers accelerate lightning safetensors scikit-learn mlflow-skinny wandb submitit kubernetes-validate lightgbm xgboost-cpu jsonschema weasyprint pypdf
 	@touch $@
 
 # What others wrote and our seals are held against; without it those tests are skipped with their reason.

@@ -72,6 +72,7 @@ from trainguard.home import Home
 from trainguard.incident.correlate import Incident
 from trainguard.log import Log
 from trainguard.log.disk import locked
+from trainguard.log.tiles import TILE_WIDTH
 
 INCIDENTS = 50
 """Incidents of one case, at most."""
@@ -601,7 +602,10 @@ class Desk:
         for _ in range(-files % sealed.UNIT_FILES or (sealed.UNIT_FILES if not files else 0)):
             sealed.store_cover(vault)
         with Log.open(self._home.log, self._home.keys / "log.key") as log:
-            first = log.append(sealed.filled([*entries, *call.mutes]))[0]
+            appended = sealed.filled([*entries, *call.mutes])
+            first = log.append(appended)[0]
+            if first // TILE_WIDTH != (first + len(appended)) // TILE_WIDTH:
+                log.publish()  # or every call would read all entries that nobody published
         self._adopt(call, first, entries)
 
     def _written(self, call: _Call, room: Room, drafts: Sequence[_Draft]) -> tuple[list[bytes], list[bytes], int]:

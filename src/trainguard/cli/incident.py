@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -56,31 +57,48 @@ def showing(as_json: bool, quiet: bool, name: str) -> int:
 @command.command("report")
 @click.option(
     "--kind",
-    type=click.Choice(["technical", "plain", "flash"]),
+    type=click.Choice(["technical", "plain", "flash", "reach", "review", "authority"]),
     default="technical",
-    help="technical: everything; plain: two pages in plain words; flash: a one-page notice that names nobody.",
+    help="technical: everything; plain: two pages in plain words; flash: a one-page notice. reach: what is affected "
+    "and what is not; review: the blameless review; authority: a draft report. Accounts are named "
+    "in the first two alone.",
 )
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write the page here.")
 @click.option("--pdf", "pdf_path", type=click.Path(path_type=Path), help="Write it as PDF/A (needs weasyprint).")
 @click.option("--prices", "prices_path", type=click.Path(path_type=Path), help="Prices for what it cost (TOML).")
 @click.option("--device", help="Which price to use, where the file has several.")
+@click.option("--notes", "notes_path", type=click.Path(path_type=Path), help="What people add (TOML): docs/recover.md.")
 @click.argument("name")
 def reporting(
-    kind: str, html_path: Path | None, pdf_path: Path | None, prices_path: Path | None, device: str | None, name: str
+    kind: str,
+    html_path: Path | None,
+    pdf_path: Path | None,
+    prices_path: Path | None,
+    device: str | None,
+    notes_path: Path | None,
+    name: str,
 ) -> int:
     """Write an incident as a document to hand on."""
     from trainguard.cli._documents import write_document
+    from trainguard.incident.authored import NOTHING, read_authored
     from trainguard.incident.damage import NO_PRICES, read_prices
     from trainguard.incident.dossier import make_dossier
+    from trainguard.render.aftermath import authority_page, blast_page, review_page
     from trainguard.render.documents import flash_page, plain_page
     from trainguard.render.incident import incident_page
 
     prices = read_prices(prices_path) if prices_path is not None else NO_PRICES
+    authored = read_authored(notes_path) if notes_path is not None else NOTHING
     dossier = make_dossier(Home.find(), name, prices=prices, device=device)
-    if kind == "technical":
-        page = incident_page(dossier.incident, dossier.family)
-    else:
-        page = plain_page(dossier) if kind == "plain" else flash_page(dossier)
+    drawn: dict[str, Callable[[], str]] = {
+        "technical": lambda: incident_page(dossier.incident, dossier.family),
+        "plain": lambda: plain_page(dossier),
+        "flash": lambda: flash_page(dossier),
+        "reach": lambda: blast_page(dossier),
+        "review": lambda: review_page(dossier, authored),
+        "authority": lambda: authority_page(dossier, authored),
+    }
+    page = drawn[kind]()
     write_document(page, html_path, pdf_path, identity=f"{kind} {dossier.incident.id}", verb="incident report")
     return 0
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ from trainguard.archive import LogLeaves
 from trainguard.errors import Misuse, Unavailable
 from trainguard.home import Home
 from trainguard.incident.lineage import Lineage, read_lineage, run_key
-from trainguard.incident.losses import Kind, Range, Row, rows_of
+from trainguard.incident.losses import Kind, Range, Row, held, rows_of
 
 __all__ = [
     "Claim",
@@ -173,11 +174,13 @@ def assess(
     leaves = LogLeaves(home)
     rows: list[Row] = []
     unknown: list[str] = []
+    most = _Most()
     for run in _chosen(lineage, runs):
         found = list(rows_of(home, leaves, lineage, run))
         rows.extend(found)
         if lineage.standing_of(run_key(run)).word == "UNKNOWN":
             unknown.append(run)
+            most.add(*held(home, leaves, run))
     hours = total(rows)
     affected = tuple(dict.fromkeys(row.run for row in rows))
     devices = max((_devices(row for row in rows if row.run == run) for run in affected), default=0)
@@ -194,7 +197,7 @@ def assess(
         money=money,
         price=price,
         claims=prices.claim,
-        outside=tuple(_beside(each, shown, money, price, complete=not unknown) for each in prices.outside),
+        outside=tuple(_beside(each, shown, money, price, most) for each in prices.outside),
         unknown=tuple(unknown),
     )
 
@@ -212,9 +215,28 @@ def _chosen(lineage: Lineage, runs: Sequence[str] | None) -> Iterator[str]:
     yield from (run for run in lineage.verdicts if run in wanted)
 
 
-def _beside(
-    said: Outside, shown: dict[str, Range], money: Range | None, price: Price | None, *, complete: bool
-) -> Beside:
+@dataclass(slots=True)
+class _Most:
+    """What the runs that nobody could judge would add, were all of them affected."""
+
+    devices: int = 0
+    hours: float = 0.0
+    runs: int = 0
+
+    def add(self, devices: int, hours: float) -> None:
+        self.devices = max(self.devices, devices)
+        self.hours += hours
+        self.runs += 1
+
+    def with_them(self, quantity: str, shown: float, price: Price | None) -> float:
+        """The largest figure that this log allows at all."""
+        if quantity == "devices":
+            return max(shown, self.devices)
+        more = {"device-hours": self.hours, "runs": self.runs, "money": self.hours * (price.high if price else 0.0)}
+        return shown + more[quantity]
+
+
+def _beside(said: Outside, shown: dict[str, Range], money: Range | None, price: Price | None, most: _Most) -> Beside:
     if said.quantity == "money":
         if money is None or price is None or price.currency != said.currency:
             return _answered(said, Range(), "unknown", "no price in that currency was given")
@@ -225,11 +247,13 @@ def _beside(
         return _answered(said, log_shows, "supported", "within what the log shows")
     if said.value < log_shows.low:
         return _answered(said, log_shows, "not supported", "the log shows more")
-    if not complete:
-        return _answered(
-            said, log_shows, "unknown", "the log shows less, but runs that nobody could judge are left out"
-        )
-    return _answered(said, log_shows, "not supported", "the log shows less, and no run in it is left out")
+    if not most.runs:
+        return _answered(said, log_shows, "not supported", "the log shows less, and no run in it is left out")
+    limit = most.with_them(said.quantity, log_shows.high, price)
+    if said.value > limit:
+        why = f"the log allows {limit:,.4g} at most, counting every run that nobody could judge as affected"
+        return _answered(said, log_shows, "not supported", why)
+    return _answered(said, log_shows, "unknown", "the log shows less, but runs that nobody could judge are left out")
 
 
 def _answered(said: Outside, log_shows: Range, answer: Answer, why: str) -> Beside:

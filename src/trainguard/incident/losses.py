@@ -180,9 +180,23 @@ def rows_of(home: Home, leaves: LogLeaves, lineage: Lineage, run: str) -> Iterat
             yield _row(span, "tainted", Range(high=rest), why, began)
 
 
+def _found(finding: Finding) -> str:
+    """What a row rests on, in words that name no account: what is lost is no matter of who."""
+    techniques = f" ({', '.join(finding.techniques[:3])})" if finding.techniques else ""
+    step = f" at step {finding.subject.step:,}" if finding.subject.step is not None else ""
+    word = "proved" if finding.outcome == "violated" else "suspicious"
+    return f"{word}: check {finding.check}{step}{techniques}"
+
+
 def takes_time_only(finding: Finding) -> bool:
     """Whether a finding is about an act that costs time and leaves results as they are."""
     return bool(finding.techniques) and set(finding.techniques) <= TIME_ONLY
+
+
+def held(home: Home, leaves: LogLeaves, run: str) -> tuple[int, float]:
+    """Devices of a run and the hours they were in it, whatever is said of the run."""
+    spans = _read(home, leaves, run, ()).spans
+    return len({span.device for span in spans}), sum(max(0, s.ended - s.began) for s in spans) / NS_PER_HOUR
 
 
 # -- what was spoilt ---------------------------------------------------------------------------------------------------
@@ -204,7 +218,7 @@ def _inherits(lineage: Lineage, run: str) -> _Inherited | None:
     verdict = lineage.verdicts.get(source.run) if source is not None and source.run is not None else None
     violated = [f for f in verdict.findings if f.outcome == "violated"] if verdict is not None else []
     spoilt = standing.word == "TAINTED" and not (violated and all(map(takes_time_only, violated)))
-    return _Inherited(spoilt, lineage.reasons(standing)[0])
+    return _Inherited(spoilt, f"made from {source.label if source is not None else 'what is not recorded'}")
 
 
 def _first_moment(course: _Course, bad: Sequence[Finding]) -> int | None:
@@ -237,7 +251,7 @@ def _tainted(span: Span, course: _Course, bad: Sequence[Finding], apart: Sequenc
         high=_hours(_without(whole, apart)),
     )
     leaf = worst.evidence[0].leaf if worst.evidence else None
-    return _row(span, "tainted", hours, f"{worst.check}: {worst.message}", leaf, worst.subject.step)
+    return _row(span, "tainted", hours, _found(worst), leaf, worst.subject.step)
 
 
 # -- what took time ----------------------------------------------------------------------------------------------------
@@ -274,8 +288,7 @@ def _time_lost(
         taken.setdefault(span.device, []).extend(free)
         hours = _hours(free)
         leaf = finding.evidence[0].leaf if finding.evidence else None
-        why = f"{finding.check}: {finding.message}"
-        yield kind, _Claim(span, free, Range(low=hours * low, likely=hours * likely, high=hours), why, leaf)
+        yield kind, _Claim(span, free, Range(low=hours * low, likely=hours * likely, high=hours), _found(finding), leaf)
 
 
 Piece = tuple[Kind, Span, Stretch, float, float, Finding]

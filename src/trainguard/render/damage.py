@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from trainguard.incident.damage import Damage, Range, WhatIf
-from trainguard.incident.losses import Kind
+from trainguard.incident.losses import Kind, Row
 from trainguard.render.line import plain
 from trainguard.render.words import plural
 
@@ -30,13 +31,14 @@ def damage_lines(report: Damage) -> Iterator[str]:
     else:
         yield "money: not stated: no price was given (--prices FILE)"
     yield from (f"  {PARTS[kind]}: {spread(hours)} h" for kind, hours in report.parts.items())
-    for row in report.rows[:ROWS]:
-        rank = f" rank {row.rank}" if row.rank is not None else ""
-        leaf = f" [leaf {row.leaf}]" if row.leaf is not None else ""
-        yield f"  {row.kind:10} {row.run}{rank} steps {row.from_step} to {row.to_step}: {spread(row.hours)} h{leaf}"
-        yield f"             {plain(row.why, 200)}"
-    if len(report.rows) > ROWS:
-        yield f"  and {len(report.rows) - ROWS} more rows (--json has all)"
+    groups = grouped(report.rows)
+    for group in groups[:ROWS]:
+        row, hours = group
+        leaf = f" [entry {row.leaf}]" if row.leaf is not None else ""
+        yield f"  {row.where}: {spread(hours)} h, {PARTS[row.kind]}{leaf}"
+        yield f"      {plain(row.why, 200)}"
+    if len(groups) > ROWS:
+        yield f"  and {len(groups) - ROWS} more (--json has every row)"
     if report.unknown:
         yield f"not counted, because nobody could judge them: {', '.join(report.unknown[:10])}"
     if report.claims:
@@ -53,9 +55,48 @@ def damage_lines(report: Damage) -> Iterator[str]:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that differ in their rank alone."""
+
+    kind: Kind
+    where: str
+    """`run r1, ranks 0 to 3, steps 1 to 11`."""
+    why: str
+    leaf: int | None
+
+
+def grouped(rows: Sequence[Row]) -> list[tuple[Group, Range]]:
+    """Rows of one run, kind, stretch and reason as one, with the sum of their hours; in the order they came."""
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.run, row.kind, row.from_step, row.to_step, row.why, row.leaf), []).append(row)
+    groups = []
+    for members in found.values():
+        first, hours = members[0], Range()
+        for row in members:
+            hours = hours.plus(row.hours)
+        ranks = _ranks([row.rank for row in members if row.rank is not None])
+        where = f"run {plain(first.run, 60)}{ranks}, steps {first.from_step} to {first.to_step}"
+        groups.append((Group(first.kind, where, first.why, first.leaf), hours))
+    return groups
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    known = sorted(set(ranks))
+    if not known:
+        return ""
+    if len(known) == 1:
+        return f", rank {known[0]}"
+    if known == list(range(known[0], known[-1] + 1)):
+        return f", ranks {known[0]} to {known[-1]}"
+    return f", ranks {', '.join(map(str, known[:8]))}{' and more' if len(known) > 8 else ''}"
+
+
 def what_if_lines(told: WhatIf) -> Iterator[str]:
     """The price of delay."""
-    yield f"{told.devices:,} devices ({plain(told.price.device)}, {told.price.basis} of {told.price.date})"
+    price = f"{plain(told.price.device)}, {told.price.basis} price of {told.price.date}"
+    yield f"While nobody notices, {told.devices:,} devices cost ({price}):"
     for name, value in (("minute", told.per_minute), ("hour", told.per_hour), ("day", told.per_day)):
         yield f"  per {name}: {spread(value)} {told.price.currency}"
 

@@ -30,7 +30,7 @@ from trainguard.incident.dossier import Dossier, Source
 from trainguard.incident.lineage import Line
 from trainguard.incident.recover import Candidate as Checkpoint
 from trainguard.incident.recover import Ends, Plan
-from trainguard.render.damage import PARTS, number, spread
+from trainguard.render.damage import PARTS, grouped, number, spread
 from trainguard.render.html import render_paper
 from trainguard.render.incident import steps_of
 from trainguard.render.line import plain
@@ -65,13 +65,13 @@ def flash_page(dossier: Dossier) -> str:
     """The notice: what, since when, whether it goes on, exposure, what to do. Nothing about from where."""
     incident, damage = dossier.incident, dossier.damage
     affected = [line for line in dossier.family.affected if line.label in incident.affected]
-    values = _common(dossier) | {
+    values = common(dossier) | {
         "in_short": _in_short(dossier),
-        "what": _kind_of_act(incident),
+        "what": kind_of_act(incident),
         "ranks": f"rank {', '.join(map(str, incident.ranks[:8]))}" if incident.ranks else "",
         "ended": _time(dossier.ended),
         "state": "still running: every step adds to the loss" if dossier.running else "ended",
-        "exposure": _exposure(damage),
+        "exposure": exposure(damage),
         "reach": _reach(affected),
         "actions": list(_actions(dossier)),
         "not_known": NOT_KNOWN[1:],
@@ -79,14 +79,15 @@ def flash_page(dossier: Dossier) -> str:
     return render_paper("flash.html", values)
 
 
-def _kind_of_act(incident: Incident) -> str:
+def kind_of_act(incident: Incident) -> str:
     """What it is by the catalogue and not in the words of a finding, which may name accounts."""
     titles = [TITLES[technique] for technique in incident.techniques if technique in TITLES]
     checks = ", ".join(dict.fromkeys(plain(finding.check, 40) for finding in incident.findings))
     return f"{'; '.join(titles[:3]) or GROUPS.get(incident.kind, 'of no known kind')} (seen by check {checks[:120]})"
 
 
-def _exposure(damage: Damage) -> str:
+def exposure(damage: Damage) -> str:
+    """What it cost so far, in a line."""
     said = f"{spread(damage.hours)} device-hours on {plural(damage.devices, 'device')}"
     if damage.money is not None and damage.price is not None:
         said += f"; {spread(damage.money)} {damage.price.currency}"
@@ -125,7 +126,7 @@ def plain_page(dossier: Dossier) -> str:
     facts = _distinct(incident.findings)
     affected = [line for line in dossier.family.affected if line.label in incident.affected]
     cleared = dossier.family.cleared
-    values = _common(dossier) | {
+    values = common(dossier) | {
         "in_short": _in_short(dossier),
         "facts": [_fact(finding) for finding in facts[:FACTS]],
         "facts_more": len(incident.findings) - min(len(facts), FACTS),
@@ -192,6 +193,7 @@ def damage_page(damage: Damage, source: Source, *, scope: str) -> str:
     likely = f"{number(damage.hours.likely)} device-hours"
     if damage.money is not None and damage.price is not None:
         likely += f", {number(damage.money.likely)} {damage.price.currency}"
+    groups = grouped(damage.rows)
     values = {
         "source": source,
         "headline": f"{likely}, likely, over {plural(len(damage.runs), 'affected run')}",
@@ -201,15 +203,15 @@ def damage_page(damage: Damage, source: Source, *, scope: str) -> str:
         "money": _money(damage),
         "rows": [
             {
-                "kind": row.kind,
-                "where": plain(_where(row.run, row.rank, row.from_step, row.to_step), 120),
-                "ends": _ends(row.hours),
+                "kind": PARTS[row.kind],
+                "where": plain(row.where, 120),
+                "ends": _ends(hours),
                 "why": plain(row.why, 160),
                 "leaf": row.leaf if row.leaf is not None else "",
             }
-            for row in damage.rows[:ROWS]
+            for row, hours in groups[:ROWS]
         ],
-        "rows_more": max(0, len(damage.rows) - ROWS),
+        "rows_more": max(0, len(groups) - ROWS),
         "unknown": _names(damage.unknown),
         "claims": [
             {
@@ -231,11 +233,6 @@ def damage_page(damage: Damage, source: Source, *, scope: str) -> str:
         ],
     }
     return render_paper("damage.html", values)
-
-
-def _where(run: str, rank: int | None, first: int | None, last: int | None) -> str:
-    where = f"{run}, rank {rank}" if rank is not None else run
-    return f"{where}, steps {first} to {last}"
 
 
 def _names(runs: Sequence[str]) -> str:
@@ -337,7 +334,8 @@ def _compared(ends: Ends | None) -> dict[str, str] | None:
 # -- shared --------------------------------------------------------------------------------------------------------
 
 
-def _common(dossier: Dossier) -> dict[str, Any]:
+def common(dossier: Dossier) -> dict[str, Any]:
+    """What every document on an incident says at its head."""
     incident = dossier.incident
     return {
         "source": dossier.source,

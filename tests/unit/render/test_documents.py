@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from tests.helpers import pdfa
 from tests.helpers.told import HOSTILE
 
-from trainguard.errors import Unavailable
+from trainguard.errors import Misuse, Unavailable
 from trainguard.evidence import Evidence
 from trainguard.finding import Citation, Finding, Subject
 from trainguard.incident import attribute as module
 from trainguard.incident.attribute import Facts, attribute
+from trainguard.incident.authored import Action, Authored, Event, Notice, Went, read_authored
 from trainguard.incident.correlate import Incident, severity
 from trainguard.incident.damage import Beside, Claim, Damage, Price
 from trainguard.incident.dossier import Dossier, Source
 from trainguard.incident.lineage import Family, Line
 from trainguard.incident.losses import Range, Row
 from trainguard.incident.recover import Candidate, Ends, Plan
+from trainguard.render.aftermath import authority_page, blast_page, review_page
 from trainguard.render.documents import certificate_page, damage_page, flash_page, pdf_of, plain_page
 from trainguard.render.incident import incident_page
 
@@ -56,7 +62,7 @@ def damage(rows: int = 2) -> Damage:
     return Damage(
         hours=HOURS,
         parts={"tainted": HOURS, "idle": Range(likely=0.5, high=0.5)},
-        rows=tuple(row() for _ in range(rows)),
+        rows=tuple(replace(row(), from_step=4 + index) for index in range(rows)),
         devices=4,
         runs=("r1",),
         money=HOURS.times(PRICE.range),
@@ -218,18 +224,90 @@ def test_without_one_of_them_it_is_a_plan_that_says_what_is_missing(
     assert missing in page
 
 
+DRAWN: dict[str, Callable[[Dossier], str]] = {
+    "flash": flash_page,
+    "plain": plain_page,
+    "reach": blast_page,
+    "review": review_page,
+    "authority": authority_page,
+}
+
+
 def pages(name: str) -> str:
     """A document from a record as long and hostile as records get."""
-    if name in ("flash", "plain"):
-        dossier = made(900, text="x" * 900, hostile=True)
-        return flash_page(dossier) if name == "flash" else plain_page(dossier)
+    if name in DRAWN:
+        return DRAWN[name](made(900, text="x" * 900, hostile=True))
     if name == "damage":
         return damage_page(damage(3), SOURCE, scope=HOSTILE)
     plan = replace(PLAN, later=PLAN.later * 200, command=("python", HOSTILE), checkpoint=replace(CHOSEN, place=HOSTILE))
     return certificate_page(plan, SOURCE, detection={"0.1": 0.98}, ends=EQUAL)
 
 
-@pytest.mark.parametrize("name", ["flash", "plain", "certificate", "damage"])
+AT = datetime.datetime(2001, 9, 11, 4, tzinfo=datetime.UTC)
+AUTHORED = Authored(
+    notice=Notice(found=AT, by="security operations", why="weights were modified", internal_only=False),
+    event=(Event(at=AT, by="on-call of team-a", text="the run was stopped"),),
+    went=(Went(how="lucky", text="somebody read the log"),),
+    action=(Action(what="two people approve", owner="platform", due="2001-12-01"),),
+)
+
+
+@pytest.mark.parametrize("name", ["flash", "reach", "review", "authority", "damage"])
+def test_what_leaves_the_case_names_no_account_and_no_process(name: str) -> None:
+    """Whatever a finding says of accounts stays in the technical report and the one in plain words."""
+    dossier = made(text="process 412 of account 1001, victim-b, sent SIGKILL")
+    page = damage_page(dossier.damage, SOURCE, scope="x") if name == "damage" else DRAWN[name](dossier)
+    for word in ("victim-b", "insider", "1001", "1002", "process 412", "session"):
+        assert word not in text_of(page)
+
+
+def test_the_statement_of_reach_says_for_each_model_in_which_of_four_groups_it_is_and_why() -> None:
+    dossier = made()
+    chained = replace(
+        dossier.family.affected[0], because=("run r1: edited by account 1001", "model-0.pt was made from it")
+    )
+    dossier = dataclasses.replace(dossier, family=replace(dossier.family, affected=(chained,)))
+    page = text_of(blast_page(dossier))
+    assert "1 tainted, 0 in doubt, 0 not known, 2 cleared" in page
+    assert "run r1 → this" in page
+    assert "1001" not in page
+    assert "clean model-0.pt" in page
+
+
+def test_the_review_sets_what_people_say_beside_the_record_with_its_source() -> None:
+    page = text_of(review_page(made(), AUTHORED))
+    for words in ("entry 9", "said by on-call of team-a", "somebody read the log", "two people approve platform"):
+        assert words in page
+    assert "2 days from the first act on record until people learned of it" in page
+    assert page.index("2001-09-09 01:46:40") < page.index("2001-09-11 04:00:00")
+    assert "to be filled in" in text_of(review_page(made()))
+
+
+def test_a_draft_for_an_authority_has_its_clock_and_marks_what_nobody_stated() -> None:
+    page = text_of(authority_page(made(), AUTHORED))
+    assert "Due by 2001-09-26 04:00 UTC: 15 days" in page
+    assert "to be filled in: organisation" in page
+    danger = Authored(notice=Notice(found=AT, imminent_danger=True))
+    assert "Due by 2001-09-12 04:00 UTC: 24 hours" in text_of(authority_page(made(), danger))
+    assert "The clock has no beginning yet" in text_of(authority_page(made()))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[notice]\nfound = 2001-09-11T04:00:00", "with their zone"),
+        ("[notice]\nfound = 2001-09-11T04:00:00Z\nwho = 'x'", "unknown field `who`"),
+        ("[[went]]\nhow = 'fine'\ntext = 'x'", "how"),
+        ("[", "not a notes file"),
+    ],
+)
+def test_notes_that_are_not_as_described_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "n.toml").write_text(text)
+    with pytest.raises(Misuse, match=said):
+        read_authored(tmp_path / "n.toml")
+
+
+@pytest.mark.parametrize("name", [*DRAWN, "certificate", "damage"])
 def test_no_name_of_an_attacker_becomes_markup(name: str) -> None:
     page = pages(name)
     assert "<script" not in page
@@ -254,6 +332,21 @@ def test_one_page_is_one_page_and_two_are_two_and_the_bytes_repeat(weasyprint: A
     assert first == pdf_of(page, identity=name)
     assert first.startswith(b"%PDF-1.7")
     assert b"pdfaid:part" in b"".join(streams(first)), "it says which PDF/A it is"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [*DRAWN, "certificate", "damage"])
+def test_every_document_bears_the_marks_of_pdfa_3b(weasyprint: Any, name: str) -> None:
+    """Those that can be read without a validator: tests/helpers/pdfa.py lists them with their clauses."""
+    page = DRAWN[name](made(3)) if name in DRAWN else pages(name)
+    assert pdfa.against(pdf_of(page, identity=name)) == []
+
+
+@pytest.mark.nightly
+def test_a_document_without_the_marks_is_told(weasyprint: Any) -> None:
+    """A plain PDF has no output intent and no claim to be PDF/A."""
+    plain_pdf = weasyprint.HTML(string="<p>x</p>").write_pdf()
+    assert {"no PDF/A output intent", "the metadata do not say PDF/A-3B"} <= set(pdfa.against(plain_pdf))
 
 
 @pytest.mark.usefixtures("weasyprint")
