@@ -1,12 +1,15 @@
 """Chat templates: Jinja programs that travel in configs and GGUF files and run at every prompt.
 
 transformers renders them in a sandbox, other runtimes have not (CVE-2024-34359). No ordinary template reaches for an
-underscore attribute, another template, or the names Jinja's escapes begin from; one that does is refused.
+underscore attribute, another template, or the names Jinja's escapes begin from; one that does is refused. What the text
+does not show, the syntax tree does (template_keys.py).
 """
 
 from __future__ import annotations
 
 import re
+
+from trainguard.scan.formats.template_keys import made_key
 
 BLOCK = re.compile(r"\{\{(.*?)\}\}|\{%(.*?)%\}", re.DOTALL)
 STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
@@ -51,4 +54,4 @@ def problem(template: str) -> str | None:
         COMPUTED.search(match[0]) for match in BLOCK.finditer(template)
     ):
         return "puts an underscore name together and looks something up by text it made"
-    return None
+    return made_key(template) if "[" in template or "|" in template else None
