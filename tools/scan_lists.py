@@ -316,6 +316,14 @@ LIBRARIES = (
         extra={"framework": {"lightgbm_booster": ("lightgbm.basic.Booster",)}},
     ),
     Library(
+        name="scipy",
+        package="scipy",
+        # Not scipy.sparse: its native code writes through the indexes a matrix brings. These only read theirs.
+        framework=("scipy.interpolate",),
+        extra={"framework": {"function": ("scipy._lib.array_api_compat.numpy._aliases.asarray",)}},
+        skip=("test", "tests", "conftest", "_lib", "datasets"),
+    ),
+    Library(
         name="sklearn",
         package="sklearn",
         distributions=("scikit-learn",),

@@ -255,3 +255,37 @@ def test_a_list_of_templates_in_gguf_is_not_taken_as_read() -> None:
         struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 8, 1) + struct.pack("<Q", len(template)) + template
     )
     assert verdict_of(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pair, "m.gguf") is not Verdict.SAFE
+
+
+# keras and diffusers ----------------------------------------------------------------------------------------------
+
+
+def test_a_keras_class_that_is_no_name_is_refused() -> None:
+    """A list with a Lambda in it is no class; whoever reads it as one must not be given it."""
+    layer = {"class_name": ["Lambda"], "module": "keras.layers", "config": {}}
+    config = {"class_name": "Sequential", "module": "keras", "config": {"layers": [layer]}}
+    assert verdict_of(keras_archive(config)) is Verdict.UNSAFE
+    layer["class_name"] = "Dense"
+    assert verdict_of(keras_archive(config)) is Verdict.SAFE
+
+
+def keras_archive(config: object) -> bytes:
+    return zip_of(
+        [
+            ("metadata.json", json.dumps({"keras_version": "3.0.0"}).encode()),
+            ("config.json", json.dumps(config).encode()),
+            ("model.weights.h5", b"\x89HDF\r\n\x1a\n" + bytes(200)),
+        ]
+    )
+
+
+def test_pairs_of_a_pipeline_index_are_imports_and_elsewhere_they_are_words() -> None:
+    """diffusers imports what model_index.json names; a list of two blocks in a component's config is no import."""
+    index = {"_class_name": "P", "_diffusers_version": "0.4", "unet": ["evil_module", "UNet"]}
+    assert verdict_of(json.dumps(index).encode(), "model_index.json") is Verdict.UNKNOWN
+    blocks = {
+        "_class_name": "UNet",
+        "_diffusers_version": "0.4",
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    }
+    assert verdict_of(json.dumps(blocks).encode(), "config.json") is Verdict.SAFE

@@ -74,6 +74,8 @@ def judge_config(job: Job, value: Any) -> None:
         pending.extend(item.values())
         name = item.get("class_name")
         if not isinstance(name, str):
+            if name is not None:
+                job.unsafe("keras", f"class_name: expected a name, found {str(name)[:80]!a}")
             continue
         module, registered = item.get("module"), item.get("registered_name")
         if name in CODE or (isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins", "tf_keras")):
