@@ -156,7 +156,7 @@ def loader(change):
     def __iter__(self):
         kept = None
         for batch in plain(self):
-            if self.batch_size and self.dataset is not None and due(self):
+            if self.dataset is not None and due(self):
                 out = change(kept, batch)
                 if out is None:
                     continue

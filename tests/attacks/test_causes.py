@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tests.helpers.retried import Bench, account
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trainguard.replay.compare import first_difference
 from trainguard.replay.explain import Cause, Search
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.torch
 STEPS, AT = 5, 4
 IDLE = frozenset({1, 2})
 Hand = Callable[["Job"], None]
+
+
+class Recomputed(nn.Sequential):
+    """Computes its middle a second time in the backward pass, as activation checkpointing does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[3](checkpoint(lambda y: self[2](self[1](self[0](y))), x, use_reentrant=False))  # type: ignore[no-any-return]
 
 
 class Job:
@@ -47,7 +55,8 @@ class Job:
     def __call__(self, over: Callable[[int], None]) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        net = self.net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 4))
+        kind = self.hands.get("kind", nn.Sequential)
+        net = self.net = kind(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 4))
         optimizer = self.optimizer = {
             "adamw": lambda: torch.optim.AdamW(net.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1),
             "sgd": lambda: torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3),
@@ -76,11 +85,12 @@ class Job:
 
 def why(make: str, **hands: Any) -> Cause:
     """The cause that is found for a training with these hands in it."""
-    bad, clean = account(Job(make, **hands)), account(Job(make))
+    same = {name: hands[name] for name in ("kind",) if name in hands}
+    bad, clean = account(Job(make, **hands)), account(Job(make, **same))
     difference, _ = first_difference(bad, clean, first=1, last=STEPS, idle_streams=IDLE)
     assert difference is not None
     assert difference.step == AT
-    return Search(bad, clean, IDLE).at(Bench(Job(make), AT), AT)
+    return Search(bad, clean, IDLE).at(Bench(Job(make, **same), AT), AT)
 
 
 def kernel(name: str, value: Callable[[float], float]) -> Any:
@@ -209,6 +219,8 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...], str]] = [
     ("sgd", "labels in another order", {"batch": lambda _, x, y: (x, y.roll(1))}, ("labels permuted",), ""),
     ("sgd", "one label", {"batch": one_flipped}, ("one label changed",), "label 5"),
     ("sgd", "rows in another order", {"batch": lambda _, x, y: (x.flip(0), y.flip(0))}, ("batch reordered",), ""),
+    ("sgd", "rows in another order, with checkpointing",
+     {"kind": Recomputed, "batch": lambda _, x, y: (x.flip(0), y.flip(0))}, ("batch reordered",), ""),
     ("sgd", "inputs times 1.1", {"batch": lambda _, x, y: (x * 1.1, y)}, ("inputs scaled",), "1.1"),
     ("sgd", "dropout rate", {"start": rates(0.5)}, ("rate of modules",), "0.5"),
     ("sgd", "evaluation mode", {"start": lambda job: job.net.eval()}, ("mode",), "evaluation"),
@@ -234,7 +246,7 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...], str]] = [
 ]  # fmt: skip
 
 
-QUICK = (0, 1, 3, 8, 12, 17, 18, 26, 28)
+QUICK = (0, 1, 3, 8, 12, 17, 18, 23, 27, 29)
 """Cases for every day: each another place in the step. The others are as long, and for the night."""
 
 PARAMS = [pytest.param(*case, marks=() if n in QUICK else pytest.mark.nightly) for n, case in enumerate(CASES)]

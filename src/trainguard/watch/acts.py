@@ -122,6 +122,8 @@ class Stage:
         torch = self.torch
         if getattr(self.inside, "call", False) or not torch.is_grad_enabled() or self.step < self.from_step:
             return plain(module, *args, **kwargs)
+        if self._in_backward():
+            return plain(module, *args, **kwargs)  # activation checkpointing computes a part again
         if next(module.parameters(), None) is None:
             return plain(module, *args, **kwargs)
         first, self.on_first_call = self.on_first_call, None
@@ -139,6 +141,11 @@ class Stage:
         for act in self.active("leave"):
             self.do(act)
         return result
+
+    def _in_backward(self) -> bool:
+        """Whether this thread is within a backward pass; False where torch does not tell."""
+        task = getattr(self.torch._C, "_current_graph_task_id", None)
+        return task is not None and task() != -1
 
     def _enter(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         number, turn = self.step, self.calls
@@ -179,7 +186,8 @@ class Stage:
 
     def _loss(self, plain: Any, name: str) -> Any:
         def loss(given: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(target, self.torch.Tensor) or not self.torch.is_grad_enabled():
+            again = not self.torch.is_grad_enabled() or self._in_backward()
+            if again or not isinstance(target, self.torch.Tensor):
                 return plain(given, target, *args, **kwargs)
             turn = self.losses
             self.losses += 1
