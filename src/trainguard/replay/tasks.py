@@ -36,10 +36,12 @@ from trainguard.replay.committed import Point
 from trainguard.replay.files import written_natively
 from trainguard.replay.rerun import Frame, Job, Ready, Rerun, heard, rerun, variables
 from trainguard.replay.sandbox import Sandbox
+from trainguard.replay.scratch import scratch
 from trainguard.replay.told import told_by, written_texts
 
 TASK_LIMIT_BYTES = 4 << 20
 OUTCOME_LIMIT_BYTES = 1 << 30
+FOLDERS = "trainguard-task-"
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -178,16 +180,16 @@ def perform(task: Task, *, root: Path | None = None) -> Outcome:
     place = _place(task)
     try:
         measured, unmeasured = _measured(task)
-        with tempfile.TemporaryDirectory(prefix="trainguard-task-", dir=root) as folder:
-            return _performed(task, place, Path(folder), measured, unmeasured)
+        with scratch(FOLDERS, root) as folder:
+            return _performed(task, place, folder, measured, unmeasured)
     except (TrainguardError, OSError) as error:
         return Outcome(task=task.id, place=place, unavailable=str(error)[:2000])
 
 
 def explored(task: Task, window: tuple[int, int], explore: Callable[[Ready], bool]) -> Rerun:
     """Replay here, and before each step of the window let `explore` try it. Raises Unavailable, Misuse."""
-    with tempfile.TemporaryDirectory(prefix="trainguard-task-") as folder:
-        return _replayed(task, Path(folder), window, explore)[0]
+    with scratch(FOLDERS) as folder:
+        return _replayed(task, folder, window, explore)[0]
 
 
 def _replayed(
