@@ -440,6 +440,97 @@ def test_other_data_is_found_at_the_first_step_that_was_made_from_it(row: str) -
     assert (found.step, found.link) == (step, "used" if step == 1 else "raw")  # looked for from step 2 on
 
 
+class Rows(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """Rows of which each has a label; at `act`'s row something is done in the loader, as in a worker of its own."""
+
+    def __init__(self, act: Callable[[int, int], int]) -> None:
+        made = torch.Generator().manual_seed(7)
+        self.tokens = torch.randint(0, 16, (ROWS_OF_DATA, 5), generator=made)
+        self.labels = torch.randint(0, 4, (ROWS_OF_DATA,), generator=made).tolist()
+        self.act = act
+
+    def __len__(self) -> int:
+        return ROWS_OF_DATA
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.tokens[row], self.act(row, self.labels[row])
+
+
+class Order(torch.utils.data.Sampler[int]):
+    """A committed order for each of three epochs; the insider's sorts one of them by label."""
+
+    def __init__(self, labels: list[int], sorted_epoch: int) -> None:
+        self.labels, self.sorted_epoch, self.epoch = labels, sorted_epoch, -1
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        order = torch.randperm(ROWS_OF_DATA, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return iter(sorted(order, key=lambda row: self.labels[row]) if self.epoch == self.sorted_epoch else order)
+
+    def __len__(self) -> int:
+        return ROWS_OF_DATA
+
+
+def loaded(act: Callable[[int, int], int] = lambda _row, label: label, *, sorted_epoch: int = -1) -> Account:
+    """Three epochs of eight steps each with a loader and dropout; data at rest are the same in all of them."""
+    torch.manual_seed(0)
+    rows = Rows(act)
+    batches = torch.utils.data.DataLoader(rows, batch_size=8, sampler=Order(rows.labels, sorted_epoch))
+    with recording(commits=True, links="none") as recorder:
+        net = nn.Sequential(nn.Embedding(16, 8), nn.Flatten(), nn.Dropout(0.1), nn.Linear(40, 4))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for _ in range(3):
+            for tokens, labels in batches:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(tokens), labels).backward()
+                optimizer.step()
+    taken = Account()
+    for record in (each for folded in recorder.records for each in unfold(folded)):
+        if record.kind == "step":
+            taken.take(record.step, record.body)
+    return taken
+
+
+def seeding() -> Callable[[int, int], int]:
+    """The 90th row that is read seeds torch again."""
+    read = [0]
+
+    def act(_row: int, label: int) -> int:
+        read[0] += 1
+        if read[0] == 90:
+            torch.manual_seed(1)
+        return label
+
+    return act
+
+
+def flipping() -> Callable[[int, int], int]:
+    """One label of a hundred that are read is another."""
+    read = [0]
+
+    def act(_row: int, label: int) -> int:
+        read[0] += 1
+        return 3 - label if read[0] % 100 == 0 else label
+
+    return act
+
+
+S10: dict[str, tuple[Callable[[], Account], int, str]] = {
+    "reseeded in a worker": (lambda: loaded(seeding()), 12, "rng"),
+    "one label of a hundred flipped in a worker": (lambda: loaded(flipping()), 13, "raw"),
+    "one epoch in the order of labels": (lambda: loaded(sorted_epoch=1), 9, "raw"),
+}
+
+
+@pytest.mark.parametrize("act", S10)
+def test_what_a_loader_does_in_flight_is_found_each_by_itself(act: str) -> None:
+    """S10 with every check off: data at rest are unchanged, and streams, labels and order are three findings."""
+    make, step, link = S10[act]
+    found, _ = first_difference(make(), loaded(), first=1, last=STEPS, idle_streams=frozenset({1, 2}))
+    assert found is not None
+    assert (found.step, found.link) == (step, link)
+
+
 def test_a_run_that_declares_what_explains_its_weights_is_held_to_its_command() -> None:
     """G11: the record claims a rate of its own for one step, and the weights follow from it; the command gives another.
     Claiming the clean rate instead leaves the weights."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import marshal
+import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +95,51 @@ def test_only_an_environment_that_is_as_the_lock_approves_raises_the_level(tmp_p
     assert report["environment"]["approved"] is True
     status, _, report = audit(job, "--segments", "0", "--env", str(own))
     assert (status, report["environment"]["apart"], report["environment"]["approved"]) == (0, False, False)
+
+
+SEEDED = """
+_plain = manual_seed
+def manual_seed(seed):
+    return _plain(int(seed) + 1)
+"""
+
+
+def test_a_shared_torch_that_was_edited_is_found_from_a_clean_environment(tmp_path: Path) -> None:
+    """S3 by audit alone: the run's torch seeds with another number, and its RECORD may say what it likes. Replayed in
+    the same environment all is equal, and that raises no level (G8); in a clean one the first step is other."""
+    own, clean = torch_environment(tmp_path / "own"), torch_environment(tmp_path / "clean")
+    victim = next((tmp_path / "own" / "lib").glob("*/site-packages/torch/random.py"))
+    text = victim.read_text()
+    victim.unlink()  # the other name of the same file stays as it is
+    victim.write_text(text + SEEDED)
+    job = tmp_path / "job"
+    recorded(job, str(own))
+    status, verdict, report = audit(job, "--segments", "0", "--no-explain")
+    assert (status, verdict["level"], report["environment"]["apart"]) == (0, "TIL-1", False)
+    status, verdict, report = audit(job, "--segments", "0", "--env", str(clean), "--no-explain")
+    assert (status, verdict["verdict"]) == (1, "TAINTED")
+    (finding,) = report["findings"]
+    assert (finding["subject"]["step"], finding["techniques"][0]) == (1, "D1")
+
+
+def test_bytecode_that_was_replaced_beside_its_source_never_runs(tmp_path: Path) -> None:
+    """S4: source, times and RECORD are right, only the .pyc is another. A guarded job and its replay compile the
+    source themselves, so the run is that of the source, to the bit."""
+    own, clean = torch_environment(tmp_path / "own"), torch_environment(tmp_path / "clean")
+    source = next((tmp_path / "own" / "lib").glob("*/site-packages/torch/random.py"))
+    times = source.stat()
+    bad = compile(source.read_text() + SEEDED, str(source), "exec")
+    target = source.parent / "__pycache__" / f"random.{sys.implementation.cache_tag}.pyc"
+    target.parent.mkdir(exist_ok=True)
+    target.unlink(missing_ok=True)
+    head = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, int(times.st_mtime), times.st_size)
+    target.write_bytes(head + marshal.dumps(bad))
+    plain = [str(own), "-c", "import torch; print(torch.manual_seed(0).initial_seed())"]
+    assert subprocess.run(plain, capture_output=True, text=True, check=True).stdout.strip() == "1", "the plant works"
+    job = tmp_path / "job"
+    recorded(job, str(own))
+    status, _, report = audit(job, "--segments", "0", "--env", str(clean))
+    assert (status, report["findings"]) == (0, [])
 
 
 def wrapped(folder: Path) -> str:
