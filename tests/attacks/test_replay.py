@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from torch import nn
 from trainguard.evidence import unfold
 from trainguard.replay.committed import Account
 from trainguard.replay.compare import Difference, first_difference, idle, incomparable
+from trainguard.watch.warp import Warp
 
 pytestmark = pytest.mark.torch
 
@@ -187,6 +189,33 @@ def test_with_a_closure_the_gradients_are_those_of_its_own_step() -> None:
         None,
         STEPS,
     )
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_verifier_can_plant_its_fault_where_a_closure_computes_gradients(named: bool) -> None:
+    """G8: Lightning gives step() a closure; what is turned before it runs would be computed anew by it."""
+
+    def trained(plant: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        net, batch = nn.Linear(4, 2), torch.randn(8, 4)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        warp = SimpleNamespace(plant=plant, engine=SimpleNamespace(tally=SimpleNamespace(steps=0)))
+        optimizer.register_step_pre_hook(lambda *given: Warp.planted(warp, *given))  # type: ignore[arg-type]
+        for warp.engine.tally.steps in (1, 2):
+
+            def closure() -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = net(batch).square().mean()
+                loss.backward()
+                return loss
+
+            value = optimizer.step(closure=closure) if named else optimizer.step(closure)
+            assert value is not None
+        return net.weight.detach().clone()
+
+    honest, planted = trained(0), trained(2)
+    assert not torch.equal(honest, planted)
+    assert torch.equal(honest, trained(3))
 
 
 def test_an_optimizer_with_odd_state_is_committed_to_without_a_fault() -> None:

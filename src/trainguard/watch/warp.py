@@ -384,13 +384,26 @@ class Warp:
         if self.engine.tally.steps >= self.until:
             self.stop()
 
-    def planted(self, optimizer: Any, *_: Any) -> None:
-        """The self-test's fault: comes after the engine's hook, so it is in the update and not in the gradient."""
-        if self.engine.tally.steps == self.plant:
-            for group in optimizer.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        param.grad.neg_()
+    def planted(self, optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+        """The self-test's fault: comes after the engine's hook, so it is in the update and not in the gradient.
+
+        Where the update computes its gradients itself, in a closure, they are turned when that has come back.
+        """
+        if self.engine.tally.steps != self.plant:
+            return None
+        _turn(optimizer)
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
+
+        def turned() -> Any:
+            value = closure()
+            _turn(optimizer)
+            return value
+
+        return (args[0], turned, *args[2:]) if len(args) > 1 else args, (
+            {**kwargs, "closure": turned} if "closure" in kwargs else kwargs
+        )
 
     def unsound(self, reason: str) -> None:
         """Say so and leave."""
@@ -471,6 +484,14 @@ class Warp:
         if not any(real == root or real.startswith(root + os.sep) for root in self.roots):
             self.client.send("replay", {"outside": real[:1000]})
             raise PermissionError(13, "a replay does not write outside its own folder", real)
+
+
+def _turn(optimizer: Any) -> None:
+    """Turn the sign of every gradient."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                param.grad.neg_()
 
 
 def _emptied(path: Any) -> None:
