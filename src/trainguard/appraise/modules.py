@@ -18,6 +18,14 @@ from trainguard.finding import Finding
 
 PERFORMANCE = ("num_threads", "env.OMP_NUM_THREADS", "env.MKL_NUM_THREADS", "env.CUDA_LAUNCH_BLOCKING")
 FLAG_PREFIXES = ("cuda.", "cudnn.", "mkldnn.", "env.")
+SET_BY = {
+    "float32_matmul_precision": ("set_float32_matmul_precision",),
+    "deterministic_algorithms": ("use_deterministic_algorithms",),
+    "default_dtype": ("set_default_dtype", "set_default_tensor_type"),
+    "num_threads": ("set_num_threads",),
+    "anomaly_mode": ("detect_anomaly", "set_detect_anomaly"),
+}
+"""Flag → functions and attributes that set it; any other flag is an attribute of its own name."""
 FLAGS = ("float32_matmul_precision", "deterministic_algorithms", "default_dtype", "num_threads", "anomaly_mode")
 
 
@@ -30,6 +38,8 @@ class Modules(SweepCheck):
         super().__init__(context)
         self._first: dict[str, tuple[Any, Evidence]] = {}
         self._ranks: set[str] = set()
+        self._setters: dict[int | None, dict[str, Any]] = {}
+        """Process → what its own source sets, and where."""
 
     def step(self, evidence: Evidence) -> Iterator[Finding]:
         value = evidence.body.get("modules")
@@ -38,13 +48,32 @@ class Modules(SweepCheck):
         if isinstance(value.get("flags"), dict):
             self._held += 1
             yield from self._between_ranks(evidence, value["flags"])
+        if isinstance(value.get("setters"), dict):
+            self._setters[evidence.process] = value["setters"]
         alike: dict[tuple[str, str, str], list[str]] = {}
         for name, before, now in rows(value.get("changed"), 3):
-            if isinstance(name, str):
+            if isinstance(name, str) and not self._set_by_approved_code(evidence.process, name, now):
                 setting = name[:300].rsplit(".", 1)[-1] if name.endswith(".training") else name[:300]
                 alike.setdefault((setting, f"{before!s:.200}", f"{now!s:.200}"), []).append(name[:300])
         for (_, was, is_now), names in alike.items():
             yield from self._changed(evidence, names, was, is_now)
+
+    def _set_by_approved_code(self, process: int | None, name: str, now: object) -> bool:
+        """Whether a line of the code that the lock approves sets this flag or setting by its name, to that value.
+
+        A mode does not count: every script that validates puts its model into another mode and back.
+        """
+        last = name.rsplit(".", 1)[-1]
+        if last == "training" or name.startswith("env."):
+            return False
+        told = self._setters.get(process, {})
+        for setter in SET_BY.get(name, (last,)):
+            for place, value in rows(told.get(setter), 2)[:16]:
+                fits = isinstance(place, str) and (value in ([], [now]) or name == "anomaly_mode")
+                if fits and self._origins.standing(place) == "approved":
+                    self._explained[self._origins.relative(place)] = None
+                    return True
+        return False
 
     def _changed(self, evidence: Evidence, names: list[str], before: str, now: str) -> Iterator[Finding]:
         """One finding for settings that moved together, such as the mode of a whole model."""

@@ -9,7 +9,9 @@ Flags at every checked step; modules at every fifth. Attributes that move during
 
 In the step frame, only when something changed since it was last read, and at the first look:
 
-    "modules": {"flags": {name: value, …} or changed ones, "changed": [[name, before, now], …], "learnt": n}
+    "modules": {"flags": {name: value, …} or changed ones, "changed": [[name, before, now], …], "learnt": n,
+                "setters": {name: [["file:line", [] or [value]], …]}   once, with the first change: stores of
+                                                      attributes, and calls that set flags, in the job's own source}
 
 and kind "sweep", body {"what": "modules", "checked": comparisons since the last} every 50 steps.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 import os
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from . import roots
+from . import roots, writers
 from .client import Client
 
 EVERY = 50
@@ -73,6 +75,7 @@ class Modules:
         self.settings: Dict[int, Dict[str, Any]] = {}
         """Index of an optimizer → settings of the modules whose parameters it updates."""
         self.learnt: Dict[str, bool] = {}
+        self.sent_setters = False
         self.looked = 0
         self.compared = 0
         self._said: Optional[Dict[str, Any]] = None
@@ -97,6 +100,9 @@ class Modules:
             self._said = {"flags": self.flags, "changed": []}
         elif changed:
             self._said = {"changed": changed[:CHANGED_LIMIT], "learnt": len(self.learnt)}
+            if not self.sent_setters:
+                self.sent_setters = True
+                self._said["setters"] = writers.setters()
 
     def after(self, step: Any) -> Optional[Dict[str, Any]]:
         """What changed, for the step frame."""

@@ -1,4 +1,4 @@
-"""Which lines of the job's own source set hyper-parameters: found by reading the source, once, when first needed.
+"""Which lines of the job's own source set hyper-parameters, flags and settings: read once, when first needed.
 
 Only files outside the installed packages and the standard library count: what a training script does to its own
 rates is written there. The judge uses the list to tell a manual schedule from a change that no line explains.
@@ -17,6 +17,9 @@ from . import facts
 FILE_LIMIT_BYTES = 1 << 20
 FILES_LIMIT = 400
 PLACES_LIMIT = 16
+NAMES_LIMIT = 500
+SETTING = ("set_", "use_", "detect_anomaly")
+"""How functions of torch that set a flag begin."""
 ANY = "*"
 """Name under which stores with a computed key are listed, in files that also speak of `param_groups`."""
 
@@ -30,6 +33,42 @@ def places() -> Dict[str, List[str]]:
         except (OSError, SyntaxError, ValueError, RecursionError):
             continue
     return {name: sorted(lines)[:PLACES_LIMIT] for name, lines in found.items()}
+
+
+def setters() -> Dict[str, List[List[Any]]]:
+    """Name → [`file:line`, value or None] of every store `….name = value`, and call that sets a flag, of the job's own.
+
+    The value is told where it is written there: `[]` of nothing, `[value]` of a number, text, True or None.
+    """
+    found: Dict[str, Dict[str, List[Any]]] = {}
+    for path in own_files()[:FILES_LIMIT]:
+        try:
+            if os.path.getsize(path) <= FILE_LIMIT_BYTES:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    _stores(path, file.read(), found)
+        except (OSError, SyntaxError, ValueError, RecursionError):
+            continue
+    return {
+        name: [[place, value] for place, value in sorted(places.items())[:PLACES_LIMIT]]
+        for name, places in sorted(found.items())[:NAMES_LIMIT]
+    }
+
+
+def _stores(path: str, text: str, found: Dict[str, Dict[str, List[Any]]]) -> None:
+    for node in ast.walk(facts.parse(text)):
+        value = getattr(node, "value", None) if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        names = [target.attr for target in _targets(node) if isinstance(target, ast.Attribute)]
+        if isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", None))
+            names = [called] if isinstance(called, str) and called.startswith(SETTING) else []
+            value = node.args[0] if node.args else None
+        for name in names:
+            told = [value.value] if isinstance(value, ast.Constant) and _tellable(value.value) else []
+            found.setdefault(name, {})["%s:%d" % (path, getattr(node, "lineno", 0))] = told
+
+
+def _tellable(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) < 100)
 
 
 def own_files() -> List[str]:
