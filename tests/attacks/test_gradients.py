@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
+from tests.helpers.locked import under_lock
 from tests.helpers.recorded import judge
 from tests.helpers.training import Run, looks_fine, train
 from torch import nn
 
 from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.hyperparameters import Hyperparameters
+from trainguard.appraise.interface import Context
 from trainguard.appraise.optimizer import Optimizer
+from trainguard.policy import Policy
 
 pytestmark = pytest.mark.torch
 
@@ -199,3 +205,26 @@ def test_updates_left_out_around_the_optimizer_show_as_a_second_backward() -> No
     assert findings
     assert findings[0].techniques[0] == "C9"
     assert "backward ran 2 times" in findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("approved", "sign", "outcome"), [(1, 1, "suspicious"), (1, -1, "violated"), (0, 1, "violated")]
+)
+def test_a_tensor_hook_that_comes_later_is_asked_about_where_its_code_is_approved(
+    approved: int, sign: int, outcome: str
+) -> None:
+    """Masks and layer-wise scales may be honest; a turned direction, and a hook that nobody approved, are named."""
+
+    def later(run: Run) -> None:
+        if run.step == 15:
+            next(run.net.parameters()).register_hook(lambda grad: sign * 0.5 * grad)
+
+    here = Path(__file__)
+    digest = hashlib.sha256(here.read_bytes()).hexdigest()
+    measured, blobs = under_lock(str(here.parent), {here.name: digest} if approved else {"other.py": digest})
+    check = Gradients(Context(run="r", policy=Policy(), blob=blobs.__getitem__))
+    findings = [f for record in [measured, *train(24, after_step=later).records] for f in check.see(record)]
+    assert {(f.outcome, f.techniques) for f in findings} == {(outcome, ("B5", "C1"))}
+    path = findings[0].subject.path
+    assert path is not None
+    assert path.startswith(f"{here}:")

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainguard.appraise.interface import Context, finding_from
+from trainguard.appraise.origin import Origins
 from trainguard.appraise.ranks import Ranks
 from trainguard.appraise.reduction import one_tensor, way_of
 from trainguard.appraise.steps import Sample, Tensor, number, parse_sample
@@ -100,6 +101,7 @@ class Gradients:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._origins = Origins(context)
         self._habits: dict[Key, Habits] = {}
         self._held = 0
         self._broken = 0
@@ -114,6 +116,7 @@ class Gradients:
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         """Judge one checked step; where ranks reduce, once all of them have reported it."""
         self._ranks.see(evidence)
+        self._origins.see(evidence)
         value, other = evidence.body.get(self.name), evidence.body.get("optimizer")
         if evidence.kind != "step" or value is None:
             return
@@ -330,7 +333,8 @@ class Gradients:
             habits.hooked[place] += habits.checked <= LEARN_STEPS
             dot = math.fsum(x * y for x, y in zip(before, after, strict=True))
             turned = dot < 0
-            habit = habits.hooked[place] >= min(2, habits.checked) and not turned
+            known = self._origins.standing(place) == "approved"
+            habit = (known or habits.hooked[place] >= min(2, habits.checked)) and not turned
             if habit and place in self._said:
                 continue
             self._said.add(place)
@@ -338,9 +342,8 @@ class Gradients:
             effect = "turned its direction" if turned else "changed it"
             text = f"a hook on the tensor ({', '.join(places[:3])}) {effect} before the gradient was written"
             if habit:
-                text += (
-                    f', as from the first steps on; approve it with [[approve]] check = "{self.name}" place = "{place}"'
-                )
+                since = "in the approved code" if known else "as from the first steps on"
+                text += f', {since}; approve it with [[approve]] check = "{self.name}" place = "{place}"'
             yield finding_from(
                 self.name,
                 "suspicious" if habit else "violated",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
+from tests.helpers.locked import under_lock
 
 from trainguard.appraise.interface import Context
 from trainguard.appraise.modules import Modules
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding
-from trainguard.lockfile import Code, Launch, Measurement, Tree, make_lock
 from trainguard.policy import Policy
 
 TF32 = "cuda.matmul.allow_tf32"
@@ -19,19 +18,9 @@ TF32 = "cuda.matmul.allow_tf32"
 
 def judged(value: dict[str, Any], *, locked: bool = True) -> list[Finding]:
     """What the check says of one step's value, in a run under a lock that holds /job/train.py."""
-    made = Measurement(
-        cwd="/job",
-        launch=Launch(argv=(), kind="script"),
-        interpreter=None,
-        code=Code(root="/job"),
-        trees={"code": Tree(name="code", root="/job", files={"train.py": "a" * 64 + " 1"})},
-        distributions={},
-    )
-    lock = make_lock(made, ec.generate_private_key(ec.SECP256R1()), made="", approvals=()).data
-    blobs = {made.digest: made.encode(), "lock": lock}
-    body = {"blob": made.digest, "attempt": 0} | ({"lock": "lock"} if locked else {})
+    measured, blobs = under_lock("/job", {"train.py": "a" * 64}, locked=locked)
     check = Modules(Context(run="r", policy=Policy(), blob=blobs.__getitem__))
-    found = list(check.see(Evidence(n=0, at=0, source="supervisor", kind="measurement", body=body)))
+    found = list(check.see(measured))
     step = Evidence(n=1, at=1, source="process", kind="step", body={"modules": value}, process=0, rank=0, step=40)
     return found + list(check.see(step))
 
