@@ -1,14 +1,16 @@
 """How soon each of 42 faults is found: a table of fault, latency in steps and in checked steps, check and technique.
 
-    python bench/bench_faults.py [--links all|governed] [--only TEXT] [--seeds 1] [--json FILE]
+    python bench/bench_faults.py [--links all|governed] [--only TEXT] [--seeds 1] [--json FILE] [--markdown FILE]
 
 Each fault is one function in a side file of an otherwise honest training (27 tensors, AdamW, cosine schedule, clipping,
 dropout, shuffled loader); it begins at step 60 of 140 and runs under the real supervisor, without a lock: what a lock
 would say of the side file does not count here. `clean` is the same training without a fault. Faults are harmless:
-signs, factors, sleeps of milliseconds, a signal of number 0 or SIGUSR1 to the own process.
+signs, factors, sleeps of milliseconds, a signal to the own process that it ignores.
 
 What is promised (`of`) counts checked steps, from the first that the fault could touch: every step with `--links all`;
-those that the budget allows otherwise.
+those that the budget allows otherwise. "end": without a lock it is told when the run has ended, because until then an
+honest habit could explain it. `noted` is a line that link *stalls* names in its notes: it lost time, too little for a
+finding. A busy machine loses more, and the share of one line is then less.
 """
 
 from __future__ import annotations
@@ -87,6 +89,17 @@ def at(place, step):
     if place == PLACE and step >= BEGIN:
         act(step)
 """
+
+STRANGER = (
+    "import subprocess, sys; signal.signal(15, signal.SIG_IGN); subprocess.run([sys.executable, '-c', 'import os; {}'])"
+)
+"""A signal to the training process, which ignores it, from a process that it has started. One that a process sends to
+itself is held: honest programs do that."""
+
+END = 10**6
+"""Promised by the end of the run."""
+WAITED = 9
+"""Checked steps that an edit waits for the line that makes it (appraise/weights.py, WAIT_STEPS), and one."""
 
 ONCE = "if step != BEGIN: return\n    "
 LR = """
@@ -174,7 +187,7 @@ def batch(x, y):
         ROUND,
         "C5",
     ),
-    Fault("weights x1.01 once", ONCE + "[p.data.mul_(1.01) for p in model.parameters()]", "step", 1, "E4"),
+    Fault("weights x1.01 once", ONCE + "[p.data.mul_(1.01) for p in model.parameters()]", "step", WAITED, "E4"),
     Fault(
         "1 % of elements of every tensor, every step",
         "[p.data.view(-1)[:: 100].add_(1e-3) for p in model.parameters()]",
@@ -195,8 +208,10 @@ def batch(x, y):
         "step",
         ROUND,
     ),
-    Fault("1e-5 on one tensor, once", ONCE + "model[3].down.weight.data.add_(1e-5)", "step", ROUND, "E4"),
-    Fault("Adam state x4 once", ONCE + '[s["exp_avg"].mul_(4) for s in optimizer.state.values()]', "step", 1, "E4"),
+    Fault("1e-5 on one tensor, once", ONCE + "model[3].down.weight.data.add_(1e-5)", "step", WAITED, "E4"),
+    Fault(
+        "Adam state x4 once", ONCE + '[s["exp_avg"].mul_(4) for s in optimizer.state.values()]', "step", WAITED, "E4"
+    ),
     Fault(
         "gradient noise 10 %",
         f"[p.grad.mul_(1 + 0.1 * torch.empty_like(p).uniform_(-1, 1, generator=_g)) for p in {ALL}]",
@@ -225,7 +240,7 @@ def batch(x, y):
     ),
     Fault("clip removed", "global clip; clip = float('inf')", within=5, group="C2"),
     Fault("clip x10", "global clip; clip = 3.0", within=5, group="C2"),
-    Fault("seeded again and again with one seed", "step % 4 or torch.manual_seed(7)", within=8, group="D1"),
+    Fault("seeded again and again with one seed", "step % 4 or torch.manual_seed(7)", within=END, group="D1"),
     Fault(
         "generator frozen: its state put back every step",
         """
@@ -237,7 +252,7 @@ def act(step):
         within=5,
         group="D1",
     ),
-    Fault("seeded once with another seed", ONCE + "torch.manual_seed(99)", within=1, group="D1"),
+    Fault("seeded once with another seed", ONCE + "torch.manual_seed(99)", within=END, group="D1"),
     Fault(
         "dropout 0.1 to 0.6",
         ONCE + "[setattr(m, 'p', 0.6) for m in model.modules() if type(m).__name__ == 'Dropout']",
@@ -245,9 +260,9 @@ def act(step):
     ),
     Fault("model.eval() while training", ONCE + "model.eval()", within=5),
     Fault("matmul precision lowered", ONCE + "torch.set_float32_matmul_precision('medium')", within=5, group="A10"),
-    Fault("sleep 20 ms every step", "time.sleep(0.02)", "clip", 20, "F7"),
-    Fault("sleep 200 ms, 1 step in 8", "step % 8 or time.sleep(0.2)", "clip", 40, "F7"),
-    Fault("Event.wait(0.1), 1 step in 3", "step % 3 or threading.Event().wait(0.1)", "clip", 40, "F7"),
+    Fault("sleep 20 ms every step", "time.sleep(0.02)", "clip", END, "F7"),
+    Fault("sleep 200 ms, 1 step in 8", "step % 8 or time.sleep(0.2)", "clip", END, "F7"),
+    Fault("Event.wait(0.1), 1 step in 3", "step % 3 or threading.Event().wait(0.1)", "clip", END, "F7"),
     Fault(
         "busy loop of 150 ms, 1 step in 3",
         """
@@ -257,18 +272,18 @@ def act(step):
     while time.perf_counter() < end: pass
 """,
         "clip",
-        60,
+        END,
         "F7",
     ),
     Fault(
-        "os.kill of the own process",
-        ONCE + "signal.signal(10, signal.SIG_IGN); os.kill(os.getpid(), 10)",
+        "os.kill by a child of the job",
+        ONCE + STRANGER.format("os.kill(os.getppid(), 15)"),
         within=1,
         group="F8",
     ),
     Fault(
-        "kill through ctypes",
-        ONCE + "signal.signal(10, signal.SIG_IGN); ctypes.CDLL(None).kill(os.getpid(), 10)",
+        "kill through ctypes by a child of the job",
+        ONCE + STRANGER.format("import ctypes; ctypes.CDLL(None).kill(os.getppid(), 15)"),
         within=1,
         group="F8",
     ),
@@ -346,6 +361,8 @@ class Result:
     status: int | None
     steps: int
     seconds: float
+    noted: bool = False
+    """Whether the notes of link *stalls* name the side file."""
 
 
 class Records:
@@ -377,6 +394,7 @@ def run(fault: Fault, *, links: str, seed: int, cache: Path) -> Result:
             with blocked_signals() as mask:
                 settings = Settings(links=links, pycache=str(cache))
                 command = [sys.executable, "train.py", str(seed), str(STEPS)]
+                records.add("start", {"lock": None, "settings": {}, "command": command, "cwd": folder})
                 ended = Supervisor(records, settings).run(command, dict(os.environ), mask=mask)
         finally:
             os.chdir(home)
@@ -386,9 +404,6 @@ def run(fault: Fault, *, links: str, seed: int, cache: Path) -> Result:
 def judged(fault: Fault, records: list[Evidence], *, seed: int, status: int | None, seconds: float) -> Result:
     """The first finding, and how many steps after the fault began the record it rests on was made."""
     appraiser = Appraiser(Context(run="bench", policy=Policy(), blob=lambda digest: b""))
-    appraiser.see(
-        Evidence(n=0, at=records[0].at, source="supervisor", kind="start", body={"lock": None, "settings": {}})
-    )
     first: tuple[int, int, Finding] | None = None
     reached = outlived = 0
     for record in records:
@@ -399,9 +414,11 @@ def judged(fault: Fault, records: list[Evidence], *, seed: int, status: int | No
                 first = (reached, outlived, finding)
         if record.kind == "step" and record.body.get("checked") is True and reached >= BEGIN:
             outlived += 1
-    for finding in appraiser.verdict().findings:
+    verdict = appraiser.verdict()
+    for finding in verdict.findings:
         if first is None and finding.outcome != "not_checked":
             first = (reached, outlived, finding)
+    noted = any("side.py" in note for link in verdict.links if link.link == "stalls" for note in link.blind)
     at, checked, found = first if first is not None else (None, None, None)
     return Result(
         fault=fault.name,
@@ -413,6 +430,7 @@ def judged(fault: Fault, records: list[Evidence], *, seed: int, status: int | No
         outcome=found.outcome if found else None,
         techniques=found.techniques if found else (),
         message=found.message if found else "",
+        noted=noted,
         within=fault.within,
         status=status,
         steps=appraiser.steps,
@@ -427,7 +445,7 @@ def verdict_on(result: Result) -> str:
     if result.within is None:
         return "found" if result.found else "open"
     if not result.found:
-        return "MISSED"
+        return "noted" if result.noted else "MISSED"
     return "ok" if result.checked is not None and result.checked <= result.within else "late"
 
 
@@ -437,12 +455,29 @@ def rows(results: list[Result]) -> Iterator[str]:
     for each in results:
         latency = "" if each.latency is None else str(each.latency)
         checked = "" if each.checked is None else str(each.checked)
-        within = "" if each.within is None else str(each.within)
+        within = "" if each.within is None else "end" if each.within == END else str(each.within)
         techniques = " ".join(each.techniques[:3])
         yield (
             f"{each.fault[:56]:56} {verdict_on(each):7} {latency:>5} {checked:>7} {within:>4}  {each.outcome or '':11} "
             f"{each.check or '':16} {techniques}"
         )
+
+
+def page(results: list[Result], links: str) -> Iterator[str]:
+    """docs/faults.md: the table, and how it was made."""
+    yield f"# Faults and how soon each is found (`--links {links}`)"
+    yield ""
+    yield f"Written by `python bench/bench_faults.py --links {links} --markdown FILE`: a fault begins at step {BEGIN} of {STEPS}"
+    yield "of a small training without a lock. *Steps* and *checked* count from there to the record that the first finding rests"
+    yield "on; *of* is what is promised, in checked steps (see the bench's own text for *end*, *noted* and *open*)."
+    yield ""
+    yield "| fault | | steps | checked | of | outcome | check | techniques |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for each in results:
+        within = "" if each.within is None else "end" if each.within == END else str(each.within)
+        numbers = ("" if each.latency is None else str(each.latency), "" if each.checked is None else str(each.checked))
+        cells = (each.fault, verdict_on(each), *numbers, within, each.outcome or "", each.check or "")
+        yield f"| {' | '.join(cells)} | {' '.join(each.techniques[:3])} |"
 
 
 def main() -> int:
@@ -451,6 +486,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="faults whose name contains this")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
     args = parser.parse_args()
     cache = Path(tempfile.mkdtemp(prefix="faults-cache-"))
     results: list[Result] = []
@@ -465,6 +501,8 @@ def main() -> int:
     print(", ".join(f"{word} {words.count(word)}" for word in dict.fromkeys(words)))
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(each) for each in results], indent=1))
+    if args.markdown is not None:
+        args.markdown.write_text("\n".join(page(results, args.links)) + "\n")
     return 1 if {"MISSED", "late", "ALARM"} & set(words) else 0
 
 
