@@ -870,7 +870,22 @@ class Sweep:
                 shadowed += self._shadows(link, self.process.attributes(link))
             except Unreadable:
                 continue
+        shadowed += self._parts(held)
         return {"links": len(links), "strange": strange[:20], "shadowed": shadowed[:20]}
+
+    def _parts(self, held: Dict[str, int]) -> List[str]:
+        """Methods hidden in what the engine leads to besides its links: the connection, the governor."""
+        hidden = []
+        for name, address in held.items():
+            try:
+                home = self._class_home(self.memory.word(address + 8))
+                if home is not None and home.startswith("_trainguard."):
+                    hidden += [
+                        "%s.%s" % (name, one) for one in self._shadows(address, self.process.attributes(address))
+                    ]
+            except Unreadable:
+                continue
+        return hidden
 
     def _class_home(self, kind: int) -> Optional[str]:
         names = self.process.named(self.memory.word(kind + self.process.layout.dictionary))
