@@ -33,7 +33,7 @@ from trainguard.envelope import load_or_create_key, sign_statement, statement
 from trainguard.errors import MalformedEvidence, Misuse, TrainguardError, Unavailable, VerificationError
 from trainguard.finding import Citation, Finding, Subject
 from trainguard.home import Home
-from trainguard.lockfile import Lock, parse_lock, parse_measurement
+from trainguard.lockfile import Lock, Measurement, parse_lock, parse_measurement
 from trainguard.log import Log
 from trainguard.replay import bisect, compare, plan, points, told
 from trainguard.replay.committed import Account, Committed, Point, Step, committed
@@ -44,6 +44,7 @@ from trainguard.replay.executors.local import LocalExecutor
 from trainguard.replay.explain import Cause, Search
 from trainguard.replay.files import first_altered, kept_files
 from trainguard.replay.launch import alone, with_python
+from trainguard.replay.measured import really_newer
 from trainguard.replay.opened import opened_findings
 from trainguard.replay.ranks import Odd, odd_ranks
 from trainguard.replay.rerun import Ready, Rerun
@@ -293,14 +294,20 @@ class Auditor:
 
     def _own_prefix(self, approved: Lock | None) -> str | None:
         """Where the run's own environment lay: as measured when it began, else as in the lock."""
+        found = self._measured()
+        if found is not None:
+            return found.interpreter.prefix if found.interpreter is not None else None
+        return approved.measurement.interpreter.prefix if approved and approved.measurement.interpreter else None
+
+    def _measured(self) -> Measurement | None:
+        """What the run's own environment was when it began; None where nobody measured it."""
         for record in self._reader.records():
             if record.kind == "measurement" and record.source == "supervisor":
                 with contextlib.suppress(TrainguardError):
-                    found = parse_measurement(self._home.blob(str(record.body.get("blob"))), where="measurement")
-                    return found.interpreter.prefix if found.interpreter is not None else None
+                    return parse_measurement(self._home.blob(str(record.body.get("blob"))), where="measurement")
             if record.kind == "step":
                 break
-        return approved.measurement.interpreter.prefix if approved and approved.measurement.interpreter else None
+        return None
 
     def _changed(self) -> str | None:
         """Which file named in the command is not what it was when the run began, or None."""
@@ -552,8 +559,8 @@ class Auditor:
 
     def _confirmed(self, group: Sequence[plan.Segment], difference: Difference, first: Rerun) -> list[Result]:
         """A difference counts when a second clean replay agrees with the first one and not with the run."""
-        if first.newer:
-            changed = f"it reads {first.newer[0]}, which changed since the run began; step {difference.step} differs"
+        if newer := really_newer(first.newer, self._measured()):
+            changed = f"it reads {newer[0]}, which changed since the run began; step {difference.step} differs"
             return [_not_replayed(segment, changed) for segment in group]
         self._progress(f"step {difference.step}: {difference.what} differs; replaying again to be sure")
         until = difference.step if difference.path is None else self._until(group[-1].last)

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 from trainguard.errors import MalformedEvidence, Misuse
 from trainguard.evidence import Evidence, unfold
 from trainguard.replay.committed import Account
+from trainguard.replay.measured import NEWER_KEPT
 
 BOOT = Path(__file__).parent.parent / "watch" / "boot"
 FRAME_LIMIT_BYTES = 256 * 1024
@@ -225,7 +226,7 @@ class _Hearing:
             self.result.unable = str(body["unable"])[:300]
         if "outside" in body and len(self.result.outside) < 20:
             self.result.outside.append(str(body["outside"])[:1000])
-        if "newer" in body and len(self.result.newer) < 20:
+        if "newer" in body and len(self.result.newer) < NEWER_KEPT:
             self.result.newer.append(str(body["newer"])[:1000])
         if "read" in body and len(self.result.read) < READ_LIMIT:
             self.result.read.append(str(body["read"])[:1000])

@@ -54,7 +54,7 @@ BLOCK = 624
 
 BLOCKS_LIMIT = 20_000
 RULES_LIMIT = 256
-NEWER_LIMIT = 20
+NEWER_LIMIT = 4096
 READ_LIMIT = 200
 SOURCES = (".py", ".pyc", ".so", ".pyi", ".pth", ".tmp", ".h", ".cpp")
 OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
