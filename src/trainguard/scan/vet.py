@@ -33,6 +33,10 @@ from trainguard.scan.trust import Trust, parse_trust_line
 from trainguard.scan.verdict import FileReport, Reason, Report, Verdict, worst
 
 CHUNK_BYTES = 1 << 20
+SPARSE_BYTES = 8 << 30
+SPARSE_SHARE = 64
+"""A file over SPARSE_BYTES of which less than one byte in SPARSE_SHARE is stored is a hole that only takes time to
+read; file systems that compress come nowhere near it with anything but zeros."""
 
 WEIGHTS = re.compile(
     r"model|weight|checkpoint|ckpt|consolidated|adapter|pytorch|diffusion|lora|ema|epoch|step|last|best|final|\.distcp\Z"
@@ -140,6 +144,9 @@ def _vet_descriptor(descriptor: int, policy: ScanPolicy, shown: str, in_folder: 
         raise NotVetted(_open_error(shown, error)) from error
     if not stat.S_ISREG(before.st_mode):
         raise NotVetted(f"{printable(shown, 4096)}: expected a regular file, found {_kind(before.st_mode)}")
+    if before.st_size > SPARSE_BYTES and before.st_blocks * 512 < before.st_size // SPARSE_SHARE:
+        stored = before.st_blocks * 512
+        raise NotVetted(f"{printable(shown, 4096)}: {before.st_size} bytes, of which {stored} are stored; not read")
     try:
         digest = _digest(descriptor, before.st_size, policy)
         source = FileSource(descriptor, before.st_size)

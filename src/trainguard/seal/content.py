@@ -27,6 +27,8 @@ from trainguard.seal.tensors import PIECE, is_training_state
 
 TENSORS_SHOWN = 100
 """Findings per file that name a tensor; beyond it one finding counts the rest."""
+GROWTH_BYTES = 1 << 20
+"""A file more than twice as long as it was sealed, and this much more, changed: no need to read it to say so."""
 SEALS_SEARCHED = 256
 """Newest other seals in which a file that differs is looked for."""
 _DANGEROUS_BITS = stat.S_ISUID | stat.S_ISGID
@@ -44,7 +46,8 @@ def check_content(case: Case, seal: Seal) -> None:
     before = len(case.findings)
     _check_names(case, seal, sealed, listed)
     common = [name for name in sealed if name in listed]
-    to_read = frozenset(name for name in common if listed[name].kind != "folder" and sealed[name].kind != "folder")
+    files = [name for name in common if listed[name].kind != "folder" and sealed[name].kind != "folder"]
+    to_read = frozenset(files) - _check_grown(case, sealed, listed, files)
     if to_read:
         read = read_manifest(case.place, hash_type=seal.hash_type, tensors=False, only=to_read)
         changed = {e.name for e in read.entries if e.name in to_read and e.digest != sealed[e.name].digest}
@@ -54,6 +57,23 @@ def check_content(case: Case, seal: Seal) -> None:
     _check_modes(case, sealed, listed)
     if len(case.findings) == before and to_read:
         case.checked.append(CONTENT)
+
+
+def _check_grown(
+    case: Case, sealed: Mapping[str, Entry], listed: Mapping[str, Entry], files: list[str]
+) -> frozenset[str]:
+    """Files that are so much longer than they were sealed that reading them would only cost time."""
+    grown = set()
+    for name in files:
+        was, now = sealed[name].size, listed[name].size
+        if was is None or now is None or now <= 2 * was + GROWTH_BYTES:
+            continue
+        grown.add(name)
+        file = case.place.name if name == SINGLE else name
+        message = f"{file} is not the file that was sealed; it is far longer, and was not read"
+        techniques = ("E5",) if is_training_state("", file) else ("E3", "E5")
+        case.say(_outcome(name), techniques, message, file=name, expected=f"{was} bytes", found=f"{now} bytes")
+    return frozenset(grown)
 
 
 def _renamed_single(seal: Seal, listed: Mapping[str, Entry]) -> Mapping[str, Entry]:

@@ -382,3 +382,14 @@ def test_the_specification_shows_this_version() -> None:
     """Whoever compares a report with spec/scan.md sees the version that made it."""
     shown = (Path(__file__).parents[3] / "spec" / "scan.md").read_text()
     assert f'"version": "{VERSION}"' in shown
+
+
+def test_a_hole_of_terabytes_is_not_read(tmp_path: Path) -> None:
+    """Hashing it would take hours and say nothing."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+    os.truncate(path, 1 << 42)
+    report = vet_file(path)
+    assert report.verdict is Verdict.ERROR
+    assert "are stored; not read" in report.reasons[0].what
+    assert vet(tmp_path).verdict is Verdict.ERROR

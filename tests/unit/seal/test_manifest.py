@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from trainguard.errors import Misuse, Unavailable
+from trainguard.home import Home
 from trainguard.seal import manifest as m
+from trainguard.seal import seal_path, verify_seal
 from trainguard.seal.manifest import (
     SINGLE,
     directory_hash,
@@ -227,3 +229,22 @@ def test_all_hash_types_of_oms_can_be_read(folder: Path, hash_type: str) -> None
     """64 or 128 hex digits."""
     digests = {e.digest for e in read_manifest(folder, hash_type=hash_type).resources}
     assert {len(d or "") for d in digests} == {128 if hash_type == "blake2b" else 64}
+
+
+def test_a_file_that_grew_into_a_hole_is_refused_without_reading_it(tmp_path: Path) -> None:
+    """A truncate to terabytes would keep a verifier busy for hours; its size alone says that it changed."""
+    state = Home(tmp_path / "state")
+    root = tmp_path / "ckpt"
+    root.mkdir()
+    (root / "a.bin").write_bytes(b"a" * 100)
+    (root / "b.bin").write_bytes(b"b" * 100)
+    seal_path(state, root, run="r", step=1)
+    os.truncate(root / "a.bin", 1 << 42)
+    (root / "b.bin").write_bytes(b"c" * 100)
+    report = verify_seal(root, home=state)
+    assert report.status == "violated"
+    assert {f.subject.path for f in report.findings} == {"ckpt/a.bin", "ckpt/b.bin"}
+    assert any("far longer" in f.message for f in report.findings)
+    (root / "b.bin").write_bytes(b"b" * 100)
+    os.truncate(root / "a.bin", 100)
+    assert verify_seal(root, home=state).status == "upheld"
