@@ -26,7 +26,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from . import loaders, roots
+from . import armed, loaders, roots
 from .client import Client
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ OUTPUTS_LIMIT = 4
 clock = time.thread_time_ns
 
 
-class _Watch:
+class _Watch(armed.Hooks):
     """Hooks on the model for one step of one optimizer."""
 
     def __init__(self, link: "Batches", modules: List[Any]) -> None:
+        super().__init__()
         self.link = link
         self.torch = sys.modules["torch"]
-        self.handles: List[Any] = []
         self.fed: Any = None
         """[line of the delivery, path, elements, how many are equal (a tensor)]"""
         self.rows: List[Any] = []
@@ -62,12 +62,6 @@ class _Watch:
         for module in modules:
             self.handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._after))
-
-    def remove(self) -> None:
-        """Take the hooks off again."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
 
     def _before(self, module: Any, args: Any, kwargs: Any) -> None:
         start = clock()
@@ -211,7 +205,7 @@ class _Watch:
         return value
 
 
-class Batches:
+class Batches(armed.Arms):
     """Arms hooks for the next checked step, and reports what they saw."""
 
     name = "batches"
@@ -221,7 +215,7 @@ class Batches:
         self.client = client
         self.observer = loaders.current() or loaders.install(client)
         self.rng = random.Random(bytes.fromhex(client.settings["key"]) + b"batches")
-        self.watches: Dict[int, _Watch] = {}
+        super().__init__()
         self.modules: List[Any] = []
         self.looked = 0
 
@@ -232,9 +226,8 @@ class Batches:
         """Report; take the hooks off, and arm those of the next step if it is to be looked at."""
         observer = self.observer
         value: Dict[str, Any] = {}
-        watch = self.watches.pop(step.opt, None)
+        watch = self.taken_off(step.opt)
         if watch is not None:
-            watch.remove()
             step.own_ns += watch.own_ns
         if observer is None:
             return None
@@ -268,17 +261,9 @@ class Batches:
         if self.modules:
             self.watches[step.opt] = _Watch(self, self.modules)
 
-    def forget(self, opt: int) -> None:
-        """The optimizer is gone."""
-        watch = self.watches.pop(opt, None)
-        if watch is not None:
-            watch.remove()
-
     def forked(self) -> None:
-        """Take the parent's hooks off this child's copies of the modules."""
-        for watch in self.watches.values():
-            watch.remove()
-        self.watches = {}
+        """The child has loaders of its own, or none."""
+        super().forked()
         loaders.remove()
 
 

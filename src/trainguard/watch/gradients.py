@@ -30,7 +30,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 
-from . import lineage, sample
+from . import armed, lineage, sample
 from .client import Client
 
 if TYPE_CHECKING:
@@ -43,16 +43,16 @@ NORM_EVERY = 8
 KNOWN_LIMIT = 64
 
 
-class _Watch:
+class _Watch(armed.Hooks):
     """Hooks on the tensors of one step of one optimizer."""
 
     def __init__(self, torch: Any, chosen: List[Tuple[Entry, sample.Place]], fault: Any) -> None:
+        super().__init__()
         self.torch = torch
         self.fault = fault
         self.chosen = chosen
         self.calls = [0] * len(chosen)
         self.values: List[Any] = [None] * len(chosen)
-        self.handles: List[Any] = []
         self.tails: Optional[List[Any]] = [] if _world(torch) > 1 else None
         """Where ranks are compared: what backward started from, once a run of backward."""
         self.hooked: Dict[int, List[Any]] = {}
@@ -133,14 +133,8 @@ class _Watch:
                 return True
         return False
 
-    def remove(self) -> None:
-        """Take the hooks off again."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
 
-
-class Gradients:
+class Gradients(armed.Arms):
     """Arms hooks for the next checked step, and reports what they saw."""
 
     name = "gradients"
@@ -148,8 +142,7 @@ class Gradients:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.watches: Dict[int, _Watch] = {}
-        """Index of the optimizer → hooks armed for its next step."""
+        super().__init__()
         self.known: Set[str] = set()
         """Checksums of what backward started from that have been sent in words."""
 
@@ -171,9 +164,7 @@ class Gradients:
 
     def after(self, step: Step) -> Any:
         """Report; take the hooks off, and arm those of the next step if it will be checked."""
-        watch = self.watches.pop(step.opt, None)
-        if watch is not None:
-            watch.remove()
+        watch = self.taken_off(step.opt)
         chosen = step.track.next_sample
         if chosen:
             self.watches[step.opt] = _Watch(step.torch, chosen, self.client.fault)
@@ -211,22 +202,9 @@ class Gradients:
 
     def arm(self, step: Step) -> None:
         """An unchecked step has ended and the next one is checked: put the hooks in place."""
-        watch = self.watches.pop(step.opt, None)
-        if watch is not None:
-            watch.remove()
+        self.taken_off(step.opt)
         if step.track.next_sample:
             self.watches[step.opt] = _Watch(step.torch, step.track.next_sample, self.client.fault)
-
-    def forget(self, opt: int) -> None:
-        """The optimizer is gone."""
-        watch = self.watches.pop(opt, None)
-        if watch is not None:
-            watch.remove()
-
-    def forked(self) -> None:
-        """Take the parent's hooks off this child's copies of the tensors."""
-        for watch in self.watches.values():
-            watch.remove()
 
 
 def put_first(hooks: Any, own: int) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from . import roots, sample
+from . import armed, roots, sample
 from .client import Client
 from .gradients import put_first
 
@@ -35,16 +35,16 @@ Found = Tuple[Dict[int, Any], Optional[str]]
 """Position of an entry → what fully_shard keeps of it; and why there is none."""
 
 
-class _Watch:
+class _Watch(armed.Hooks):
     """Hooks on the gathered weights of some shards, for one step."""
 
     def __init__(self, torch: Any, chosen: List["_Chosen"], fault: Any) -> None:
+        super().__init__()
         self.torch = torch
         self.chosen = chosen
         self.calls = [0] * len(chosen)
         self.totals: List[Any] = [None] * len(chosen)
         self.gathered: List[Any] = [None] * len(chosen)
-        self.handles: List[Any] = []
         for number, each in enumerate(chosen):
             self._arm(number, each, fault)
 
@@ -76,12 +76,6 @@ class _Watch:
         self.gathered[number] = sample.view(self.torch, param.detach(), each.where).clone()
         self.calls[number] += 1
 
-    def remove(self) -> None:
-        """Take the hooks off again."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-
 
 class _Chosen:
     """One tensor of one step: whose shard of it, and where."""
@@ -104,7 +98,7 @@ class _Chosen:
         return bool(self.group.reduce_grads)
 
 
-class Shards:
+class Shards(armed.Arms):
     """Arms hooks for the next checked step, and reports what they and the owners saw."""
 
     name = "shards"
@@ -112,8 +106,7 @@ class Shards:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.watches: Dict[int, _Watch] = {}
-        """Index of the optimizer → hooks armed for its next step."""
+        super().__init__()
 
     def before(self, step: Step) -> None:
         """Nothing yet: gradients may still be computed by a closure."""
@@ -126,9 +119,7 @@ class Shards:
 
     def after(self, step: Step) -> Any:
         """Report; take the hooks off, and arm those of the next step if it will be checked."""
-        watch = self.watches.pop(step.opt, None)
-        if watch is not None:
-            watch.remove()
+        watch = self.taken_off(step.opt)
         found = self._found(step)
         value: Optional[Dict[str, Any]] = None
         if watch is not None and self.name in step.scratch:
@@ -140,9 +131,7 @@ class Shards:
 
     def arm(self, step: Step) -> None:
         """The next step is checked: put the hooks in place."""
-        watch = self.watches.pop(step.opt, None)
-        if watch is not None:
-            watch.remove()
+        self.taken_off(step.opt)
         found = self._found(step)
         if step.track.next_full and found is not None and found[0]:
             chosen = _choose(step, found[0])
@@ -158,17 +147,6 @@ class Shards:
             memory["found"] = _find(step) if sharded else None
         found: Optional[Found] = memory["found"]
         return found
-
-    def forget(self, opt: int) -> None:
-        """The optimizer is gone."""
-        watch = self.watches.pop(opt, None)
-        if watch is not None:
-            watch.remove()
-
-    def forked(self) -> None:
-        """Take the parent's hooks off this child's copies of the tensors."""
-        for watch in self.watches.values():
-            watch.remove()
 
 
 def _find(step: Step) -> Found:
