@@ -390,7 +390,7 @@ class Surface:
         if binding.value is not _MISSING and isinstance(binding.value, _Builtin) and value is not binding.value:
             self._differs(binding.label, "replaced", *_origin(value))
         if value is _MISSING:
-            if binding.value is not _MISSING:
+            if binding.value is not _MISSING and binding.owner:  # nothing left in it: the object itself has gone
                 self._differs(binding.label, "removed", None, None)
             binding.value = value
             return
