@@ -211,6 +211,25 @@ def test_honest_ways_with_labels_and_batches_are_quiet(options: dict[str, Any]) 
     assert not states["batches"].required
 
 
+@pytest.mark.parametrize(("ahead", "turned"), [(1, False), (3, False), (1, True)])
+def test_a_trainer_that_fetches_ahead_is_not_accused_and_hides_no_turned_label(ahead: int, turned: bool) -> None:
+    """The loss may be of a batch that was delivered before we listened; which one it is, its inputs say."""
+    waiting: list[Any] = []
+
+    def late(step: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wrong = (y + 1) % 3 if turned and step > 20 else y
+        waiting.append((x, wrong))
+        return waiting.pop(0) if len(waiting) > ahead else waiting[0]
+
+    records = fit(passes=3, change=late)
+    losses = [record.body.get("batches", {}).get("loss") for record in records if record.kind == "step"]
+    assert turned or all(loss["given"] == loss["used"] for loss in losses if loss is not None)
+    findings, states = judge(Batches, records)
+    assert bool(findings) is turned
+    assert {f.techniques for f in findings} <= {("D4",)}
+    assert states["batches"].held > ROWS // BATCH
+
+
 def test_plain_labels_hold_from_the_data_set_to_the_loss() -> None:
     """Every link of the chain is held, without a blind spot."""
     findings, states = judge(Batches, fit(passes=2))

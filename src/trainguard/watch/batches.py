@@ -24,7 +24,7 @@ import random
 import sys
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 
 from . import armed, loaders, roots
 from .client import Client
@@ -54,6 +54,11 @@ class _Watch(armed.Hooks):
         """[line of the delivery, path, elements, how many are equal (a tensor)]"""
         self.rows: List[Any] = []
         """[line, path, relation, labels delivered, labels used, whether they can be read]: tensors, per candidate."""
+        ring = link.observer.ring if link.observer is not None else ()
+        self.newest = ring[-1] if ring else None
+        """The last batch that was delivered before."""
+        self.known: Set[Tuple[int, ...]] = set()
+        """Lines of deliveries that the model was called with, told by values that other batches do not have."""
         self.entered = False
         self.heard: List[Tuple[Any, Any]] = []
         """Outputs that are listened to: weak reference, and its values without its graph."""
@@ -89,7 +94,9 @@ class _Watch(armed.Hooks):
                     if equal > best:
                         best = equal
                         self.fed = [*delivery.line, path, int(at.numel()), round(equal * at.numel())]
-            if best == 1.0:
+                    if equal == 1.0 and bool((values != values.flatten()[0]).any()):  # a mask of ones is any batch's
+                        self.known.add(tuple(delivery.line))
+            if self.known:
                 return
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
@@ -182,12 +189,19 @@ class _Watch(armed.Hooks):
         middle = factor[live].median()
         return live & ((factor - middle).abs() <= 0.05 * middle)
 
+    def _one_a_step(self) -> bool:
+        """Whether one batch came since we began to listen, and those before it were kept as well."""
+        ring = list(self.link.observer.ring) if self.link.observer is not None else []
+        kept = all(delivery.labels or delivery.sampled for delivery in ring)
+        return len(ring) == loaders.RING and kept and ring[-2] is self.newest
+
     def told(self) -> Dict[str, Any]:
         """What was seen, as JSON."""
         value: Dict[str, Any] = {}
         if self.fed is not None:
             value["model"] = self.fed
         best, most = None, -1.0
+        one_a_step = self._one_a_step()
         for line, path, relation, labels, used, clear, live in self.rows:
             rows = int(live.sum())
             if rows == 0 or int(clear.sum()) * 2 < rows:
@@ -196,6 +210,9 @@ class _Watch(armed.Hooks):
             keep = clear & (labels >= 0)
             given, taken = labels[keep].tolist(), used[keep].tolist()
             equal = sum(a == b for a, b in zip(given, taken)) / max(1, len(given))
+            if equal < 1.0 and not (tuple(line) in self.known or (one_a_step and not self.known)):
+                self.why = self.why if best is not None else "which delivered batch the loss was of cannot be told"
+                continue  # trainers fetch ahead: it may be of one that was delivered before we listened
             if given and equal > most:
                 best, most = {"batch": line, "path": path, "relation": relation, "given": given, "used": taken}, equal
         if best is not None:
