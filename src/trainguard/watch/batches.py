@@ -53,10 +53,8 @@ class _Watch(armed.Hooks):
         self.fed: Any = None
         """[line of the delivery, path, elements, how many are equal (a tensor)]"""
         self.rows: List[Any] = []
-        """[line, path, relation, labels delivered, labels used, whether they can be read]: tensors, per candidate."""
-        ring = link.observer.ring if link.observer is not None else ()
-        self.newest = ring[-1] if ring else None
-        """The last batch that was delivered before."""
+        """[line, how many batches were delivered since, path, relation, labels delivered, labels used, whether they can
+        be read]: tensors, per candidate."""
         self.known: Set[Tuple[int, ...]] = set()
         """Lines of deliveries that the model was called with, told by values that other batches do not have."""
         self.entered = False
@@ -131,10 +129,10 @@ class _Watch(armed.Hooks):
             return
         if not any(delivery.labels for delivery in observer.ring):
             self.why = "no delivered batch was kept that has labels"
-        for delivery in reversed(observer.ring):
+        for since, delivery in enumerate(reversed(observer.ring)):
             for path, labels in delivery.labels:
                 for relation, pairs in self._laid_out(labels.to(grad.device), grad, output):
-                    self.rows.append([delivery.line, path, relation, *pairs])
+                    self.rows.append([delivery.line, since, path, relation, *pairs])
 
     def _laid_out(self, labels: Any, grad: Any, output: Any) -> List[Tuple[str, Any]]:
         """Relations in which `labels` can stand to an output with gradient `grad`."""
@@ -189,20 +187,13 @@ class _Watch(armed.Hooks):
         middle = factor[live].median()
         return live & ((factor - middle).abs() <= 0.05 * middle)
 
-    def _one_a_step(self) -> bool:
-        """Whether one batch came since we began to listen, and those before it were kept as well."""
-        ring = list(self.link.observer.ring) if self.link.observer is not None else []
-        kept = all(delivery.labels or delivery.sampled for delivery in ring)
-        return len(ring) == loaders.RING and kept and ring[-2] is self.newest
-
     def told(self) -> Dict[str, Any]:
         """What was seen, as JSON."""
         value: Dict[str, Any] = {}
         if self.fed is not None:
             value["model"] = self.fed
         best, most = None, -1.0
-        one_a_step = self._one_a_step()
-        for line, path, relation, labels, used, clear, live in self.rows:
+        for line, since, path, relation, labels, used, clear, live in self.rows:
             rows = int(live.sum())
             if rows == 0 or int(clear.sum()) * 2 < rows:
                 self.why = "the gradient at the model's output is not that of a loss with one label a row"
@@ -210,8 +201,10 @@ class _Watch(armed.Hooks):
             keep = clear & (labels >= 0)
             given, taken = labels[keep].tolist(), used[keep].tolist()
             equal = sum(a == b for a, b in zip(given, taken)) / max(1, len(given))
-            if equal < 1.0 and not (tuple(line) in self.known or (one_a_step and not self.known)):
-                self.why = self.why if best is not None else "which delivered batch the loss was of cannot be told"
+            if given and equal == 1.0:
+                self.link.since = since
+            elif not (tuple(line) in self.known or (not self.known and since == self.link.since)):
+                self.why = "which delivered batch the loss was of cannot be told"
                 continue  # trainers fetch ahead: it may be of one that was delivered before we listened
             if given and equal > most:
                 best, most = {"batch": line, "path": path, "relation": relation, "given": given, "used": taken}, equal
@@ -235,6 +228,8 @@ class Batches(armed.Arms):
         super().__init__()
         self.modules: List[Any] = []
         self.looked = 0
+        self.since: Optional[int] = None
+        """How many batches had been delivered after the one whose labels a loss was last seen to use unchanged."""
 
     def before(self, step: Step) -> None:
         """Everything was seen while the gradients were made."""
