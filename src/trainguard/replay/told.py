@@ -35,6 +35,10 @@ AFTER_NS = 2_000_000_000
 """A file that changed later than this after the run's end may have been changed by somebody else."""
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+DATE = re.compile(
+    r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}|\d{1,2}:\d{2}(?::\d{2})?|(?<!\d)(?:19|20)\d{6}(?!\d)"
+)
+"""Dates and times of day: two replays of one day agree on them, and the run was on another."""
 CAUSES = "alternatives: something else that decides it and was not recorded, or a file edited right after the run"
 
 
@@ -100,6 +104,7 @@ def findings(run: str, first: Sequence[Departure], second: Sequence[Departure]) 
 
 def _numbers(path: Path, clean: str, last: int, began_ns: int, ended_ns: int) -> Iterator[Departure]:
     run = _text(path, began_ns, ended_ns + AFTER_NS)
+    run, clean = run and DATE.sub("", run), DATE.sub("", clean)
     if run is None or run == clean or NUMBER.sub("0", run) != NUMBER.sub("0", clean):
         return
     for place, (was, now) in enumerate(zip(NUMBER.finditer(run), NUMBER.finditer(clean), strict=True)):

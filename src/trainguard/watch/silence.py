@@ -91,7 +91,7 @@ def _read(torch: Any, tracks: List[Any]) -> Optional[Tuple[str, str]]:
     """Digests of a few elements of some weights, and of their gradients."""
     chosen = []
     for track in tracks:
-        usable = [entry for entry in track.entries if entry.reason is None and not _shared(entry.param)]
+        usable = [entry for entry in track.entries if entry.reason is None]
         chosen += usable[:: max(1, len(usable) // TENSORS)][:TENSORS]
     if not chosen:
         return None
@@ -107,11 +107,6 @@ def _digest(torch: Any, tensors: List[Any]) -> str:
     views = [sample.view(torch, each, sample.place(each.numel(), ELEMENTS, 0)) for each in tensors]
     kind, data = sample.Gathered(torch, [view.float() for view in views]).raw(torch)
     return hashlib.blake2b(kind.encode() + data, digest_size=8).hexdigest()
-
-
-def _shared(param: Any) -> bool:
-    """Whether other processes may write to it."""
-    return bool(param.device.type == "cpu" and param.is_shared())
 
 
 def _compiled() -> bool:

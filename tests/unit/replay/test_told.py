@@ -87,6 +87,17 @@ def test_numbers_that_hang_on_the_clock_are_held_against_nobody(metrics: Path, m
     assert judged(metrics.parent, replay(other), replay(other)) == []
 
 
+@pytest.mark.parametrize("day", ["2026-11-23", "23/11/2026", "20261123", "2026-11-23T09:41:07"])
+def test_a_date_is_held_against_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+    """The run was yesterday, both replays are today; a number beside the date still counts."""
+    path = tmp_path / "log.txt"
+    path.write_text(f"{day.replace('23', '22')} loss 1.25\n")
+    within(path, monkeypatch)
+    honest, other = {"log.txt": f"{day} loss 1.25\n"}, {"log.txt": f"{day} loss 1.50\n"}
+    assert judged(tmp_path, replay(honest), replay(honest)) == []
+    assert [found.found for found in judged(tmp_path, replay(other), replay(other))] == ["1.25"]
+
+
 def test_a_file_that_was_changed_after_the_run_is_not_its_own(metrics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody rounded the numbers next morning."""
     within(metrics, monkeypatch, changed=ENDED + 60_000_000_000)
