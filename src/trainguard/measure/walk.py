@@ -21,6 +21,8 @@ WHOLE_BYTES = 4 << 20
 """Files up to this size are read in one call."""
 
 CHUNK_BYTES = 1 << 20
+READ_TIMES = 3
+"""Looks at a file that changes while it is read, before that is said."""
 PYC_HEADER_BYTES = 16
 KIND, REGULAR, LINK = 0o170000, 0o100000, 0o120000
 """Bits of st_mode; constants, because this is asked of every file."""
@@ -199,16 +201,16 @@ class Walker:
 
     def _value(self, path: str, name: str, folder: int, info: os.stat_result, found: Found) -> str:
         """Read one file and remember what it is; what it was, if the cache said otherwise, becomes a note."""
-        key = _packed(info)
         known = self.cache.known.get(path)
         try:
-            value = _read(name, folder, info)
+            value, info = _settled(name, folder, info)
         except OSError as error:
             found.notes.append(f"{path}: cannot be read: {error.strerror}")
             return "unreadable 0"
         if value is None:
             found.notes.append(f"{path}: changed while it was read")
             return "unreadable 0"
+        key = _packed(info)
         if known is not None and known.startswith(key) and known[STAT_BYTES:].decode() != value:
             found.notes.append(
                 f"{path}: content changed while every time stamp stayed: clock or disk was tampered with"
@@ -269,6 +271,16 @@ def _cut(found: Found, top: str, limits: Limits) -> None:
 
 def _packed(info: os.stat_result) -> bytes:
     return pack_stat(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_mode)
+
+
+def _settled(name: str, folder: int, info: os.stat_result) -> tuple[str | None, os.stat_result]:
+    """What a file is, and its stat then. Read again where it changed since `info`: a new name for it is such a change."""
+    for _ in range(READ_TIMES):
+        value = _read(name, folder, info)
+        if value is not None:
+            return value, info
+        info = os.stat(name, dir_fd=folder)
+    return None, info
 
 
 def _read(name: str, folder: int, info: os.stat_result) -> str | None:

@@ -71,6 +71,25 @@ def test_no_change_of_content_hides_behind_the_cache(tree: Path, tmp_path: Path,
     assert Walker(settled(tmp_path / "state")).tree(tree).files["a.py"] == value(text)
 
 
+@pytest.mark.parametrize(("changes", "noted"), [(1, False), (9, True)])
+def test_a_file_that_gets_another_name_meanwhile_is_read_again_and_one_that_never_rests_is_noted(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: int, noted: bool
+) -> None:
+    """Package managers share files by hard links: a second environment changes the times of the first one's files."""
+    real, left = walk._read, [changes]
+
+    def read(name: str, folder: int, info: os.stat_result) -> str | None:
+        if name == "a.py" and left[0]:
+            left[0] -= 1
+            os.link(tree / "a.py", tmp_path / f"other-{left[0]}")
+        return real(name, folder, info)
+
+    monkeypatch.setattr(walk, "_read", read)
+    found = Walker(settled(tmp_path / "state")).tree(tree)
+    assert any("changed while it was read" in note for note in found.notes) is noted
+    assert found.files["a.py"].startswith("unreadable") is noted
+
+
 def test_a_wrong_digest_in_the_cache_is_found_by_the_random_rehash_and_said(tree: Path, tmp_path: Path) -> None:
     """Whoever can set the clock or write the block device can fool the stat; a share is read all the same."""
     cache = settled(tmp_path / "state")
