@@ -274,7 +274,7 @@ def _packed(info: os.stat_result) -> bytes:
 
 
 def _settled(name: str, folder: int, info: os.stat_result) -> tuple[str | None, os.stat_result]:
-    """What a file is, and its stat then. Read again where it changed since `info`: a new name for it is such a change."""
+    """What a file is, and its stat then; read again where it changed since `info`, if only by getting a new name."""
     for _ in range(READ_TIMES):
         value = _read(name, folder, info)
         if value is not None:
