@@ -99,7 +99,9 @@ class Optimizer:
             self._broken += 1
             yield from self._give(evidence, ("G2",), f"malformed record: {error}", None, "suspicious")
             return
-        if departures:
+        if departures and sample.shared:
+            self._blind[f"{sample.kind}: weights in shared memory: other processes write to them"] += 1
+        elif departures:
             self._broken += 1
             yield from self._report(evidence, sample, departures)
 

@@ -61,12 +61,12 @@ class _Stream:
     seeds: list[int] = field(default_factory=list)
     """Seeds that torch reported, newest last."""
     steps: int = 0
-    moved: Counter[object] = field(default_factory=Counter)
+    moved: Counter[int] = field(default_factory=Counter)
     """Optimizer → its latest steps in a row before which the state was a new one."""
     still: int = 0
     since: int = 0
     """Step at which the state was last a new one."""
-    movers: set[object] = field(default_factory=set)
+    movers: set[int] = field(default_factory=set)
     """Optimizers before whose steps it moves. Another one begins another phase of the training, which may draw none."""
     frozen_told: bool = False
     repeating: bool = False
@@ -279,7 +279,8 @@ class Rng:
         known = stream.seen.get(state)
         if seeding is not None and (jumped or reading.kind != "reached"):
             stream.departures.append(seeding)
-        opt = evidence.body.get("opt")
+        told = evidence.body.get("opt")
+        opt = told if isinstance(told, int) else -1
         if state == stream.last:
             stream.still += 1
             stream.moved[opt] = 0

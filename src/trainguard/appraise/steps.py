@@ -71,6 +71,7 @@ class _Sample(msgspec.Struct):
     hyper: dict[str, dict[str, Any]] = {}
     extra: list[str] = []
     left_out: dict[str, int] = {}
+    shared: bool = False
     at: list[tuple[int, int, int]] = []
     grad: list[bool | str] = []
     local: list[bool] = []
@@ -165,6 +166,8 @@ class Sample:
     extra: dict[str, float]
     left_out: dict[str, int]
     tensors: list[Tensor]
+    shared: bool = False
+    """Whether other processes may write to the weights."""
     shadow: Shadow | None = None
 
 
@@ -189,6 +192,7 @@ def parse_sample(value: Any) -> Sample:
         extra=extra,
         left_out=raw.left_out,
         tensors=tensors,
+        shared=raw.shared,
         shadow=_shadow(raw.shadow, tensors) if raw.shadow is not None else None,
     )
 

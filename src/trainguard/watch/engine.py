@@ -78,7 +78,7 @@ class Entry:
         """Index among all parameters of the optimizer."""
         self.name = name
         self.numel = int(sample.plain(param.detach()).numel())
-        self.reason = sample.why_not(param) or sample.shared(param)
+        self.reason = sample.why_not(param)
         """Why it cannot be sampled, or None."""
         self.facts = [name, group, position, self.numel, str(param.dtype)[6:], param.device.type]
         """What a frame says of it."""

@@ -6,7 +6,8 @@ Value of the link in a step frame (only in checked steps; spec/evidence.md "opti
      "hyper": {group: {name: value}}, "extra": [name], "left_out": {reason: tensors},
      "tensors": [[name, group, position, numel, dtype, device]], "at": [[offset, stride, count]],
      "grad": [true | reason], "local": [bool], "state": [[state key]], "state_after": [[state key]],
-     "before": blob, "after": blob, "shadow": see shadow.py}
+     "shared": true where other processes may write to the weights, "before": blob, "after": blob,
+     "shadow": see shadow.py}
 
 `before` holds the extra scalars (`grad_scale`, `found_inf`), then for every tensor: the weight, the gradient (where
 `grad` is true), the gradient right after backward (where `local` is true; link *gradients*) and each state entry;
@@ -96,6 +97,8 @@ class Optimizer:
         value["at"] = [where for _, where in step.sample]
         value["hyper"] = {str(entry.group): known[entry.group] for entry, _ in step.sample}
         value["left_out"] = _left_out(step)
+        if any(sample.shared(entry.param) for entry, _ in step.sample):
+            value["shared"] = True
         value["before"] = sample.blob(*first.raw(torch))
         value["after"] = sample.blob(*second.raw(torch))
         return value

@@ -91,7 +91,7 @@ def _read(torch: Any, tracks: List[Any]) -> Optional[Tuple[str, str]]:
     """Digests of a few elements of some weights, and of their gradients."""
     chosen = []
     for track in tracks:
-        usable = [entry for entry in track.entries if entry.reason is None]
+        usable = [entry for entry in track.entries if entry.reason is None and not sample.shared(entry.param)]
         chosen += usable[:: max(1, len(usable) // TENSORS)][:TENSORS]
     if not chosen:
         return None
