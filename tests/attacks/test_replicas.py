@@ -569,7 +569,8 @@ SCALED = """
 
 @pytest.mark.torch
 @pytest.mark.slow
-@pytest.mark.parametrize(("factor", "named"), [("1.3", [1]), pytest.param("1.0", [], marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("factor", "named"), [("1.3", [1]), ("1.0", [])])
 def test_of_three_real_ranks_the_one_that_scales_its_loss_is_named_soon(
     tmp_path: Path, factor: str, named: list[int]
 ) -> None:

@@ -42,7 +42,7 @@ def watched(folder: Path, hook: str, *options: str) -> Guarded:
 
 
 @pytest.mark.torch
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sign_flipped_in_one_step_of_fifty_is_named_with_step_tensor_and_line(tmp_path: Path) -> None:
     """The loss stays in its range and no other link sees it; a hook that only looks is quiet."""
     done = watched(tmp_path, FLIP)

@@ -101,7 +101,7 @@ def test_the_trainers_names_epochs_and_metrics_stand_in_the_record(tmp_path: Pat
 
 
 @pytest.mark.torch
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_lightning_loads_its_callback_by_itself_and_can_be_told_not_to(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text((SCRIPTS / "lightning_fit.py").read_text())
     with_it = run(tmp_path, PYTHON, "train.py", "--steps", "41")
