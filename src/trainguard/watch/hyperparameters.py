@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 REPEAT_STEPS = 256
 NAMES_LIMIT = 32
 SEARCH_LIMIT = 3
-"""Times that the heap is searched for a scheduler, per optimizer: 10 to 50 ms each."""
+"""Times that the heap is searched for a scheduler, per optimizer, at first and where one is known that does not say
+what was set: 10 to 50 ms each."""
 
 
 class Hyperparameters:
@@ -47,7 +48,9 @@ class Hyperparameters:
 
     def before(self, step: Step) -> None:
         """Compare every group with what it said at the step before."""
-        memory = step.track.memory.setdefault(self.name, {"last": [], "json": [], "searches": 0, "schedulers": []})
+        memory = step.track.memory.setdefault(
+            self.name, {"last": [], "json": [], "searches": 0, "again": 0, "schedulers": []}
+        )
         groups = step.optimizer.param_groups
         copies = memory.get("copies")
         regular = step.index % REPEAT_STEPS != 0
@@ -98,7 +101,7 @@ class Hyperparameters:
     def _tell(self, groups: List[Any], memory: Dict[str, Any], still: Any) -> Optional[Dict[str, Any]]:
         """What a schedule did to a step that is not checked; None where there is none, or more than numbers moved."""
         copies = memory["copies"]
-        reports = [_report(ref()) for ref in memory["schedulers"] if ref() is not None]
+        reports = _reports(memory)
         moved = _moved(groups, copies) if reports else None
         if not moved:
             return None
@@ -134,10 +137,14 @@ class Hyperparameters:
 
     def _explain(self, step: Step, memory: Dict[str, Any], value: Dict[str, Any], changed: List[Any]) -> None:
         first = step.index == 1 and "step" in vars(step.optimizer)
-        if (first or changed) and not memory["schedulers"] and memory["searches"] < SEARCH_LIMIT:
+        reports = _reports(memory)
+        if (first or changed) and not reports and memory["searches"] < SEARCH_LIMIT:
             memory["searches"] += 1
             memory["schedulers"] = _find_schedulers(step.torch, step.optimizer)
-        reports = [_report(ref()) for ref in memory["schedulers"] if ref() is not None]
+        elif not _scheduled(changed, reports) and memory["again"] < SEARCH_LIMIT:
+            memory["again"] += 1  # averaging puts another scheduler in the place of the first
+            memory["schedulers"] = _find_schedulers(step.torch, step.optimizer)
+        reports = _reports(memory)
         if reports:
             value["schedulers"] = reports
         self._name_writers(value, changed, reports)
@@ -294,6 +301,12 @@ def _subclasses(kind: Any) -> Any:
                 known.add(each)
                 waiting.append(each)
     return known
+
+
+def _reports(memory: Dict[str, Any]) -> List[List[Any]]:
+    """What the schedulers that are still there say."""
+    held = [ref() for ref in memory["schedulers"]]
+    return [_report(scheduler) for scheduler in held if scheduler is not None]
 
 
 def _scheduled(changed: List[Any], reports: List[Any]) -> bool:
