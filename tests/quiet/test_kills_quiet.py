@@ -2,13 +2,17 @@
 
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.guarded import run
 from tests.helpers.supervised import supervise
 
 from trainguard.appraise.kills import Kills
+from trainguard.watch.ledger import Ledger
 
 PYTHON = sys.executable
 
@@ -57,6 +61,22 @@ def test_ends_by_kin_are_no_findings(tmp_path: Path, what: str) -> None:
     assert done.by("kills") == []
     assert done.link("kills")["held"] > 0
     assert done.link("kills")["blind"] == []
+
+
+def test_what_a_process_sent_itself_is_recorded_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the supervisor is slow, and the process is gone by the time its signal is read."""
+    messages = Ledger.messages
+
+    def slow(ledger: Ledger) -> Iterator[dict[str, Any]]:
+        for told in messages(ledger):
+            time.sleep(0.5)
+            yield told
+
+    monkeypatch.setattr(Ledger, "messages", slow)
+    (tmp_path / "job.py").write_text(HONEST["a process signals itself"])
+    findings, link = supervise(tmp_path, [PYTHON, "job.py"]).judge(Kills)
+    assert findings == []
+    assert link.blind == ()
 
 
 def test_a_segfault_is_named_as_a_crash(tmp_path: Path) -> None:

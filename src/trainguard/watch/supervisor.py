@@ -318,7 +318,7 @@ class Supervisor:
             who = sender if isinstance(sender, dict) else {}
             peer = next((peer for peer in self._peers.values() if peer.pid == who.get("pid")), None)
             if peer is not None:
-                self._read(peer)
+                self._hear(peer)  # and no more: its end, if this ended it, belongs behind what is recorded here
             number, rank = (peer.number, peer.rank) if peer is not None else (None, None)
             self._add("signalled", told, pid=who.get("pid"), uid=who.get("uid"), process=number, rank=rank)
 
@@ -500,20 +500,25 @@ class Supervisor:
         self._selector.register(link, selectors.EVENT_READ, lambda _link: self._read(peer))
 
     def _read(self, peer: _Peer) -> None:
-        """Take every message that waits on one connection."""
+        """Take every message that waits on one connection, and its end."""
+        if not self._hear(peer):
+            self._drop(peer)
+
+    def _hear(self, peer: _Peer) -> bool:
+        """Take every message that waits on one connection; False once its other end is closed."""
         for _ in range(256):
             try:
                 data = peer.link.recv(FRAME_LIMIT_BYTES)
             except BlockingIOError:
-                return
+                return True
             except ConnectionResetError:
                 continue  # it left without reading what we asked; told once, before what it said, its goodbye included
             except OSError:
-                data = b""
+                return False
             if not data:
-                self._drop(peer)
-                return
+                return False
             self._take(peer, data)
+        return True
 
     def _take(self, peer: _Peer, data: bytes) -> None:
         """One frame: attest, number, record."""
