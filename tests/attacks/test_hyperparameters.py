@@ -123,12 +123,17 @@ def test_a_rate_set_by_hand_beside_a_waiting_scheduler_needs_a_line_of_the_scrip
         assert {(f.outcome, f.techniques) for f in findings} == {("violated", ("C3",))}
 
 
-def test_a_scheduler_that_takes_the_place_of_another_is_found_by_its_rates() -> None:
+@pytest.mark.parametrize("kind", ["exponential", "averaging"])
+def test_a_scheduler_that_takes_the_place_of_another_is_found_by_its_rates(kind: str) -> None:
     """Averaging callbacks anneal with a scheduler of their own; the first one is gone, or waits."""
 
     def anneal(run: Run) -> None:
         if run.step == 12:
-            run.scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.9)
+            run.scheduler = (
+                torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.9)
+                if kind == "exponential"
+                else torch.optim.swa_utils.SWALR(run.optimizer, swa_lr=1e-3)
+            )
 
     schedule = SCHEDULES["cosine"]
     findings, states = judge(Hyperparameters, train(24, schedule=schedule, after_step=anneal).records)

@@ -50,7 +50,9 @@ JUMPING = frozenset(
 SCHEDULED = {"OneCycleLR": {"betas", "momentum"}, "CyclicLR": {"betas", "momentum"}}
 """Schedulers that also set other hyper-parameters."""
 
-BOOKKEEPING = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "param_names", "tensors"})
+BOOKKEEPING = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "param_names", "tensors"}
+)
 """Entries of a group that schedulers keep there; the update does not read them."""
 
 Key = tuple[int | None, int]
