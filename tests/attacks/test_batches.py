@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -83,21 +84,45 @@ def test_labels_that_change_from_pass_to_pass_are_found() -> None:
     assert "first seen" in findings[0].message
 
 
+class Anew:
+    """A script that makes its loader anew for every pass over one data set."""
+
+    def __init__(self, data: Table) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(DataLoader(self.data, batch_size=BATCH, shuffle=True))
+
+
+def test_labels_that_change_from_pass_to_pass_are_found_where_each_pass_has_a_loader_of_its_own() -> None:
+    """The data set is one; which loader asks it makes no difference to its labels."""
+    table = Table()
+
+    def turn(number: int) -> None:
+        if number == 2:
+            table.y[::40] = (table.y[::40] + 1) % 3
+
+    findings = findings_of(fit(Anew(table), passes=3, before_pass=turn))
+    assert findings
+    assert {(f.outcome, f.techniques) for f in findings} == {("suspicious", ("D4",))}
+
+
+@pytest.mark.parametrize("loader", [None, "anew"])
 @pytest.mark.parametrize("rows", [1, BATCH])
-def test_labels_changed_between_loader_and_loss_are_read_from_the_gradient(rows: int) -> None:
-    """One label of a batch, or all of them permuted, from some step on."""
+def test_labels_changed_between_loader_and_loss_are_read_from_the_gradient(rows: int, loader: str | None) -> None:
+    """One label of a batch, or all of them permuted, from some step on; also where every pass has a new loader."""
 
     def change(step: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if step < 16:
+        if step <= ROWS // BATCH:
             return x, y
         wrong = y.clone()
         wrong[:rows] = (wrong[:rows] + 1) % 3
         return x, wrong
 
-    findings = findings_of(fit(change=change))
+    findings = findings_of(fit(Anew(Table()) if loader else None, change=change))
     assert findings
     assert {(f.outcome, f.techniques) for f in findings} == {("suspicious", ("D4",))}
-    assert 16 <= (findings[0].subject.step or 0) <= 32
+    assert 20 < (findings[0].subject.step or 0) <= 40
     assert "loss" in findings[0].message
 
 
@@ -196,10 +221,24 @@ class Redrawn(Table):
         {"loss": smooth, "dropout": 0.0},
         {"loss": squared},
         {"loss": lambda o, t: functional.binary_cross_entropy_with_logits(o[:, 0], (t > 0).float()), "outputs": 1},
+        {"loader": lambda: Anew(Table())},
+        {"loader": lambda: Anew(Redrawn())},
         {"loader": lambda: DataLoader(Redrawn(), batch_size=BATCH, shuffle=True)},
         {"loader": lambda: DataLoader(Table(), batch_size=BATCH, collate_fn=flipping(0.7))},
     ],
-    ids=["plain", "mixup", "noise", "pairs", "smoothing", "regression", "binary", "drawn labels", "own labels"],
+    ids=[
+        "plain",
+        "mixup",
+        "noise",
+        "pairs",
+        "smoothing",
+        "regression",
+        "binary",
+        "anew",
+        "anew, drawn",
+        "drawn labels",
+        "own labels",
+    ],
 )
 def test_honest_ways_with_labels_and_batches_are_quiet(options: dict[str, Any]) -> None:
     """Mixed, smoothed, drawn or replaced labels: nothing is claimed; plain ones hold."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Table(Dataset[tuple[torch.Tensor, int]]):
 
 
 def fit(
-    loader: DataLoader[Any] | None = None,
+    loader: Iterable[Any] | None = None,
     *,
     passes: int = 3,
     before_pass: Callable[[int], None] | None = None,

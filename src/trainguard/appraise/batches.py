@@ -14,6 +14,8 @@ own (violated: it only stacks) or the lock or an approval holds it (explained).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +109,9 @@ class Batches:
         self._loss: dict[tuple[int | None, str], _Arrival] = {}
         self._model: dict[tuple[int | None, str], _Arrival] = {}
         self._given = 0
-        self._tables: dict[tuple[int | None, int], int] = {}
+        self._series: dict[tuple[int | None, int], int] = {}
+        """Process and loader → number of its series: loaders of one kind over one data set, made anew each pass."""
+        self._kinds: dict[tuple[int | None, str], int] = {}
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         """Take one beginning of a pass, one batch that was made, or one step."""
@@ -147,9 +151,17 @@ class Batches:
     def _begin(self, evidence: Evidence) -> None:
         loader, epoch, base = (evidence.body.get(name) for name in ("loader", "epoch", "base_seed"))
         if isinstance(loader, int) and isinstance(epoch, int) and isinstance(base, int):
-            table = self._tables.setdefault((evidence.process, loader), len(self._tables))
-            self._loader_of[base] = table
+            self._loader_of[base] = self._series_of(evidence, loader)
             self._base_of[evidence.process, loader, epoch] = base
+
+    def _series_of(self, evidence: Evidence, loader: int) -> int:
+        """The series a loader belongs to; its own where it is not told over which data set it goes."""
+        known = self._series.get((evidence.process, loader))
+        if known is None:
+            kind = _kind(evidence.body) or f"loader {loader}"
+            known = self._kinds.setdefault((evidence.process, kind), len(self._kinds))
+            self._series[evidence.process, loader] = known
+        return known
 
     # -- making -----------------------------------------------------------------------------------------------
 
@@ -297,7 +309,8 @@ class Batches:
         if not (isinstance(path, str) and 0 <= equal <= compared < 1 << 20 and compared):
             return
         told = f"of batch {task + 1} of pass {epoch + 1} of loader {loader}"
-        arrival = self._model.setdefault((evidence.process, f"{loader}{path[:100]}"), _Arrival())
+        series = self._series.get((evidence.process, loader), f"loader {loader}")
+        arrival = self._model.setdefault((evidence.process, f"{series}{path[:100]}"), _Arrival())
         arrival.add(evidence, compared, equal, told)
 
     def _at_loss(self, evidence: Evidence, value: object) -> None:
@@ -312,7 +325,9 @@ class Batches:
         equal = sum(type(a) is int and type(b) is int and a == b for a, b in zip(given, used, strict=True))
         wrong = [[None, a, b] for a, b in zip(given, used, strict=True) if a != b]
         told = f"of {_batch_name(batch)}" + (f": {_pairs(wrong)}" if wrong else "")
-        relation = f"{batch[0] if batch else 0}{path[:100]} {value.get('relation')}"
+        loader = batch[0] if batch else 0
+        series = self._series.get((evidence.process, loader), f"loader {loader}")
+        relation = f"{series}{path[:100]} {value.get('relation')}"
         self._loss.setdefault((evidence.process, relation), _Arrival()).add(evidence, len(given), equal, told)
 
     def _arrived(self, arrival: _Arrival, what: str, *, strict: bool) -> Iterator[Finding]:
@@ -360,6 +375,20 @@ def _pairs(which: object) -> str:
         name = f"sample {index}: " if isinstance(index, int) else ""
         out.append(f"{name}{str(before)[:20]} → {str(after)[:20]}")
     return ", ".join(out)
+
+
+def _kind(body: dict[str, Any]) -> str | None:
+    """What loaders have in common that a script makes anew for every pass: data set, sampling, size of a batch."""
+    data, samplers = body.get("data"), body.get("samplers")
+    if not (isinstance(data, dict) and isinstance(samplers, dict)):
+        return None
+    layout = json.dumps(data, sort_keys=True)
+    if "null" in layout:  # a data set, or a choice of its rows, that cannot be told from a later one
+        return None
+    inner = samplers.get("of")
+    sampling = inner.get("class") if isinstance(inner, dict) else None
+    kind = json.dumps([layout, samplers.get("class"), samplers.get("batch"), sampling])
+    return hashlib.sha256(kind.encode()).hexdigest()
 
 
 def _batch_name(batch: list[int]) -> str:
