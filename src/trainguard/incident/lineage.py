@@ -187,13 +187,13 @@ def _line(lineage: Lineage, key: str) -> Line:
 
 def _sources(graph: Graph, key: str) -> Iterator[str]:
     """Labels of what a node was made from; the start of a run stands for what the run opened."""
-    for edge in graph.made_from(key):
-        node = graph.nodes.get(edge.source)
+    for source, witnessed in graph.sources_of(key):
+        node = graph.nodes.get(source)
         if node is not None and node.kind == "start":
-            yield from _sources(graph, node.key)
+            yield from _sources(graph, source)
             continue
-        label = node.label if node is not None else edge.source
-        yield label if edge.witnessed else f"{label} (claimed)"
+        label = node.label if node is not None else source
+        yield label if witnessed else f"{label} (claimed)"
 
 
 def _start(run: str) -> str:

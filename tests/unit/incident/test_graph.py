@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from trainguard.appraise.verdict import Word
 from trainguard.errors import MalformedEvidence
 from trainguard.incident.claims import parse_claims
-from trainguard.incident.graph import RANK, Graph, Node
+from trainguard.incident.graph import RANK, Graph, Node, Packed
 
 WORDS: tuple[Word, ...] = ("VERIFIED", "UNKNOWN", "SUSPECT", "TAINTED")
 
@@ -79,6 +81,56 @@ def test_every_standing_is_the_worst_of_the_node_and_all_it_was_made_from(
         assert standings[key].word == worst
         assert own[standings[key].because[0]] == worst
         assert set(graph.ancestors(key)) == {near for near in keys if key in graph.descendants(near)}
+
+
+def test_a_circle_names_its_members_alone_and_who_claims_it() -> None:
+    """Not what lies behind it."""
+    graph = graph_of({"a": "VERIFIED", "behind": "VERIFIED"}, ("b", "behind"))
+    graph.join("a", "b", witnessed=False, by="tracker")
+    graph.join("b", "a", witnessed=False, by="registry")
+    with pytest.raises(MalformedEvidence, match=r"circle among \['a', 'b'\], claimed by registry, tracker"):
+        graph.standings()
+    with pytest.raises(MalformedEvidence, match=r"circle among \['own'\]"):
+        graph_of({"own": "VERIFIED"}, ("own", "own")).standings()
+
+
+@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=9), st.randoms(use_true_random=False))
+def test_a_packed_graph_gives_the_same_answers(words: list[Word], draw: random.Random) -> None:
+    """Nodes, edges with who claims them, standings and reach."""
+    keys = [f"n{index}" for index in range(len(words) + 1)]
+    graph = graph_of(dict(zip(keys, words, strict=False)))
+    for i, a in enumerate(keys):
+        for b in keys[i + 1 :]:
+            if draw.random() < 0.4:
+                graph.join(a, b, witnessed=draw.random() < 0.5, by=draw.choice(["", "leaf 3"]))
+    packed = msgspec.msgpack.decode(msgspec.msgpack.encode(graph.packed()), type=Packed)
+    again = Graph.unpacked(packed)
+    assert list(again.edges) == list(graph.edges)
+    assert again.nodes == graph.nodes
+    for key in graph.standings().words:
+        assert again.standings()[key] == graph.standings()[key]
+        assert again.ancestors(key) == graph.ancestors(key)
+        assert again.made_from(key) == graph.made_from(key)
+    again.join(keys[0], "later", witnessed=True)
+    assert "later" in again.descendants(keys[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keys": ("a", "a")},
+        {"keys": ("a",)},
+        {"targets": ((2,), ())},
+        {"targets": ((-1,), ())},
+        {"claimed": {0: (0,)}},
+        {"claimed": {7: ()}},
+        {"nodes": (Node(key="c", kind="run", label="c"),)},
+    ],
+)
+def test_a_packed_graph_that_no_graph_packs_to_is_refused(change: dict[str, Any]) -> None:
+    packed = graph_of({"a": "VERIFIED", "b": "VERIFIED"}, ("a", "b")).packed()
+    with pytest.raises(MalformedEvidence, match="lineage: expected"):
+        Graph.unpacked(msgspec.structs.replace(packed, **change))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests.helpers import told
 from tests.helpers.family import Family, finding, verdict
 
 from trainguard.archive import RunReader
+from trainguard.cli import main
 from trainguard.errors import MalformedEvidence, Misuse, Unavailable
 from trainguard.finding import Citation
 from trainguard.home import Home
@@ -165,3 +166,32 @@ def test_without_a_log_there_is_nothing_to_say(tmp_path: Path) -> None:
     home.prepare()
     with pytest.raises((Misuse, Unavailable)):
         read_lineage(home)
+
+
+def test_a_kept_lineage_answers_without_the_log_and_says_how_old_it_is(
+    made: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same document as the log gives; any node can be asked for by its key; what is no such file is refused."""
+    monkeypatch.setenv("TRAINGUARD_HOME", str(made.home.root))
+    (late,) = made.run("bad", finding(6), saves={10: "bad-10.pt"})
+    made.run("child", opens=[late], saves={10: "child.pt"})
+    kept = tmp_path / "lineage.bin"
+    assert main(["lineage", "--keep", str(kept), "--json", str(late)]) == 1
+    first = capsys.readouterr().out
+    assert main(["lineage", "--kept", str(kept), "--json", str(late)]) == 1
+    again = capsys.readouterr()
+    assert again.out == first
+    assert "child.pt" in first
+    assert "as of" in again.err
+    assert "the log here has" not in again.err
+    made.run("later")
+    assert main(["lineage", "--kept", str(kept), "--json", checkpoint_key(root_of(late))]) == 1
+    again = capsys.readouterr()
+    assert again.out == first
+    assert "the log here has" in again.err
+    kept.write_bytes(kept.read_bytes()[:-9])
+    for path, status, said in ((kept, 1, "not a kept lineage"), (tmp_path / "none", 3, "cannot be read")):
+        with pytest.raises(SystemExit) as left:
+            main(["lineage", "--kept", str(path)])
+        assert left.value.code == status
+        assert said in capsys.readouterr().err
