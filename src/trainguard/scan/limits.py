@@ -10,7 +10,7 @@ from trainguard.digest import canonical_json, sha256_hex
 
 MIB = 1 << 20
 
-VERSION = "2026.3"
+VERSION = "2026.4"
 """Version of the machine, its rules and the shipped lists; a verdict holds for this version only."""
 
 Tier = Literal["weights", "training", "framework"]

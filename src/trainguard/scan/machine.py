@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trainguard.scan.budget import Meter, OverBudget
+from trainguard.scan.claims import Claim
 from trainguard.scan.rules.arrays import ArrayState, DType, count_of
 from trainguard.scan.rules.interface import Refused, describe
 from trainguard.scan.rules.plain import instantiate
@@ -111,6 +112,8 @@ class Trace:
     """The stand-in of the object the stream builds."""
     inline_arrays: int = 0
     """joblib arrays that lay between the opcodes."""
+    claims: list[Claim] = field(default_factory=list)
+    """Numbers in storages that native code will believe; who knows where the storages lie must check them."""
     storages: dict[str, int] = field(default_factory=dict)
     """Storage key → bytes, as the persistent ids say."""
 
@@ -227,6 +230,11 @@ class Machine:
             raise Refused("geometry", f"storage {key!a}: {size} bytes here, {self.trace.storages[key]} bytes before")
         self._made += 1
         return Storage(key, item_bytes, numel)
+
+    def claim(self, claim: Claim) -> None:
+        """Note numbers in storages that must be looked at before the stream is clean."""
+        self._made += 1
+        self.trace.claims.append(claim)
 
     def seal(self, value: Value) -> None:
         """Refuse later changes to a list or Map a rule relied on."""
@@ -1022,6 +1030,7 @@ class Machine:
             inner.run()
         finally:
             self.trace.globals += inner.trace.globals
+            self.trace.claims += inner.trace.claims
             self.trace.called = self.trace.called or inner.trace.called
         self._load(inner.position)
 

@@ -6,7 +6,7 @@ classes below. Nothing here is ever called, hashed or compared on behalf of the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from trainguard.scan.trust import Listed
@@ -64,6 +64,15 @@ class Storage:
         self.key = key
         self.item_bytes = item_bytes
         self.numel = numel
+
+
+class View(NamedTuple):
+    """What is known about a tensor a rule let pass: where in its storage its elements lie, in elements."""
+
+    storage: Storage
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class Map(list[Value]):

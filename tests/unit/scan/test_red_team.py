@@ -5,11 +5,13 @@ Those that were live once are proved so: the file is loaded in a child process a
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import pytest
 from trainguard.scan import ScanPolicy, Verdict
 from trainguard.scan.source import BytesSource
 from trainguard.scan.vet import judge_source
-from trainguard.testing.forge import call, named, stream, text, touch, value, zip_of
+from trainguard.testing.forge import BENIGN, call, named, stream, text, touch, value, zip_of
 
 
 def verdict_of(data: bytes, name: str = "model.bin") -> Verdict:
@@ -289,3 +291,165 @@ def test_pairs_of_a_pipeline_index_are_imports_and_elsewhere_they_are_words() ->
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
     }
     assert verdict_of(json.dumps(blocks).encode(), "config.json") is Verdict.SAFE
+
+
+# Extra fields, metadata, places and programs in plain texts ---------------------------------------------------------
+
+
+def zip_with_extra(local: bytes, central: bytes) -> bytes:
+    """A torch zip whose pickle has these extra fields in its local header and in the directory."""
+    out, directory = b"", b""
+    for name, data in ((b"archive/data.pkl", BENIGN), (b"archive/version", b"3\n")):
+        extras = (local, central) if name.endswith(b"pkl") else (b"", b"")
+        fields = struct.pack("<HHHHHIIIH", 20, 0, 0, 0, 0, zlib.crc32(data), len(data), len(data), len(name))
+        directory += b"PK\1\2\x14\0" + fields + struct.pack("<HHHHII", len(extras[1]), 0, 0, 0, 0, len(out))
+        directory += name + extras[1]
+        out += b"PK\3\4" + fields + struct.pack("<H", len(extras[0])) + name + extras[0] + data
+    return out + directory + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 2, 2, len(directory), len(out), 0)
+
+
+def extra(kind: int, content: bytes) -> bytes:
+    return struct.pack("<HH", kind, len(content)) + content
+
+
+SECOND_NAME = extra(0x7075, struct.pack("<BI", 1, zlib.crc32(b"archive/data.pkl")) + b"archive/evil.pkl")
+
+
+@pytest.mark.parametrize("side", ["local", "central"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        SECOND_NAME,
+        extra(1, struct.pack("<QQ", 9999, 9999)),
+        extra(0x9901, bytes(7)),
+        extra(0x4150, touch("x")),
+        b"\1\0\xff\xff",
+        extra(0x5455, bytes(5)) * 2,
+    ],
+    ids=["second-name", "other-size", "encryption", "unknown-kind", "past-its-end", "twice"],
+)
+def test_extra_fields_that_readers_use_differently_are_refused(field: bytes, side: str) -> None:
+    """A second name, other sizes, encryption, hidden bytes: in either header."""
+    data = zip_with_extra(field if side == "local" else b"", field if side == "central" else b"")
+    assert verdict_of(data, "model.pt") is Verdict.UNSAFE
+
+
+def test_idle_extra_fields_pass() -> None:
+    """torch's padding, times and owners, wide sizes that agree, and the zeros Java leaves."""
+    size = len(BENIGN)
+    for field in (extra(0x4246, b"Z" * 40), extra(0x5455, bytes(5)) + extra(0x7875, bytes(11)), extra(0xCAFE, b"")):
+        assert verdict_of(zip_with_extra(field, b""), "model.pt") is Verdict.SAFE
+    assert verdict_of(zip_with_extra(extra(1, struct.pack("<QQ", size, size)), b"\0\0"), "model.pt") is Verdict.SAFE
+
+
+def safetensors(metadata: object) -> bytes:
+    header = json.dumps({"__metadata__": metadata, "w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4)
+
+
+def test_a_pickle_in_the_metadata_of_safetensors_is_refused_however_it_is_spelled() -> None:
+    """As characters, in base64 of both alphabets, in hex; ordinary metadata passes."""
+    run = stream(touch("x"), 2)
+    spelled = [run.decode("latin-1"), base64.b64encode(run).decode(), base64.urlsafe_b64encode(run).decode(), run.hex()]
+    for payload in spelled:
+        assert verdict_of(safetensors({"format": "pt", "note": payload}), "model.safetensors") is Verdict.UNSAFE
+    words = {
+        "format": "pt",
+        "modelspec.title": "coffee and cups",
+        "ss_tag_frequency": '{"a": {"b": 12}}',
+        "x": "cafe" * 9,
+    }
+    assert verdict_of(safetensors(words), "model.safetensors") is Verdict.SAFE
+
+
+LAMBDA = {"module": "keras", "class_name": "Sequential", "config": {"layers": [
+    {"module": "keras.layers", "class_name": "Lambda", "config": {"function": ["4wE=", None, None]}}]}}  # fmt: skip
+
+
+def test_a_keras_config_is_one_wherever_it_lies() -> None:
+    """Keras opens an archive without metadata.json, and a model from JSON alone."""
+    config = json.dumps(LAMBDA).encode()
+    assert verdict_of(zip_of([("config.json", config)]), "model.keras") is Verdict.UNSAFE
+    assert verdict_of(config, "architecture.json") is Verdict.UNSAFE
+    plain = {"module": "keras", "class_name": "Sequential", "config": {"name": "s", "layers": []}}
+    assert verdict_of(json.dumps(plain).encode(), "architecture.json") is Verdict.SAFE
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("model.safetensors.index.json", {"metadata": {}, "weight_map": {"w": "../../evil.safetensors"}}),
+        ("pytorch_model.bin.index.json", {"weight_map": {"w": "/tmp/evil.bin"}}),
+        ("pytorch_model.bin.index.json", {"weight_map": {"w": "C:\\evil.bin"}}),
+        (
+            "modules.json",
+            [{"idx": 0, "name": "0", "path": "../evil", "type": "sentence_transformers.models.Transformer"}],
+        ),
+        ("config.json", {"a": [{"_target_": ["os", "system"]}]}),
+        ("config.json", {"py/function": "os.system"}),
+        ("config.json", {"text_config": {"attn_implementation": {"": "owner/kernel"}}}),
+        ("tokenizer_config.json", {"chat_templates": {"x": "{{ cycler.__init__ }}"}}),
+        ("config.json", {"system_prompt": "{{ cycler.__init__ }}"}),
+        ("notes.ipynb", {"cells": [], "nbformat": 4}),
+    ],
+)
+def test_configs_that_lead_elsewhere_or_carry_programs_are_not_clean(name: str, config: object) -> None:
+    """Shards and modules outside the folder, callables spelled otherwise, templates under other keys, notebooks."""
+    assert verdict_of(json.dumps(config).encode(), name) is not Verdict.SAFE
+
+
+def test_configs_of_this_folder_pass() -> None:
+    """Shards beside the index, modules below it, prompts with braces of other kinds."""
+    for config in (
+        {"metadata": {"total_size": 4}, "weight_map": {"w": "model-00001-of-00002.safetensors"}},
+        [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}],
+        {
+            "prompts": {"query": "Instruct: {task}\nQuery: "},
+            "prompt_template": "{% for m in messages %}{{ m['role'] }}{% endfor %}",
+        },
+    ):
+        assert verdict_of(json.dumps(config).encode(), "config.json") is Verdict.SAFE
+
+
+@pytest.mark.parametrize("name", ["chat_template.txt", "template", "prompt", "vicuna.txt", "system_prompt.cfg"])
+def test_a_template_needs_no_name_of_one(name: str) -> None:
+    """Servers take a template from any file; a page for people is not one."""
+    text = b"{{ cycler.__init__.__globals__.os.system('x') }}"
+    assert verdict_of(text, name) is Verdict.UNSAFE
+    assert verdict_of(text, "README.md") is Verdict.SAFE
+    assert verdict_of(b"{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", name) is Verdict.SAFE
+
+
+def test_a_template_that_formats_an_attribute_is_refused() -> None:
+    """str.format follows dots outside a sandbox."""
+    assert verdict_of(b"{{ '{0.__class__.__init__}'.format(messages) }}", "chat_template.jinja") is Verdict.UNSAFE
+    assert verdict_of(b"{{ '{0} and {name}'.format(1, name=2) }}", "chat_template.jinja") is Verdict.SAFE
+
+
+@pytest.mark.parametrize("tag", ["!new:os.system", "!apply:os.system", "!name:os.system", "!module:os"])
+def test_yaml_that_a_speech_toolkit_would_call_is_not_clean(tag: str) -> None:
+    """HyperPyYAML's own tags name what is imported and called; its references do not."""
+    assert verdict_of(f"a: {tag}\n  - x\n".encode(), "hyperparams.yaml") is not Verdict.SAFE
+    assert verdict_of(b"a: 1\nb: !ref <a>\nc: 'so new: it is'\n", "hyperparams.yaml") is Verdict.SAFE
+
+
+@pytest.mark.parametrize("name", ["kernel.cu", "op.cpp", "setup.js", "Makefile", "Dockerfile", ".envrc", "fit.R"])
+def test_source_and_scripts_beside_a_model_are_not_clean(name: str) -> None:
+    """Extensions are built from source as they are imported; the rest is run by its name."""
+    assert verdict_of(b"all: ;\n", name) is Verdict.UNKNOWN
+
+
+def test_bytes_of_a_length_are_refused() -> None:
+    """`bytes(range(2**36))` asks for 64 GiB before it looks at the first number."""
+    many = call(named("builtins", "range"), b"\x8a\x05\0\0\0\0\x10")
+    for kind in ("bytes", "bytearray"):
+        assert verdict_of(stream(call(named("builtins", kind), many), 3), "x.pkl") is Verdict.UNSAFE
+
+
+def test_onnx_training_graphs_and_function_defaults_are_looked_at() -> None:
+    """External data may hide in graphs that only training runs, and in a function's default attributes."""
+    outside = field(13, field(1, b"location") + field(2, b"../../etc/passwd"))
+    training = b"\x08\x08" + field(7, b"\x12\1g") + field(20, field(1, field(5, outside)))
+    function = b"\x08\x08" + field(7, b"\x12\1g") + field(25, field(11, field(5, outside)))
+    assert verdict_of(training, "model.onnx") is Verdict.UNSAFE
+    assert verdict_of(function, "model.onnx") is Verdict.UNSAFE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from trainguard.scan.budget import OverBudget
-from trainguard.scan.formats import templates
+from trainguard.scan.formats import pickles, templates
 from trainguard.scan.formats.interface import Format, Job
 from trainguard.scan.source import Source
 
@@ -98,6 +98,7 @@ def _pair(job: Job, reader: _Reader) -> None:
         )
         if why:
             job.unsafe("template", f"{key}: {why}", start)
+        pickles.note_carried(job, key, value.decode("latin-1"))
     elif kind == ARRAY and any(word in key for word in TEMPLATE_KEYS):
         # None of ours is a list; a reader that takes one would render its texts.
         job.unknown("template", f"{key}: a list of templates", reader.position)

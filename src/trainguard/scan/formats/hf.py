@@ -7,23 +7,29 @@ Loaders turn these texts into imports:
   auto_mapping.parent_library                      peft: importlib.import_module
   _target_                                         hydra, OmegaConf, torchtune: any callable
   modules.json `type`, model_index.json            sentence-transformers, diffusers: classes by name
-  chat_template and other templates                Jinja, see templates.py
+  {class_name, config}                             Keras: model_from_json, and a .keras archive's config
+  py/object, py/function …                         jsonpickle
+  weight_map, modules.json `path`                  files to load: only of this folder
+  chat_template and other templates, prompts       Jinja, see templates.py
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainguard.scan.formats import jsons, templates
+from trainguard.scan.formats import jsons, keras, templates
 from trainguard.scan.formats.interface import Job
 from trainguard.scan.verdict import Verdict
 
 CODE_KEYS = frozenset(("auto_map", "custom_pipelines", "custom_generate", "custom_pipeline", "trust_remote_code"))
-TARGET_KEYS = frozenset(
-    ("_target_", "_partial_target_", "__target__", "class_path", "py_class", "py/object", "py/reduce")
+JSONPICKLE = tuple(
+    f"py/{kind}" for kind in ("object", "reduce", "type", "function", "repr", "newargs", "newargsex", "mod")
 )
+TARGET_KEYS = frozenset(("_target_", "_partial_target_", "__target__", "class_path", "py_class", *JSONPICKLE))
 ATTENTION_KEYS = frozenset(("attn_implementation", "_attn_implementation", "_attn_implementation_internal"))
-TEMPLATE_KEYS = frozenset(("chat_template", "default_chat_template", "template", "template_string"))
+TEMPLATE_WORDS = ("template", "prompt")
+"""Keys that hold one of these words hold programs, wherever braces stand in their text."""
 INTERESTING = CODE_KEYS | TARGET_KEYS | ATTENTION_KEYS | {"parent_library"}
 LIBRARIES = frozenset(
     f"transformers.models.{name}.modeling_{name}"
@@ -90,17 +96,50 @@ def _judge_value(job: Job, value: Any) -> None:
     for key, inner in jsons.walk(value):
         if key in CODE_KEYS and inner not in (None, False, [], {}, ""):
             _code(job, key, inner)
-        elif key in TARGET_KEYS and isinstance(inner, str):
+        elif key in TARGET_KEYS and (text := ".".join(_texts(inner))):
             job.note(
-                Verdict.UNKNOWN, "config", f"{key}: names {inner[:120]!a} to be called", global_name=inner, use="call"
+                Verdict.UNKNOWN, "config", f"{key}: names {text[:120]!a} to be called", global_name=text, use="call"
             )
-        elif key in ATTENTION_KEYS and isinstance(inner, str) and ("/" in inner or ":" in inner):
-            job.unsafe("config", f"{key}: {inner[:120]!a} downloads and imports code")
+        elif key in ATTENTION_KEYS and (
+            kernel := next((text for text in _texts(inner) if set(text) & set("/:")), None)
+        ):
+            job.unsafe("config", f"{key}: {kernel[:120]!a} downloads and imports code")
         elif key == "parent_library" and isinstance(inner, str) and inner not in LIBRARIES:
             job.note(Verdict.UNKNOWN, "config", f"{key}: imports {inner[:120]!a}", global_name=inner, use="value")
-        elif key in TEMPLATE_KEYS:
+        elif key == "weight_map" and isinstance(inner, dict):
+            _places(job, key, inner.values())
+        elif any(word in key.lower() for word in TEMPLATE_WORDS):
             _templates(job, key, inner)
+    if isinstance(value, dict) and {"cells", "nbformat"} <= set(value):
+        job.unknown("source", "a notebook: code beside a model; read it, or leave it out")
+    if any(_is_keras(item) for item in _dicts(value)):
+        keras.judge_config(job, value)
     _class_tables(job, value)
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            yield item
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+
+
+def _is_keras(item: dict[str, Any]) -> bool:
+    """A class to be made from a config, as Keras writes it."""
+    return "class_name" in item and isinstance(item.get("config"), dict | list)
+
+
+def _places(job: Job, key: str, places: Iterable[Any]) -> None:
+    """Files a loader joins to this folder: one that leads elsewhere was never vetted."""
+    for place in places:
+        text = place if isinstance(place, str) else ""
+        if text.startswith(("/", "~")) or "\\" in text or ":" in text or ".." in text.split("/"):
+            job.unsafe("config", f"{key}: {text[:120]!a} leads out of the folder")
+            return
 
 
 def _code(job: Job, key: str, inner: Any) -> None:
@@ -142,6 +181,8 @@ def _class_tables(job: Job, value: Any) -> None:
     if isinstance(value, list):
         for item in value:
             kind = item.get("type") if isinstance(item, dict) and {"idx", "name", "path"} <= set(item) else None
+            if kind is not None:
+                _places(job, "path", [item["path"]])
             if isinstance(kind, str) and kind not in SENTENCE_TYPES:
                 job.note(Verdict.UNKNOWN, "config", f"type: imports {kind[:120]!a}", global_name=kind, use="call")
     elif isinstance(value, dict) and job.name.lower() in (PIPELINE_INDEX, "") and "_class_name" in value:

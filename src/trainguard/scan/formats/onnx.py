@@ -28,7 +28,7 @@ MODEL_FIELDS = {
     25: BYTES,
     26: BYTES,
 }
-GRAPH, OPSETS, FUNCTIONS = 7, 8, 25
+GRAPH, OPSETS, TRAINING, FUNCTIONS = 7, 8, 20, 25
 NODES, INITIALIZERS, SPARSE = 1, 5, 15
 ATTRIBUTES, DOMAIN, OP_TYPE = 5, 7, 4
 DEPTH = 32
@@ -67,6 +67,8 @@ def _judge_onnx(job: Job) -> None:
         for number, _, offset, length in protobuf.fields(job.source, 0, job.source.size):
             if number == GRAPH:
                 _graph(job, offset, offset + length, 0)
+            elif number == TRAINING:
+                _training(job, offset, offset + length)
             elif number == OPSETS:
                 _domain(job, _text_of(job.source, offset, length, 1), offset)
             elif number == FUNCTIONS:
@@ -75,10 +77,19 @@ def _judge_onnx(job: Job) -> None:
         job.unsafe("onnx", f"broken message: {error}")
 
 
+def _training(job: Job, start: int, end: int) -> None:
+    """TrainingInfoProto: two graphs more."""
+    for number, kind, offset, length in protobuf.fields(job.source, start, end):
+        if number in (1, 2) and kind == BYTES:
+            _graph(job, offset, offset + length, 0)
+
+
 def _function(job: Job, start: int, end: int) -> None:
     for number, kind, offset, length in protobuf.fields(job.source, start, end):
         if number == 7 and kind == BYTES:
             _node(job, offset, offset + length, 0)
+        elif number == 11 and kind == BYTES:
+            _attribute(job, offset, offset + length, 0)
 
 
 def _graph(job: Job, start: int, end: int, depth: int) -> None:

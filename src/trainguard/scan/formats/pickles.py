@@ -6,7 +6,11 @@ replaced by an inert stub, and any disagreement about names, persistent ids or t
 
 from __future__ import annotations
 
-from trainguard.scan import second_opinion
+import base64
+import contextlib
+from collections.abc import Iterator
+
+from trainguard.scan import claims, second_opinion
 from trainguard.scan.budget import OverBudget
 from trainguard.scan.formats.interface import Format, Job
 from trainguard.scan.machine import (
@@ -18,13 +22,14 @@ from trainguard.scan.machine import (
     Trace,
 )
 from trainguard.scan.rules.interface import Refused
-from trainguard.scan.source import Source
+from trainguard.scan.source import BytesSource, Source
 from trainguard.scan.values import Global
 from trainguard.scan.verdict import Verdict
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 PICKLES_IN_A_ROW = 10_000
+CARRIED_BYTES = 12
 BROKEN_OPCODES = 3
 """Text that happens to begin like a protocol 0 pickle must get this far before it counts as a cut-off one."""
 
@@ -73,6 +78,8 @@ def judge_stream(job: Job, start: int, loader: Loader) -> Trace | None:
         job.unsafe(refused.rule, str(refused), trace.end)
         return None
     _ask_again(job, start, loader, trace)
+    if not loader.storage_parts:
+        claims.check(job, trace.claims, lambda key: None)
     return trace
 
 
@@ -153,6 +160,29 @@ def acts_like_pickle(job: Job) -> str | None:
         if job.trust.could_import(module, name):
             return f"imports {module}.{name}"
     return None
+
+
+def note_carried(job: Job, name: str, text: str) -> None:
+    """Note a metadata text that is a pickle which would do something, as it is or in base64 or hex.
+
+    Nothing that reads the format unpickles it; whoever hid a payload there has a reader that does.
+    """
+    for raw in _spellings(text.strip()):
+        why = acts_like_pickle(job.inside(name, BytesSource(raw)))
+        if why:
+            job.unsafe("metadata", f"{name[:80]!a} holds a pickle that acts: {why}")
+            return
+
+
+def _spellings(text: str) -> Iterator[bytes]:
+    """The bytes that `text` may stand for. Opcodes that import something need at least CARRIED_BYTES."""
+    if len(text) < CARRIED_BYTES:
+        return
+    yield text.encode("latin-1", "replace")
+    with contextlib.suppress(ValueError):
+        yield bytes.fromhex(text)
+    with contextlib.suppress(ValueError):
+        yield base64.b64decode(text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True)
 
 
 def is_plain_pickle(job: Job) -> bool:

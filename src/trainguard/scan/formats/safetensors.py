@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainguard.scan.budget import OverBudget
-from trainguard.scan.formats import jsons
+from trainguard.scan.formats import jsons, pickles
 from trainguard.scan.formats.interface import Format, Job
 from trainguard.scan.limits import ScanPolicy
 from trainguard.scan.source import Source
@@ -48,14 +48,16 @@ def judge(job: Job) -> None:
     raw = job.source.read(8, length)
     policy = ScanPolicy(json_nodes=HEADER_NODES, json_bytes=job.policy.json_bytes)
     try:
-        _check(jsons.parse(raw.rstrip(b" "), policy), job.source.size - 8 - length)
+        for name, text in _check(jsons.parse(raw.rstrip(b" "), policy), job.source.size - 8 - length).items():
+            pickles.note_carried(job, f"__metadata__.{name}", text)
     except jsons.TooBig as error:
         raise OverBudget(f"safetensors header with more than {HEADER_NODES} nodes") from error
     except (jsons.BadJson, BadTensors) as error:
         job.unsafe("safetensors", str(error), 8)
 
 
-def _check(header: Any, data_bytes: int) -> None:
+def _check(header: Any, data_bytes: int) -> dict[str, str]:
+    """The metadata; raises BadTensors unless the tensors fill the data."""
     if not isinstance(header, dict):
         raise BadTensors("header: expected an object")
     metadata = header.pop("__metadata__", {})
@@ -69,6 +71,7 @@ def _check(header: Any, data_bytes: int) -> None:
         position = end
     if position != data_bytes:
         raise BadTensors(f"data: tensors end at byte {position}, file holds {data_bytes}")
+    return metadata
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:

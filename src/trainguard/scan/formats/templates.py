@@ -30,7 +30,15 @@ MADE = re.compile(
 """An underscore about to be put together with other text."""
 COMPUTED = re.compile(r"\w\s*\[\s*(?![-\d:\]]|'[^']*'\s*\]|\"[^\"]*\"\s*\])")
 """A subscript that is neither a number, a slice nor one plain text."""
+DUNDER = re.compile(r"__[A-Za-z]\w*__")
+FORMATTED = re.compile(r"\{[^{}]{0,200}[.\[]\s*_")
+"""A replacement field of str.format that reaches for an underscore name."""
 DUNDER_TEXT = re.compile(r"__[a-z]+|\\x5f|\\137|\\u005f|_\s*'\s*[~+]|_\s*\"\s*[~+]", re.IGNORECASE)
+
+
+def names_dunder(text: str) -> bool:
+    """Whether an expression or statement in `text` holds a `__dunder__` name."""
+    return any(DUNDER.search(match[0]) for match in BLOCK.finditer(text))
 
 
 def problem(template: str) -> str | None:
@@ -44,6 +52,8 @@ def problem(template: str) -> str | None:
             found = rule.search(bare)
             if found:
                 return why.format(found[0].strip())
+        if any(FORMATTED.search(text[0]) for text in STRING.finditer(block)):
+            return "formats an underscore attribute"
         if MAPPED_ATTR.search(block):
             return "uses the attr filter"
         if ("[" in bare or BY_ATTRIBUTE.search(bare)) and any(

@@ -6,6 +6,7 @@ Source is code that a loader may import, by its name. Prose is inert.
 from __future__ import annotations
 
 import codecs
+import re
 
 from trainguard.scan.formats import hf, jsons, lightgbm, templates, yamls
 from trainguard.scan.formats.interface import Job
@@ -16,8 +17,32 @@ CONTROLS = bytes(set(range(32)) - {7, 8, 9, 10, 12, 13, 27}) + b"\x7f"
 """Bytes no text has. Logs have bells, backspaces and escape sequences: reports escape what they print of them."""
 IMPORTED = (".py", ".pth", ".pyw", ".pyi", ".start")
 """Names that make the import system or the start of an interpreter read a text file."""
-RUN = (".sh", ".bash", ".bat", ".cmd", ".ps1")
+SCRIPTS = (
+    ".sh",
+    ".bash",
+    ".zsh",
+    ".fish",
+    ".bat",
+    ".cmd",
+    ".ps1",
+    ".vbs",
+    ".pl",
+    ".rb",
+    ".lua",
+    ".js",
+    ".mjs",
+    ".r",
+    ".jl",
+)
+SOURCES = (".c", ".cc", ".cpp", ".cu", ".cuh", ".pyx", ".ipy")
+RUN = SCRIPTS + SOURCES
+"""Names of scripts, and of sources that extensions are built from as they are imported."""
+RUN_NAMES = frozenset(("makefile", "dockerfile", ".bashrc", ".profile", ".bash_profile", ".zshrc", ".envrc"))
 TEMPLATES = (".jinja", ".jinja2", ".j2")
+TEMPLATE_NAME = re.compile(r"template|prompt")
+"""Servers take a template from a file of any name."""
+PAGES = (".md", ".rst", ".html", ".htm")
+"""Read by people; nothing renders their braces."""
 YAML = (".yaml", ".yml")
 JSON = (".json", ".jsonl", ".ndjson", ".ipynb", ".webmanifest", ".geojson")
 """Names whose readers expect JSON: text of another shape there is broken, elsewhere it is just text."""
@@ -50,7 +75,7 @@ def judge(job: Job) -> tuple[str, str]:
     """Judge a text file. What is imported, run or rendered by its name is that, whatever it looks like."""
     start = job.source.read(0, 4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     name = job.name.lower()
-    if name.endswith(IMPORTED + RUN + TEMPLATES):
+    if name.endswith(IMPORTED + RUN + TEMPLATES) or name in RUN_NAMES:
         return _prose(job)
     if lightgbm.looks_like_model(start) and not name.endswith(YAML):
         return lightgbm.judge(job)
@@ -84,7 +109,7 @@ def _prose(job: Job) -> tuple[str, str]:
     if name.endswith(IMPORTED):
         job.unknown("source", "Python source beside a model: a loader may import it; read it, or leave it out")
         return "python", "import"
-    if name.endswith(RUN):
+    if name.endswith(RUN) or name in RUN_NAMES:
         job.unknown("source", "a script beside a model")
         return "script", "none"
     if name.endswith(TEMPLATES):
@@ -95,4 +120,14 @@ def _prose(job: Job) -> tuple[str, str]:
     if name.endswith(YAML):
         yamls.judge(job)
         return "yaml", "yaml"
+    if not name.endswith(PAGES) and job.source.size <= templates.TEMPLATE_BYTES:
+        _perhaps_template(job, TEMPLATE_NAME.search(name) is not None)
     return "text", "none"
+
+
+def _perhaps_template(job: Job, named: bool) -> None:
+    """Text that a server could be given as a template: by its name, or because its braces hold a dunder name."""
+    text = job.source.read(0, job.source.size).decode("utf-8", "replace")
+    why = templates.problem(text) if named or templates.names_dunder(text) else None
+    if why:
+        job.unsafe("template", why)

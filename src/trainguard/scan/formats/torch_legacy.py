@@ -6,8 +6,10 @@ then for every key, in order: elements (int64) and the bytes. Nothing behind.
 
 from __future__ import annotations
 
+from trainguard.scan import claims
 from trainguard.scan.formats.interface import Job
 from trainguard.scan.machine import PICKLE, TORCH_LEGACY, Loader, Trace
+from trainguard.scan.source import PartSource
 from trainguard.scan.values import Map
 
 
@@ -37,12 +39,15 @@ def _check_storages(job: Job, trace: Trace, keys: object, position: int) -> None
     if type(keys) is not list or sorted(map(repr, keys)) != sorted(map(repr, trace.storages)):
         job.unsafe("torch-legacy", "storage list: expected exactly the keys the object names", position)
         return
+    places: dict[str, PartSource] = {}
     for key in keys:
         size = trace.storages[key]
         numel = int.from_bytes(job.source.read(position, 8), "little", signed=True)
         if numel < 0 or (size % numel if numel else size) or position + 8 + size > job.source.size:
             job.unsafe("geometry", f"storage {key!a}: {numel} elements where the object says {size} bytes", position)
             return
+        places[key] = PartSource(job.source, position + 8, size)
         position += 8 + size
     if position != job.source.size:
         job.unsafe("trailing", f"{job.source.size - position} bytes behind the last storage", position)
+    claims.check(job, trace.claims, places.get)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 
+from trainguard.scan import claims
 from trainguard.scan.formats import zips
 from trainguard.scan.formats.interface import Job
 from trainguard.scan.formats.zips import BadZip, Member
-from trainguard.scan.machine import TORCH_ZIP
-from trainguard.scan.source import PartSource
+from trainguard.scan.machine import TORCH_ZIP, Trace
+from trainguard.scan.source import PartSource, Source
 
 SMALL = {"version": 16, "byteorder": 16, ".format_version": 16, ".storage_alignment": 16, ".data/serialization_id": 64}
 """Members torch writes beside the pickle → the most bytes they may have."""
@@ -45,12 +46,22 @@ def judge(job: Job, members: list[Member]) -> tuple[str, str]:
     if pickled is None:
         job.unsafe("torch-zip", "no data.pkl in the folder that torch reads")
         return "torch-zip", "torch"
-    _check_records(job, records, _judge_pickle(job, pickled))
+    trace = _judge_pickle(job, pickled)
+    _check_records(job, records, trace.storages if trace else None)
+    if trace:
+        claims.check(job, trace.claims, lambda key: _storage(job, records, key))
     return "torch-zip", "torch"
 
 
-def _judge_pickle(job: Job, member: Member) -> dict[str, int] | None:
-    """Storage key → bytes as data.pkl says; None when it is unsafe."""
+def _storage(job: Job, records: dict[str, Member], key: str) -> Source | None:
+    """The bytes of a storage, where they are there and little-endian."""
+    order, record = records.get("byteorder"), records.get(f"data/{key}")
+    big = order is not None and job.source.read(order.data, min(order.size, 16)) != b"little"
+    return None if big or record is None else PartSource(job.source, record.data, record.size)
+
+
+def _judge_pickle(job: Job, member: Member) -> Trace | None:
+    """What data.pkl names; None when it is unsafe."""
     from trainguard.scan.formats.pickles import judge_stream
 
     inner = job.inside(member.name, PartSource(job.source, member.data, member.size))
@@ -64,7 +75,7 @@ def _judge_pickle(job: Job, member: Member) -> dict[str, int] | None:
         return None
     if trace.end != inner.source.size:
         inner.unsafe("trailing", f"{inner.source.size - trace.end} bytes behind the pickle", trace.end)
-    return trace.storages
+    return trace
 
 
 def _check_records(job: Job, records: dict[str, Member], storages: dict[str, int] | None) -> None:

@@ -21,6 +21,8 @@ PYTHON = CORE + "python/"
 PLAIN = frozenset(
     ("none", "bool", "str", "unicode", "bytes", "int", "long", "float", "complex", "list", "tuple", "dict")
 )
+HYPER = frozenset(("!new", "!name", "!apply", "!module", "!applyref"))
+"""Tags of HyperPyYAML, which speech toolkits load with: what follows the colon is imported and called."""
 MADE_OF_CONSTANTS = frozenset(("constants", "number", "enum", "date", "instance", "instance_called"))
 """Kinds whose names may be made from a YAML node: its values are plain, or tagged and judged themselves."""
 ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|\n[ \t]*)")
@@ -55,6 +57,9 @@ def _resolve(match: re.Match[str], handles: dict[str, str]) -> str:
 
 
 def _tag(job: Job, tag: str, offset: int) -> None:
+    verb, _, hyper = tag.partition(":")
+    if verb in HYPER and hyper:
+        job.unlisted(Global(hyper[:1000], None), "value" if verb in ("!name", "!module") else "call", offset)
     if not tag.startswith(PYTHON):
         return
     kind, _, name = tag.removeprefix(PYTHON).partition(":")

@@ -32,9 +32,13 @@ LOCATOR = struct.Struct("<IIQI")
 FULL4 = 0xFFFFFFFF
 STORED, DEFLATED = 0, 8
 DESCRIPTOR = 1 << 3
-ZIP64, UNICODE_NAME = 0x0001, 0x7075
-"""Extra fields: wide sizes; a second name that only some readers use (Info-ZIP Unicode Path)."""
+ZIP64, PADDING = 0x0001, 0x4246
+"""Extra fields: wide sizes; torch's alignment ("FB")."""
+IDLE_EXTRAS = frozenset((PADDING, 0x000A, 0x5455, 0x5855, 0x7855, 0x7875, 0xA220, 0xCAFE, 0xD935))
+"""Fields no reader takes names, sizes or contents from: padding, times and owners of several systems, a jar's mark."""
 NAME_BYTES = 4096
+EXTRA_BYTES = 68
+"""torch aligns to 64 bytes at most, with one field."""
 PAGE_BYTES = 4096
 PLAIN_NAME = re.compile(r"(?:[^/\\\0]+/)*[^/\\\0]+/?\Z")
 """Relative, without empty parts, backslashes and NULs."""
@@ -156,7 +160,7 @@ def header_places(source: Source, directory: int, size: int) -> list[tuple[int, 
         entries = _entries(source.read(directory, size), -1, directory)
     except BadZip:
         return []
-    return [(entry.offset, LOCAL.size + len(entry.raw)) for entry in entries]
+    return [(entry.offset, LOCAL.size + len(entry.raw) + EXTRA_BYTES) for entry in entries]
 
 
 def _entries(directory: bytes, count: int, where: int) -> list[_Entry]:
@@ -176,8 +180,8 @@ def _entries(directory: bytes, count: int, where: int) -> list[_Entry]:
         position = begin + name_length + extra_length
         if position > len(directory) or not name or name_length > NAME_BYTES:
             raise BadZip("directory entry runs past the directory", where + begin)
-        if extra and any(kind == UNICODE_NAME for kind, _ in _extras(extra)):
-            raise BadZip(f"member {name[:80]!r}: a second name in its extra fields", where + begin)
+        if extra:
+            _check_extra(extra, name, size, packed, where + begin)
         if FULL4 in (size, packed, offset):
             size, packed, offset = _zip64(extra, size, packed, offset)
         mode = external >> 16 if made_by >> 8 == 3 else 0
@@ -185,6 +189,23 @@ def _entries(directory: bytes, count: int, where: int) -> list[_Entry]:
     if count >= 0 and len(entries) != count:
         raise BadZip(f"directory has {len(entries)} entries, its end record says {count}", where)
     return entries
+
+
+def _check_extra(extra: bytes, name: bytes, size: int, packed: int, where: int) -> None:
+    """Raise BadZip unless every extra field is whole and idle: others bring a second name, size or a key."""
+    if extra[:2] == b"FB" and len(extra) == 4 + int.from_bytes(extra[2:4], "little"):
+        return
+    end, seen = 0, set()
+    for kind, content in _extras(extra):
+        end += 4 + int.from_bytes(extra[end + 2 : end + 4], "little")
+        if kind in seen or (kind != ZIP64 and kind not in IDLE_EXTRAS):
+            raise BadZip(f"member {name[:80]!r}: extra field 0x{kind:04x}, which readers use differently", where)
+        seen.add(kind)
+        told = struct.unpack_from("<QQ", content) if kind == ZIP64 and len(content) >= 16 else None
+        if told and FULL4 not in (size, packed) and told != (size, packed) and FULL4 not in told:
+            raise BadZip(f"member {name[:80]!r}: its zip64 field says {told}, its header {(size, packed)}", where)
+    if not 0 <= len(extra) - end <= 3 or extra[end:].strip(b"\0"):
+        raise BadZip(f"member {name[:80]!r}: extra fields that run past their end", where)
 
 
 def _extras(extra: bytes) -> Iterator[tuple[int, bytes]]:
@@ -273,9 +294,11 @@ def _check_local(source: Source, entry: _Entry, position: int) -> int:
     if entry.mode & 0o170000 == SYMLINK:
         raise BadZip(f"member {entry.name[:80]!a}: a symbolic link", position)
     data: int = position + LOCAL.size + name_length + extra_length
-    if FULL4 in (packed, size) and extra_length:
+    if extra_length:
         extra = source.read(position + LOCAL.size + name_length, extra_length)
-        size, packed, _ = _zip64(extra, size, packed, 0)
+        _check_extra(extra, entry.raw, size, packed, position)
+        if FULL4 in (packed, size):
+            size, packed, _ = _zip64(extra, size, packed, 0)
     told = (crc, packed, size)
     there = (entry.crc, entry.packed, entry.size)
     if told != there and not (flags & DESCRIPTOR and told == (0, 0, 0)):

@@ -132,7 +132,8 @@ def raw_bytes(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Valu
 
 
 def _is_bytes(value: Value) -> bool:
-    return type(value) is bytes or (type(value) is Span and not value.is_text) or isinstance(value, Object)
+    """Bytes, or what one of these calls made of them; of any other object the constructor would ask a length."""
+    return length_of(value) is not None or (isinstance(value, Object) and length_of(value.facts) is not None)
 
 
 def encode(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trainguard.scan.claims import Claim
 from trainguard.scan.rules.interface import Kind, Refused, refuse
 from trainguard.scan.rules.plain import check_attributes
-from trainguard.scan.values import Global, Map, Object, Storage, Value, is_constant, is_inert, length_of
+from trainguard.scan.values import Global, Map, Object, Storage, Value, View, is_constant, is_inert, length_of
 
 if TYPE_CHECKING:
     from trainguard.scan.machine import Machine
@@ -64,6 +65,8 @@ DTYPE_BYTES = _INTEGERS | {name: width for width, names in _WIDTHS.items() for n
 """Bytes per element of `torch.<dtype>`; sub-byte types are stored one to a byte or packed, never smaller."""
 
 MAX_DIMENSIONS = 64
+TENSOR = "tensor"
+"""Facts of a tensor of which no more needs to be known; of others it is their View."""
 _INT = {int}
 MAX_ELEMENTS = 1 << 62
 
@@ -103,7 +106,7 @@ def _legacy_view(machine: Machine, view: Value, key: str, item_bytes: int, numel
     if view[1] + view[2] > numel:
         raise Refused("geometry", f"storage view of {view[1]}+{view[2]} elements in a storage of {numel}")
     machine.storage(key, item_bytes, numel)
-    return Storage(key, item_bytes, view[2])
+    return Storage("", item_bytes, view[2])  # without its key: nothing reads numbers through such a view
 
 
 def _ints(value: Value) -> tuple[int, ...] | None:
@@ -116,8 +119,8 @@ def _ints(value: Value) -> tuple[int, ...] | None:
     return value if {*map(type, value)} <= _INT else None
 
 
-def check_view(origin: Global, storage: Value, offset: Value, size: Value, stride: Value, item_bytes: int) -> None:
-    """Raise Refused unless the view (in elements of `item_bytes`) lies inside the storage."""
+def check_view(origin: Global, storage: Value, offset: Value, size: Value, stride: Value, item_bytes: int) -> Value:
+    """The view (in elements of `item_bytes`) as a value to keep; raises Refused unless it lies inside the storage."""
     sizes, strides = _ints(size), _ints(stride)
     if type(offset) is not int or offset < 0 or sizes is None or strides is None or len(sizes) != len(strides):
         raise refuse("geometry", origin, "an offset, a shape and strides of equal length", (offset, size, stride))
@@ -134,6 +137,9 @@ def check_view(origin: Global, storage: Value, offset: Value, size: Value, strid
         raise refuse("geometry", origin, "a storage", storage)
     if (last + 1) * item_bytes > bytes_there or offset * item_bytes > bytes_there:
         raise Refused("geometry", f"tensor of {(last + 1) * item_bytes} bytes in a storage of {bytes_there} bytes")
+    if type(storage) is Storage and storage.item_bytes == item_bytes:
+        return View(storage, offset, sizes, strides)
+    return TENSOR
 
 
 def storage_size(value: Value) -> int | None:
@@ -173,14 +179,14 @@ def tensor(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     if not 4 <= len(args) <= 7:
         raise refuse("arguments", origin, "a storage, offset, size and stride", args)
     storage = args[0]
-    check_view(origin, storage, args[1], args[2], args[3], _item_bytes(storage))
+    view = check_view(origin, storage, args[1], args[2], args[3], _item_bytes(storage))
     if len(args) > 4 and type(args[4]) is not bool:
         raise refuse("arguments", origin, "requires_grad as a bool", args[4])
     if len(args) > 5:
         check_hooks(machine, origin, args[5])
     if len(args) > 6:
         check_metadata(origin, args[6])
-    return Object(origin, "tensor")
+    return Object(origin, view)
 
 
 def check_metadata(origin: Global, value: Value) -> None:
@@ -200,7 +206,7 @@ def tensor_v3(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Valu
     check_hooks(machine, origin, args[5])
     if len(args) == 8:
         check_metadata(origin, args[7])
-    return Object(origin, "tensor")
+    return Object(origin, TENSOR)
 
 
 def dtype_bytes(value: Value) -> int | None:
@@ -221,7 +227,7 @@ def quantized(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Valu
     if not all(_is_plain(part) for part in args[4]) or type(args[5]) is not bool:
         raise refuse("arguments", origin, "quantizer parameters", args[4])
     check_hooks(machine, origin, args[6])
-    return Object(origin, "tensor")
+    return Object(origin, TENSOR)
 
 
 def _product(sizes: tuple[int, ...]) -> int:
@@ -241,7 +247,7 @@ def _is_plain(value: Value) -> bool:
 
 def is_tensor(value: Value) -> bool:
     """Whether `value` is a tensor that a rule of this file made."""
-    return isinstance(value, Object) and value.facts == "tensor"
+    return isinstance(value, Object) and (type(value.facts) is View or value.facts is TENSOR)
 
 
 def parameter(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
@@ -254,7 +260,7 @@ def parameter(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Valu
         check_hooks(machine, origin, args[2])
     if len(args) == 4:
         check_tensor_state(origin, args[3])
-    return Object(origin, "tensor")
+    return Object(origin, TENSOR)
 
 
 def check_tensor_state(origin: Global, state: Value) -> None:
@@ -268,19 +274,53 @@ def check_tensor_state(origin: Global, state: Value) -> None:
 
 
 def sparse(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
-    """_rebuild_sparse_tensor(layout, (indices, values, size, …)); torch checks the indices itself on load."""
-    if len(args) != 2 or type(args[1]) is not tuple or not all(_is_plain(part) or _ints(part) for part in args[1]):
-        raise refuse("arguments", origin, "(layout, (indices, values, size))", args)
-    return Object(origin, "tensor")
+    """_rebuild_sparse_tensor(layout, (indices, values, size[, coalesced])), or (pointers, indices, values, size).
+
+    torch does not look at the indices when it loads; the container does once it knows where they lie (claims.py).
+    """
+    name = _layout_name(args[0]) if len(args) == 2 else None
+    if name not in SPARSE_PARTS or type(args[1]) is not tuple:
+        raise refuse("arguments", origin, "(a sparse layout, its parts)", args)
+    count = SPARSE_PARTS[name]
+    tensors, rest = args[1][:count], args[1][count:]
+    shape = _ints(rest[0]) if rest else None
+    fits = len(tensors) == count and all(map(is_tensor, tensors)) and shape is not None and min(shape, default=0) >= 0
+    if not fits or not all(type(part) in (bool, type(None)) for part in rest[1:]) or len(rest) > 2:
+        raise refuse("arguments", origin, "tensors and a shape", args[1])
+    machine.claim(Claim(name, tuple(_view_of(part) for part in tensors), shape or ()))
+    return Object(origin, TENSOR)
+
+
+SPARSE_PARTS = {"coo": 2, "csr": 3, "csc": 3, "bsr": 3, "bsc": 3}
+"""Sparse layouts → the tensors they are rebuilt from."""
+
+
+def _layout_name(value: Value) -> str:
+    """`coo` of torch.sparse_coo, named or looked up by name; empty for anything else."""
+    name = value.facts if isinstance(value, Object) else value.name if isinstance(value, Global) else None
+    return name.removeprefix("torch.sparse_") if type(name) is str and name.startswith("torch.sparse_") else ""
+
+
+def _view_of(value: Value) -> View | None:
+    facts = value.facts if isinstance(value, Object) else None
+    return facts if type(facts) is View else None
+
+
+def nested(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
+    """_rebuild_nested_tensor(buffer, sizes, strides, offsets): tensors, whose numbers are looked at like indices."""
+    if len(args) != 4 or not all(map(is_tensor, args)):
+        raise refuse("arguments", origin, "a buffer and three tensors that cut it", args)
+    machine.claim(Claim("nested", tuple(_view_of(part) for part in args)))
+    return Object(origin, TENSOR)
 
 
 def plain_tensor(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
-    """Meta, nested and device tensors: tensors, numpy arrays, numbers, dtypes, devices and layouts only."""
+    """Meta and device tensors: tensors, numpy arrays, numbers, dtypes, devices and layouts only."""
     for arg in args:
         listed = isinstance(arg, Object) and arg.origin.listed is not None
         if not (_is_plain(arg) or _ints(arg) is not None or listed or type(arg) is Storage):
             raise refuse("arguments", origin, "tensors, numbers, dtypes and devices", arg)
-    return Object(origin, "tensor")
+    return Object(origin, TENSOR)
 
 
 def wrapper(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
@@ -289,7 +329,7 @@ def wrapper(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
         raise refuse("arguments", origin, "(class, dtype, size, …)", args)
     _check_tensor_class(machine, origin, args[0])
     plain_tensor(machine, origin, args[1:])
-    return Object(origin, "tensor")
+    return Object(origin, TENSOR)
 
 
 def _check_tensor_class(machine: Machine, origin: Global, target: Global) -> None:
@@ -315,7 +355,7 @@ def from_type(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Valu
         machine.call(function, arguments)
     if not _is_wrapper_state(state):
         check_tensor_state(origin, state)
-    return Object(origin, "tensor")
+    return Object(origin, TENSOR)
 
 
 def _is_wrapper_state(state: Value) -> bool:
@@ -343,7 +383,7 @@ def layout(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     """torch.serialization._get_layout('torch.strided')."""
     if len(args) != 1 or type(args[0]) is not str or not args[0].startswith("torch."):
         raise refuse("arguments", origin, "the name of a layout", args)
-    return Object(origin)
+    return Object(origin, args[0])
 
 
 def load_from_bytes(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
@@ -371,7 +411,7 @@ def tensor_class(machine: Machine, origin: Global, args: tuple[Value, ...]) -> V
     """torch.nn.Parameter(tensor, requires_grad) and tensor classes called: tensors and flags only."""
     if not all(is_tensor(arg) or type(arg) is bool for arg in args):
         raise refuse("arguments", origin, "a tensor", args)
-    return Object(origin, "tensor")
+    return Object(origin, TENSOR)
 
 
 TORCH: dict[str, Kind] = {
@@ -384,6 +424,7 @@ TORCH: dict[str, Kind] = {
     "torch_parameter": Kind(call=parameter),
     "torch_sparse": Kind(call=sparse),
     "torch_plain": Kind(call=plain_tensor),
+    "torch_nested": Kind(call=nested),
     "torch_wrapper": Kind(call=wrapper),
     "torch_from_type": Kind(call=from_type),
     "torch_size": Kind(call=size, new=size),
