@@ -5,6 +5,11 @@
     Trainguard-Signature: t=<seconds since the epoch>,v1=<HMAC-SHA-256 of "<t>.<body>", hex>
     Trainguard-Delivery:  <first 32 hex digits of the body's SHA-256>
 
+    deliver(url, sealed_events(events, key, at=now), secret=None)
+
+The second form is a DSSE envelope around an in-toto statement, by the key that signs the log's statements: anybody who
+has its public half can check it, today or in a year, with `verify_events`, cosign or openssl, and no secret is shared.
+
 A receiver checks the first with `verify_delivery` (constant time, with a tolerance against resubmission) and drops
 deliveries it knows by the second: the same body has the same id, however often it is sent. No redirect is followed,
 so a body goes nowhere but where it was addressed; plain HTTP only to this machine.
@@ -20,12 +25,20 @@ import re
 import ssl
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from trainguard.errors import Misuse, Unavailable, VerificationError
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from trainguard.digest import canonical_json, sha256_hex
+from trainguard.envelope import PREDICATE_BASE, sign_statement, statement, verify_statement
+from trainguard.errors import MalformedEvidence, Misuse, Unavailable, VerificationError
 
 BODY_LIMIT_BYTES = 16 << 20
+EVENTS = "events/v1"
+"""Predicate type of sealed events; their subject is the SHA-256 of the events as canonical JSON."""
+ENVELOPE_TYPE = "application/vnd.dsse.envelope.v1+json"
 ANSWER_LIMIT_BYTES = 64 << 10
 SECRET_BYTES = 16
 TIMEOUT_SECONDS = 10.0
@@ -49,17 +62,19 @@ def deliver(
     url: str,
     body: bytes,
     *,
-    secret: bytes,
+    secret: bytes | None,
     content_type: str = "application/json",
     sleep: Callable[[float], None] = time.sleep,
     now: Callable[[], float] = time.time,
 ) -> Delivered:
-    """Post `body`, signed, until the receiver takes it. sleep, now: for tests.
+    """Post `body` until the receiver takes it. sleep, now: for tests.
+
+    secret: signs the headers; None for a body that carries its own signature.
 
     Raises Misuse for an address or secret that cannot be meant, Unavailable when nobody took it.
     """
     parts = _address(url)
-    if len(secret) < SECRET_BYTES:
+    if secret is not None and len(secret) < SECRET_BYTES:
         raise Misuse(f"webhook: expected a secret of at least {SECRET_BYTES} bytes, found {len(secret)}")
     if len(body) > BODY_LIMIT_BYTES:
         raise Misuse(f"webhook: expected a body of at most {BODY_LIMIT_BYTES} bytes, found {len(body)}")
@@ -72,8 +87,9 @@ def deliver(
             "Content-Type": content_type,
             "User-Agent": "trainguard",
             "Trainguard-Delivery": identity,
-            "Trainguard-Signature": signature(body, secret, int(now())),
         }
+        if secret is not None:
+            headers["Trainguard-Signature"] = signature(body, secret, int(now()))
         try:
             status = _post(parts, body, headers)
         except (OSError, http.client.HTTPException) as error:
@@ -104,6 +120,33 @@ def verify_delivery(body: bytes, header: str, *, secret: bytes, now: float) -> N
         raise VerificationError(
             f"webhook: signed {abs(now - at):.0f} s away from now, {TOLERANCE_SECONDS} are tolerated"
         )
+
+
+def sealed_events(events: Sequence[Any], key: ec.EllipticCurvePrivateKey, *, at: int) -> bytes:
+    """The DSSE envelope (JSON) of `events`, sealed at `at`, seconds since the epoch."""
+    digest = {"sha256": sha256_hex(canonical_json(events))}
+    body = {"sealed_at": at, "events": list(events)}
+    return sign_statement(statement(EVENTS, body, [{"name": "events", "digest": digest}]), key)
+
+
+def verify_events(body: bytes, key: ec.EllipticCurvePublicKey, *, now: float | None = None) -> list[Any]:
+    """The events in an envelope that `key` sealed; with `now`, at most 300 s ago or ahead.
+
+    Raises MalformedEvidence for what is no such envelope, VerificationError where it is another's, or late.
+    """
+    value = verify_statement(body, [key], where="webhook", limit_bytes=BODY_LIMIT_BYTES)
+    told = value["predicate"]
+    events, at = told.get("events"), told.get("sealed_at")
+    if value.get("predicateType") != PREDICATE_BASE + EVENTS or not isinstance(events, list) or type(at) is not int:
+        raise MalformedEvidence(f"webhook: expected sealed events, found {str(value.get('predicateType'))[:80]!r}")
+    stated = [{"name": "events", "digest": {"sha256": sha256_hex(canonical_json(events))}}]
+    if value.get("subject") != stated:
+        raise MalformedEvidence("webhook: expected the digest of the events as subject, found another")
+    if now is not None and abs(now - at) > TOLERANCE_SECONDS:
+        raise VerificationError(
+            f"webhook: sealed {abs(now - at):.0f} s away from now, {TOLERANCE_SECONDS} are tolerated"
+        )
+    return events
 
 
 def _mac(body: bytes, secret: bytes, at: int) -> str:

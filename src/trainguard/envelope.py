@@ -73,15 +73,19 @@ def sign_statement(value: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) ->
 
 
 def verify_statement(
-    envelope: bytes, keys: Sequence[ec.EllipticCurvePublicKey], *, where: str = "envelope"
+    envelope: bytes,
+    keys: Sequence[ec.EllipticCurvePublicKey],
+    *,
+    where: str = "envelope",
+    limit_bytes: int = ENVELOPE_LIMIT_BYTES,
 ) -> dict[str, Any]:
-    """The statement in `envelope` if one of `keys` signed it.
+    """The statement in `envelope` if one of `keys` signed it. limit_bytes: larger where it is no entry of a log.
 
     Raises MalformedEvidence for anything that is not one DSSE envelope with one signature over an in-toto
     Statement v1, VerificationError when no key fits.
     """
-    if len(envelope) > ENVELOPE_LIMIT_BYTES:
-        raise MalformedEvidence(f"{where}: {len(envelope)} bytes, limit {ENVELOPE_LIMIT_BYTES}")
+    if len(envelope) > limit_bytes:
+        raise MalformedEvidence(f"{where}: {len(envelope)} bytes, limit {limit_bytes}")
     try:
         outer = json.loads(envelope)
         if set(outer) != {"payload", "payloadType", "signatures"} or outer["payloadType"] != PAYLOAD_TYPE:

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 from tests.helpers import schemas
 
-from trainguard.envelope import pre_authentication_encoding
+from trainguard.deliver import EVENTS, sealed_events
+from trainguard.digest import canonical_json
+from trainguard.envelope import PREDICATE_BASE, load_or_create_key, pre_authentication_encoding
 from trainguard.home import Home
 from trainguard.seal import seal_path, verify_seal
 from trainguard.seal.ledger import home_verifier, trusted_root
@@ -181,6 +183,23 @@ def test_cosign_upholds_our_seal_by_root_and_by_dirhash(
     seal_path(other, folder / "weights.bin")
     done = cosign(bundle, report.root, "sha256", "--trusted-root", root, key=other.keys / "attestation.pub")
     assert done.returncode != 0
+
+
+def test_cosign_upholds_sealed_events_and_no_others(home: Home, tmp_path: Path) -> None:
+    """What a webhook is sent, as an attestation of the events: by a signature alone, no log is asked."""
+    program = tool("TRAINGUARD_COSIGN", "cosign")
+    key = load_or_create_key(home.keys / "attestation.pem")
+    events = [{"class_uid": 2004, "message": "größer"}]
+    (tmp_path / "envelope").write_bytes(sealed_events(events, key, at=1_700_000_000))
+    environment = os.environ | {"HOME": str(tmp_path / "cosign-home"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    options = ("--insecure-ignore-tlog", "--type", f"{PREDICATE_BASE}{EVENTS}", "--key", home.keys / "attestation.pub")
+    for content, status in ((canonical_json(events), 0), (canonical_json([*events, {}]), 1)):
+        (tmp_path / "events").write_bytes(content)
+        done = run(
+            program, "verify-blob-attestation", "--signature", tmp_path / "envelope", *options, tmp_path / "events",
+            env=environment,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
 
 
 def damaged_entries(bundle: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from tests.helpers import told
 
 from trainguard.cli import main
-from trainguard.deliver import WAITS_SECONDS, deliver, signature, verify_delivery
-from trainguard.errors import Misuse, Unavailable, VerificationError
+from trainguard.deliver import WAITS_SECONDS, deliver, signature, verify_delivery, verify_events
+from trainguard.envelope import load_public_key, sign_statement, statement
+from trainguard.errors import MalformedEvidence, Misuse, Unavailable, VerificationError
 from trainguard.home import Home
 
 SECRET = b"a secret of sixteen bytes or more"
@@ -168,8 +173,7 @@ def test_the_verb_delivers_findings_as_one_signed_array(
     """From a log to a receiver."""
     home = Home(tmp_path / "state")
     monkeypatch.setenv("TRAINGUARD_HOME", str(home.root))
-    silent = ("silent", {"pid": 9, "cmdline": ["python", "-I", "x.py"]}, {"pid": 9})
-    told.record(home, "bad", told.whole_run(silent, told.step(1)))
+    recorded(home)
     (tmp_path / "secret").write_bytes(SECRET + b"\n")
     with receiving() as receiver:
         words = ["export", "webhook", "--url", receiver.url, "--secret-file", str(tmp_path / "secret"), "bad"]
@@ -179,3 +183,78 @@ def test_the_verb_delivers_findings_as_one_signed_array(
     verify_delivery(body, headers["Trainguard-Signature"], secret=SECRET, now=at)
     assert {event["class_uid"] for event in json.loads(body)} == {2004}
     assert "events taken with status 204" in capsys.readouterr().out
+
+
+def recorded(home: Home) -> None:
+    """A run with one finding."""
+    silent = ("silent", {"pid": 9, "cmdline": ["python", "-I", "x.py"]}, {"pid": 9})
+    told.record(home, "bad", told.whole_run(silent, told.step(1)))
+
+
+def by_openssl(body: bytes, public: Path, folder: Path) -> bool:
+    """What openssl says of an envelope, by the recipe in docs/exports.md."""
+    outer = json.loads(body)
+    payload = base64.b64decode(outer["payload"])
+    (folder / "pae").write_bytes(b"DSSEv1 28 application/vnd.in-toto+json %d " % len(payload) + payload)
+    (folder / "sig").write_bytes(base64.b64decode(outer["signatures"][0]["sig"]))
+    words = ["openssl", "dgst", "-sha256", "-verify", public, "-signature", folder / "sig", folder / "pae"]
+    return subprocess.run(words, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_an_envelope_that_the_verb_sent_is_believed_by_openssl_and_not_once_altered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a log to a receiver without a shared secret; the receiver has the public key, and needs nothing of ours."""
+    home = Home(tmp_path / "state")
+    monkeypatch.setenv("TRAINGUARD_HOME", str(home.root))
+    recorded(home)
+    with receiving() as receiver:
+        assert main(["export", "webhook", "--url", receiver.url, "--envelope", "bad", "--quiet"]) == 0
+    [(_, headers, body)] = receiver.taken
+    assert headers["Content-Type"] == "application/vnd.dsse.envelope.v1+json"
+    assert "Trainguard-Signature" not in headers
+    public = home.keys / "attestation.pub"
+    at = json.loads(base64.b64decode(json.loads(body)["payload"]))["predicate"]["sealed_at"]
+    events = verify_events(body, load_public_key(public), now=at + 10.0)
+    assert {event["class_uid"] for event in events} == {2004}
+    with pytest.raises(VerificationError, match="away from now"):
+        verify_events(body, load_public_key(public), now=at + 301.0)
+    outer = json.loads(body)
+    payload = base64.b64decode(outer["payload"]).replace(b"High", b"Info", 1).replace(b"Medium", b"Little", 1)
+    altered = json.dumps({**outer, "payload": base64.b64encode(payload).decode()}).encode()
+    with pytest.raises(VerificationError, match="by none of the 1 known keys"):
+        verify_events(altered, load_public_key(public))
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here: the envelope was checked by our own code alone")
+    assert by_openssl(body, public, tmp_path)
+    assert not by_openssl(altered, public, tmp_path)
+
+
+def test_the_verb_sends_nothing_that_nobody_can_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path / "state")
+    monkeypatch.setenv("TRAINGUARD_HOME", str(home.root))
+    recorded(home)
+    with receiving() as receiver, pytest.raises(SystemExit) as left:
+        main(["export", "webhook", "--url", receiver.url, "bad"])
+    assert (left.value.code, receiver.taken) == (2, [])
+    assert "--secret-file, --envelope or both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "subject", "reason"),
+    [
+        ("run/v1", {"sealed_at": 1, "events": []}, None, "expected sealed events"),
+        ("events/v1", {"sealed_at": "1", "events": []}, None, "expected sealed events"),
+        ("events/v1", {"sealed_at": 1, "events": {}}, None, "expected sealed events"),
+        ("events/v1", {"sealed_at": 1, "events": [1]}, [{"name": "events", "digest": {"sha256": "0" * 64}}], "digest"),
+        ("events/v1", {"sealed_at": 1, "events": [1]}, [], "digest"),
+    ],
+)
+def test_what_the_key_signed_for_something_else_is_no_delivery(kind: str, body: Any, subject: Any, reason: str) -> None:
+    """A statement out of the log, say: its signature holds, and it is refused."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    envelope = sign_statement(statement(kind, body, subject or []), key)
+    with pytest.raises(MalformedEvidence, match=reason):
+        verify_events(envelope, key.public_key())

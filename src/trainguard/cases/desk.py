@@ -38,6 +38,7 @@ from trainguard.cases.records import (
     Epoch,
     Exported,
     Grant,
+    Hypothesis,
     IncidentRef,
     Move,
     Mute,
@@ -50,11 +51,16 @@ from trainguard.cases.records import (
     Refused,
     Remove,
     Role,
+    Settle,
     Severity,
+    Side,
     Sign,
     Stage,
     Subject,
     Turn,
+    Weigh,
+    Worth,
+    check_cites,
     check_reason,
     distinct,
     pack,
@@ -314,6 +320,20 @@ class Desk:
             number = self._proposed(call, room, "note", Note(readers=tuple(cards)), "note", pack(content))
             self._commit(call)
             return number
+
+    def suppose(self, name: str, text: str) -> int:
+        """Write a hypothesis down, with who and when; returns its number."""
+        return self._act(name, "hypothesis", Hypothesis(text=check_reason(text)), "hypothesis")
+
+    def weigh(self, name: str, number: int, side: Side, text: str, *, cites: Sequence[str] = ()) -> int:
+        """Say what speaks for or against a hypothesis, and what that rests on."""
+        said = Weigh(hypothesis=number, side=side, text=check_reason(text), cites=check_cites(cites))
+        return self._act(name, "weigh", said, f"weigh {number}")
+
+    def settle(self, name: str, number: int, worth: Worth, *, reason: str) -> int:
+        """Say how a hypothesis stands now. It is supported only beside another one."""
+        said = Settle(hypothesis=number, worth=worth, reason=check_reason(reason))
+        return self._act(name, "settle", said, f"settle {number}")
 
     def move(self, name: str, stage: Stage, *, severity: Severity | None, reason: str) -> int:
         """Where the case stands. Closing it waits for a second lead."""

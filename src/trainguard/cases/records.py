@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -37,6 +38,12 @@ Role = Literal["lead", "investigator", "reader"]
 Posture = Literal["covert", "overt"]
 Stage = Literal["proposed", "open", "contained", "eradicated", "recovered", "closed"]
 Severity = Literal["critical", "high", "medium", "low"]
+Side = Literal["for", "against"]
+Worth = Literal["open", "supported", "refuted", "dropped"]
+"""What is thought of a hypothesis; nothing here is ever proved by a vote."""
+CITE = re.compile(r"inc-[0-9a-f]{10}|leaf:[0-9]{1,12}|record:[0-9]{1,9}")
+"""What a line of reasoning can rest on: an incident, an entry of the log, a record of the case."""
+CITES = 16
 
 MOVES: dict[Stage, tuple[Stage, ...]] = {
     "proposed": ("open",),
@@ -135,6 +142,29 @@ class Note(_Body, frozen=True, kw_only=True):
     readers: tuple[str, ...]
 
 
+class Hypothesis(_Body, frozen=True, kw_only=True):
+    """What somebody holds possible; its record's number is its name."""
+
+    text: str
+
+
+class Weigh(_Body, frozen=True, kw_only=True):
+    """What speaks for or against a hypothesis."""
+
+    hypothesis: int
+    side: Side
+    text: str
+    cites: tuple[str, ...] = ()
+
+
+class Settle(_Body, frozen=True, kw_only=True):
+    """How a hypothesis stands now, and why."""
+
+    hypothesis: int
+    worth: Worth
+    reason: str
+
+
 class Move(_Body, frozen=True, kw_only=True):
     stage: Stage
     severity: Severity
@@ -185,6 +215,9 @@ BODIES: dict[str, type[_Body]] = {
     "add": Add,
     "read": Read,
     "note": Note,
+    "hypothesis": Hypothesis,
+    "weigh": Weigh,
+    "settle": Settle,
     "move": Move,
     "close": Move,
     "turn": Turn,
@@ -201,7 +234,7 @@ TWO_PERSON = frozenset({"open", "grant", "remove", "turn", "close", "release", "
 """Kinds that have no effect until a second lead signs them."""
 NEEDS: dict[str, Role] = {
     **dict.fromkeys(("read", "leave", "refused", "epoch"), "reader"),
-    **dict.fromkeys(("note", "add", "move", "hold"), "investigator"),
+    **dict.fromkeys(("note", "add", "move", "hold", "hypothesis", "weigh", "settle"), "investigator"),
     **dict.fromkeys((*TWO_PERSON, "sign", "exported"), "lead"),
 }
 """Kind → the least role that may write it."""
@@ -315,6 +348,15 @@ def reference(incident: dict[str, Any]) -> IncidentRef:
         severity=incident["severity"],
         sha256=sha256_hex(canonical_json(incident)),
     )
+
+
+def check_cites(cites: Sequence[str]) -> tuple[str, ...]:
+    """What a line of reasoning rests on, each once. Raises Misuse for what is none of CITE's forms."""
+    wrong = next((cite for cite in cites if CITE.fullmatch(cite) is None), None)
+    if wrong is not None or len(cites) > CITES:
+        found = f"found {wrong[:60]!r}" if wrong is not None else f"found {len(cites)}"
+        raise Misuse(f"case: expected at most {CITES} of inc-…, leaf:N or record:N to cite, {found}")
+    return tuple(dict.fromkeys(cites))
 
 
 def check_reason(text: str) -> str:

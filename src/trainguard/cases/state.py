@@ -17,6 +17,8 @@ from typing import Any
 from trainguard.cases.identity import NAME, Card, check_card
 from trainguard.cases.people import named
 from trainguard.cases.records import (
+    CITE,
+    CITES,
     MOVES,
     NEEDS,
     ROLES,
@@ -25,6 +27,7 @@ from trainguard.cases.records import (
     Epoch,
     Exported,
     Grant,
+    Hypothesis,
     IncidentRef,
     Move,
     Mute,
@@ -33,10 +36,13 @@ from trainguard.cases.records import (
     Record,
     Remove,
     Role,
+    Settle,
     Severity,
     Sign,
     Stage,
     Subject,
+    Weigh,
+    Worth,
     distinct,
 )
 from trainguard.errors import TrainguardError
@@ -79,6 +85,21 @@ class Act:
 
 
 @dataclass(slots=True)
+class Thought:
+    """A hypothesis with all that was said of it."""
+
+    n: int
+    text: str
+    author: str
+    at_ns: int
+    worth: Worth = "open"
+    reason: str = ""
+    """Why it stands as it does."""
+    weighed: list[tuple[Weigh, str, int]] = field(default_factory=list)
+    """With the key of who said it, and when."""
+
+
+@dataclass(slots=True)
 class State:
     """One case. `members` are all there ever were, by key."""
 
@@ -96,6 +117,8 @@ class State:
     pending: dict[int, Act] = field(default_factory=dict)
     signed: dict[int, Act] = field(default_factory=dict)
     """Acts of kind export that two signed and nobody used yet."""
+    thoughts: dict[int, Thought] = field(default_factory=dict)
+    """Hypotheses, by the number of their record."""
     mutes: list[tuple[Mute, str, str]] = field(default_factory=list)
     """With the keys of the two."""
     holders: tuple[str, ...] = ()
@@ -183,6 +206,8 @@ class State:
             self._add(said)
         elif isinstance(said, Move):
             self._move(said)
+        elif isinstance(said, (Hypothesis, Weigh, Settle)):
+            self._think(record, said, author)
         elif record.kind == "hold":
             self.held = True
         elif isinstance(said, Exported):
@@ -267,6 +292,26 @@ class State:
             *(one for one in self.subjects if one.firm or one.name not in {s.name for s in said.subjects if s.firm}),
             *(one for one in said.subjects if one.name not in known),
         ]
+
+    def _think(self, record: Record, said: Hypothesis | Weigh | Settle, author: str) -> None:
+        """Hypotheses are added to, never altered: who thought what, and when, stays."""
+        if isinstance(said, Hypothesis):
+            self.thoughts[record.n] = Thought(record.n, said.text, author, record.time_ns)
+            return
+        thought = self.thoughts.get(said.hypothesis)
+        if thought is None:
+            known = ", ".join(map(str, self.thoughts)) or "none yet"
+            raise Invalid(f"no hypothesis {said.hypothesis} in this case (there is: {known})")
+        if isinstance(said, Weigh):
+            if len(said.cites) > CITES or not all(CITE.fullmatch(cite) for cite in said.cites):
+                raise Invalid(f"record {record.n}: expected at most {CITES} of inc-…, leaf:N or record:N to cite")
+            thought.weighed.append((said, author, record.time_ns))
+            return
+        if said.worth == "supported" and len(self.thoughts) < 2:
+            raise Invalid("a hypothesis is supported only beside another one: write down what else it could be")
+        if said.worth == "supported" and not any(one.side == "for" for one, _, _ in thought.weighed):
+            raise Invalid(f"nothing in this case speaks for hypothesis {said.hypothesis} yet")
+        thought.worth, thought.reason = said.worth, said.reason
 
     def _move(self, said: Move) -> None:
         if said.stage == "closed" and self.stage != "closed":

@@ -45,7 +45,24 @@ _lift = click.option("--lift", "lifts", multiple=True, metavar="NAME", help="An 
 
 
 ORDER = (
-    *("identity", "card", "open", "list", "show", "sign", "note", "trace", "add", "move", "grant", "remove", "leave"),
+    *(
+        "identity",
+        "card",
+        "open",
+        "list",
+        "show",
+        "sign",
+        "note",
+        "trace",
+        "suppose",
+        "weigh",
+        "settle",
+        "add",
+        "move",
+        "grant",
+        "remove",
+        "leave",
+    ),
     *("turn", "mute", "hold", "export", "verify", "purge", "waive", "cover"),
 )
 """As a case goes."""
@@ -323,6 +340,39 @@ def note_command(case: str, text: str) -> int:
     """
     number = _desk().note(case, text)
     click.echo(f"case {case}: note {number}", err=True)
+    return 0
+
+
+@command.command("suppose")
+@click.argument("case")
+@click.argument("text")
+def suppose_command(case: str, text: str) -> int:
+    """Write down what could be the cause; who thought what, and when, stays in the record."""
+    number = _desk().suppose(case, text)
+    click.echo(f"case {case}: hypothesis {number}", err=True)
+    return 0
+
+
+@command.command("weigh")
+@click.option("--cite", "cites", multiple=True, metavar="WHAT", help="inc-…, leaf:N or record:N it rests on; repeat.")
+@click.argument("case")
+@click.argument("hypothesis", type=int)
+@click.argument("side", type=click.Choice(["for", "against"]))
+@click.argument("text")
+def weigh_command(cites: tuple[str, ...], case: str, hypothesis: int, side: Any, text: str) -> int:
+    """Say what speaks for or against a hypothesis."""
+    _desk().weigh(case, hypothesis, side, text, cites=cites)
+    return 0
+
+
+@command.command("settle")
+@_reason
+@click.argument("case")
+@click.argument("hypothesis", type=int)
+@click.argument("worth", type=click.Choice(["open", "supported", "refuted", "dropped"]))
+def settle_command(reason: str, case: str, hypothesis: int, worth: Any) -> int:
+    """Say how a hypothesis stands now; it is supported only beside another one."""
+    _desk().settle(case, hypothesis, worth, reason=reason)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,28 +62,46 @@ def cyclonedx(output: Path | None, spec: str, as_json: bool, model: Path) -> int
 
 @command.command("webhook")
 @click.option("--url", required=True, help="Where to send it; https, or plain http to this machine.")
-@click.option("--secret-file", type=click.Path(path_type=Path), required=True, help="File with the shared secret.")
+@click.option("--secret-file", type=click.Path(path_type=Path), help="File with the shared secret; signs the headers.")
+@click.option("--envelope", is_flag=True, help="Send a DSSE envelope, signed by the key of the log's statements.")
 @click.option("--format", "kind", type=click.Choice(["ocsf", "openlineage"]), default="ocsf", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print how it went as one document.")
 @click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 @click.argument("subject")
-def webhook(url: str, secret_file: Path, kind: str, as_json: bool, quiet: bool, subject: str) -> int:
-    """Send SUBJECT's events as one signed JSON array. Exit status: 0 taken, 3 not delivered."""
-    from trainguard.deliver import deliver
+def webhook(
+    url: str, secret_file: Path | None, envelope: bool, kind: str, as_json: bool, quiet: bool, subject: str
+) -> int:
+    """Send SUBJECT's events, signed: as one JSON array, or in an envelope. Exit status: 0 taken, 3 not delivered.
 
-    try:
-        secret = secret_file.read_bytes()[: 1 << 16].strip()
-    except OSError as error:
-        raise Unavailable(f"{secret_file}: secret cannot be read: {error.strerror}") from error
+    With --secret-file a header signs the body for whoever shares the secret; with --envelope anybody who has the
+    public key can check it, also later.
+    """
+    from trainguard.deliver import ENVELOPE_TYPE, deliver, sealed_events
+    from trainguard.envelope import load_or_create_key
+
+    if secret_file is None and not envelope:
+        raise Misuse("webhook: expected --secret-file, --envelope or both: nothing is sent that nobody can check")
+    secret = _secret(secret_file) if secret_file is not None else None
     home = Home.find()
     events = _ocsf(home, subject) if kind == "ocsf" else _openlineage(home, subject)
-    done = deliver(url, _encoded(events, as_array=True), secret=secret)
+    if envelope:
+        body = sealed_events(events, load_or_create_key(home.keys / "attestation.pem"), at=int(time.time()))
+        done = deliver(url, body, secret=secret, content_type=ENVELOPE_TYPE)
+    else:
+        done = deliver(url, _encoded(events, as_array=True), secret=secret)
     if as_json:
         told = {"events": len(events), "status": done.status, "attempts": done.attempts, "delivery": done.delivery}
         sys.stdout.buffer.write(msgspec.json.encode({"schema": "trainguard/delivered/v1", **told}) + b"\n")
     elif not quiet:
         click.echo(f"{len(events)} events taken with status {done.status}, delivery {done.delivery}")
     return 0
+
+
+def _secret(path: Path) -> bytes:
+    try:
+        return path.read_bytes()[: 1 << 16].strip()
+    except OSError as error:
+        raise Unavailable(f"{path}: secret cannot be read: {error.strerror}") from error
 
 
 def _ocsf(home: Home, subject: str) -> list[dict[str, Any]]:

@@ -15,7 +15,21 @@ from trainguard.cases.canary import Match, settled
 from trainguard.cases.desk import Line, View
 from trainguard.cases.export import Checked
 from trainguard.cases.identity import Card, fingerprint
-from trainguard.cases.records import Add, Exported, Grant, Move, Mute, Open, Read, Refused, Remove, Sign
+from trainguard.cases.records import (
+    Add,
+    Exported,
+    Grant,
+    Hypothesis,
+    Move,
+    Mute,
+    Open,
+    Read,
+    Refused,
+    Remove,
+    Settle,
+    Sign,
+    Weigh,
+)
 from trainguard.cases.room import Seen
 from trainguard.cases.state import SECOND, Act, Member, State
 from trainguard.render.line import plain
@@ -79,6 +93,8 @@ def case_view(view: View) -> RenderableType:
     parts += [Text(), heading("Members"), _members(view)]
     if view.notes:
         parts += [Text(), heading("Notes", "your copies"), _notes(view)]
+    if state.thoughts:
+        parts += [Text(), heading("Hypotheses", "what members hold possible, and why"), _thoughts(state)]
     parts += [Text(), heading("Record", _how_much(len(view.seen))), _record(view)]
     if view.strange:
         text = "\n".join(plain(line, 300) for line in view.strange[:20])
@@ -225,6 +241,25 @@ def _notes(view: View) -> RenderableType:
     return table
 
 
+def _thoughts(state: State) -> RenderableType:
+    """Each with what speaks for it and against it, in the same type."""
+    text = Text()
+    for thought in state.thoughts.values():
+        by = f"{plain(state.called(thought.author))}, {_moment(thought.at_ns)}"
+        text.append(f"{thought.n}  {plain(thought.text, 600)}\n", style="bold")
+        text.append(f"   {thought.worth}{f': {plain(thought.reason, 300)}' if thought.reason else ''}  ({by})\n")
+        for side in ("for", "against"):
+            said = [(one, who, at) for one, who, at in thought.weighed if one.side == side]
+            if not said:
+                text.append(f"   {side}: nothing was written down\n")
+            for one, who, at in said:
+                rests = f" [{', '.join(map(plain, one.cites))}]" if one.cites else ""
+                line = f"{plain(one.text, 600)}{rests}  ({plain(state.called(who))}, {_moment(at)})"
+                text.append(f"   {side}: {line}\n")
+    text.rstrip()
+    return text
+
+
 def _how_much(count: int) -> str:
     shown = f", the last {RECORDS_SHOWN} shown (--json has all)" if count > RECORDS_SHOWN else ""
     return f"{plural(count, 'record')}{shown}"
@@ -260,6 +295,13 @@ def said_of(seen: Seen, state: State) -> str:
         return f"signed act {said.act}"
     if isinstance(said, Refused):
         return f"REFUSED: {said.what}: {said.why}"
+    if isinstance(said, Hypothesis):
+        return f"hypothesis {seen.record.n}: {said.text}"
+    if isinstance(said, Weigh):
+        rests = f" [{', '.join(said.cites)}]" if said.cites else ""
+        return f"{said.side} hypothesis {said.hypothesis}: {said.text}{rests}"
+    if isinstance(said, Settle):
+        return f"hypothesis {said.hypothesis} is {said.worth}: {said.reason}"
     if isinstance(said, Move):
         return f"{'proposed to close' if kind == 'close' else f'moved to {said.stage}'}, {said.severity}: {said.reason}"
     if isinstance(said, Add):
@@ -303,6 +345,27 @@ def document(view: View) -> dict[str, Any]:
         "pending": [{"act": act.n, "kind": act.kind, "by": state.called(act.author)} for act in state.pending.values()],
         "notes": [
             {"record": seen.record.n, "by": state.called(seen.author), "text": text} for seen, text in view.notes
+        ],
+        "hypotheses": [
+            {
+                "n": thought.n,
+                "text": thought.text,
+                "by": state.called(thought.author),
+                "at": str(thought.at_ns),
+                "worth": thought.worth,
+                "reason": thought.reason,
+                "weighed": [
+                    {
+                        "side": one.side,
+                        "text": one.text,
+                        "cites": list(one.cites),
+                        "by": state.called(who),
+                        "at": str(at),
+                    }
+                    for one, who, at in thought.weighed
+                ],
+            }
+            for thought in state.thoughts.values()
         ],
         "record": [
             {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.helpers.cases import Site, incident
 
 from trainguard import opaque
@@ -13,6 +15,7 @@ from trainguard.cases.desk import Desk, NoSuchCase, RefusedAct
 from trainguard.cases.identity import new_identity
 from trainguard.cases.records import Subject
 from trainguard.errors import Misuse, TrainguardError, Unavailable, VerificationError
+from trainguard.render.case import case_view, document
 
 
 @pytest.fixture
@@ -452,3 +455,68 @@ def test_junk_sealed_to_a_member_does_no_harm(site: Site):
         path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(VerificationError, match="was altered"):
         site.desk("lead-a").show(site.desk("lead-a").cases()[0].code)
+
+
+def test_a_hypothesis_says_who_thought_it_when_and_what_spoke_for_and_against(site: Site):
+    """All of it is in the record, in the document and in what a member sees; none of it can be altered."""
+    code = site.opened(site.grant("inv-c"), site.grant("reader-d", "reader"))
+    desk = site.desk("lead-a")
+    first = desk.suppose(code, "the side file was edited by hand")
+    second = site.desk("inv-c").suppose(code, "the deployment job put an old side file back")
+    site.desk("inv-c").weigh(code, first, "against", "its inode is older than the run", cites=["leaf:12"])
+    desk.weigh(code, first, "for", "its writer had no deployment", cites=["inc-0123456789", "record:3"])
+    desk.settle(code, second, "refuted", reason="the job did not run that day")
+    desk.settle(code, first, "supported", reason="nothing else is left so far")
+    view = site.desk("reader-d").show(code)
+    told = document(view)["hypotheses"]
+    assert [(one["n"], one["by"], one["worth"]) for one in told] == [
+        (first, "lead-a", "supported"),
+        (second, "inv-c", "refuted"),
+    ]
+    assert [(one["side"], one["by"], one["cites"]) for one in told[0]["weighed"]] == [
+        ("against", "inv-c", ["leaf:12"]),
+        ("for", "lead-a", ["inc-0123456789", "record:3"]),
+    ]
+    assert int(told[0]["at"]) < int(told[0]["weighed"][0]["at"]) < int(told[0]["weighed"][1]["at"])
+    said = [line["said"] for line in document(view)["record"]]
+    assert f"against hypothesis {first}: its inode is older than the run [leaf:12]" in said
+    console = Console(width=160, file=io.StringIO())
+    console.print(case_view(view))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "against: its inode is older than the run [leaf:12]" in shown
+    assert "for: nothing was written down" in shown, "of the second, told as plainly"
+
+
+def test_nothing_is_supported_alone_or_on_nothing(site: Site):
+    """What else it could be has to be written down first; a refused try is in the record."""
+    code = site.opened(site.grant("reader-c", "reader"))
+    desk = site.desk("lead-a")
+    only = desk.suppose(code, "it was sabotage")
+    with pytest.raises(RefusedAct, match="write down what else it could be"):
+        desk.settle(code, only, "supported", reason="obvious")
+    desk.suppose(code, "a fault in the approved commit")
+    with pytest.raises(RefusedAct, match="nothing in this case speaks for"):
+        desk.settle(code, only, "supported", reason="obvious")
+    with pytest.raises(RefusedAct, match="no hypothesis 99"):
+        desk.weigh(code, 99, "for", "x")
+    with pytest.raises(Misuse, match="to cite"):
+        desk.weigh(code, only, "for", "x", cites=["my feeling"])
+    with pytest.raises(RefusedAct, match="a hypothesis needs an investigator"):
+        site.desk("reader-c").suppose(code, "x")
+    view = desk.show(code)
+    assert view.state.thoughts[only].worth == "open"
+    assert [seen.record.kind for seen in view.seen].count("refused") == 4
+
+
+def test_a_stranger_learns_nothing_of_hypotheses(site: Site):
+    """One answer for a case that is not theirs and for none at all."""
+    code = site.opened()
+    number = site.desk("lead-a").suppose(code, "x")
+    site.desk("lead-a").suppose(code, "y")
+    for act in (
+        lambda name: site.desk("stranger").suppose(name, "x"),
+        lambda name: site.desk("stranger").weigh(name, number, "for", "x"),
+        lambda name: site.desk("stranger").settle(name, number, "dropped", reason="x"),
+    ):
+        heard = refused(lambda call=act: call(code))
+        assert heard.replace(code, "X") == refused(lambda call=act: call("no-such")).replace("no-such", "X")
