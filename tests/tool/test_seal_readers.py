@@ -61,6 +61,7 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "model"
     (root / "sub").mkdir(parents=True)
     (root / "weights.bin").write_bytes(bytes(range(256)) * 20)
+    (root / "sub-b").write_bytes(b"sorts before sub/ as text, behind it as a path")
     (root / "sub" / "ein Modell.bin").write_bytes(b"b")
     (root / "empty").write_bytes(b"")
     (root / ".gitattributes").write_text("x")
@@ -125,6 +126,21 @@ def test_model_signing_upholds_our_seal_and_refuses_tampering(model_signing: str
     assert done.stdout.split() == ["upheld", *["refused"] * 4], done.stderr
 
 
+def test_model_signing_upholds_a_seal_of_many_files(model_signing: str, home: Home, tmp_path: Path) -> None:
+    """Four hundred in nested folders, whose names sort otherwise as text than as paths."""
+    root = tmp_path / "many"
+    for number in range(400):
+        place = root / ("part" if number % 3 else "part-b") / f"{number % 7}.x"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"shard {number}.bin").write_bytes(b"%d" % number)
+    seal_path(home, root)
+    public = home.keys / "attestation.pub"
+    command = (model_signing, "verify", "key", root, "--public_key", public, "--signature", seal_path_of(root))
+    assert run(*command).returncode == 0
+    (root / "part" / "1.x" / "shard 1.bin").write_bytes(b"2")
+    assert run(*command).returncode != 0
+
+
 def test_model_signing_upholds_a_seal_of_one_file(model_signing: str, home: Home, tmp_path: Path) -> None:
     """Under another name too."""
     path = tmp_path / "c.pt"
@@ -165,6 +181,48 @@ def test_we_uphold_what_model_signing_signed(model_signing: str, home: Home, fol
     assert (report.status, report.checked) == ("upheld", ("signature", "content"))
     (folder / "weights.bin").write_bytes(b"other")
     assert verify_seal(folder, home=other, key=home.keys / "attestation.pub").status == "violated"
+
+
+SHARDED = (
+    "import sys; from model_signing import hashing, signing\n"
+    "hashes = hashing.Config().use_shard_serialization(hashing_algorithm=sys.argv[4], shard_size=1000)\n"
+    "signing.Config().use_elliptic_key_signer(private_key=sys.argv[1]).set_hashing_config(\n"
+    "    hashes.set_ignored_paths(paths=[sys.argv[3]])).sign(sys.argv[2], sys.argv[3])\n"
+)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "blake2"])
+def test_we_uphold_what_model_signing_signed_in_shards(
+    model_signing: str, home: Home, folder: Path, algorithm: str
+) -> None:
+    """Its library's other method: upheld as it is, refused with the shard named, cut, grown, swapped and missing."""
+    seal_path(home, folder)
+    seal_path_of(folder).unlink()
+    (folder / "a b:0:9").write_bytes(bytes(2000))
+    python = Path(model_signing).resolve().with_name("python")
+    done = run(python, "-c", SHARDED, home.keys / "attestation.pem", folder, seal_path_of(folder), algorithm)
+    assert done.returncode == 0, done.stderr
+    other, public = Home(folder.parent / "nothing"), home.keys / "attestation.pub"
+    report = verify_seal(folder, home=other, key=public)
+    assert (report.status, report.checked) == ("upheld", ("signature", "content"))
+    weights = (folder / "weights.bin").read_bytes()
+    assert len(weights) == 5120
+    for content, where in (
+        (weights[:3000] + b"X" + weights[3001:], "begins at byte 3000"),
+        (weights[:-1], "begins at byte 5000"),
+        (weights + b"X", "begins at byte 5000"),
+        (weights[1000:2000] + weights[:1000] + weights[2000:], "begins at byte 0"),
+    ):
+        (folder / "weights.bin").write_bytes(content)
+        report = verify_seal(folder, home=other, key=public)
+        assert report.status == "violated"
+        assert any(where in finding.message for finding in report.findings), report.findings
+    (folder / "weights.bin").write_bytes(weights)
+    (folder / "a b:0:9").unlink()
+    (folder / "more").write_bytes(b"x")
+    messages = [finding.message for finding in verify_seal(folder, home=other, key=public).findings]
+    assert any("'a b:0:9' is missing" in message for message in messages)
+    assert any("'more' was not there" in message for message in messages)
 
 
 def test_cosign_upholds_our_seal_by_root_and_by_dirhash(

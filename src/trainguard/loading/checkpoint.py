@@ -37,7 +37,7 @@ from trainguard.scan import FileReport, Reason, ScanPolicy, Verdict, vet_file, w
 from trainguard.scan.trust import parse_trust_line
 from trainguard.scan.vet import stand_ins, walk
 from trainguard.seal.bundle import Seal
-from trainguard.seal.hashing import new_hasher
+from trainguard.seal.hashing import SHARDED, new_hasher
 from trainguard.seal.manifest import SEAL_NAME, SEAL_SUFFIX, SINGLE
 from trainguard.seal.verify import verify_sealed
 
@@ -204,7 +204,7 @@ def _compare(place: Path, held: Mapping[str, Held], prefix: str, seal: Seal) -> 
             continue
         wanted = name if not prefix else prefix if name == SINGLE else f"{prefix}/{name}"
         entry = next(iter(seal.entries.values())) if seal.single and name == SINGLE else seal.entries.get(wanted)
-        if entry is None and name.split("/")[0] in seal.ignored:
+        if entry is None and (name.split("/")[0] in seal.ignored or (SHARDED in seal.hash_type and not one.size)):
             continue
         if entry is None or entry.digest != _digest(one, seal.hash_type):
             raise NotWhatWasSealed(

@@ -12,6 +12,7 @@ from trainguard.finding import Outcome
 from trainguard.seal.bundle import Seal
 from trainguard.seal.case import Case
 from trainguard.seal.distributed import pieces
+from trainguard.seal.hashing import DIGEST_BYTES, SHARDED
 from trainguard.seal.ledger import SealLeaf
 from trainguard.seal.manifest import (
     OMS_IGNORED,
@@ -107,6 +108,8 @@ def _check_extra(case: Case, seal: Seal, sealed: Mapping[str, Entry], listed: Ma
     for name in sorted(set(listed) - set(sealed)):
         if _left_out(seal, name) or (listed[name].kind == "folder" and not seal.complete):
             continue
+        if SHARDED in seal.hash_type and not listed[name].size and listed[name].kind == "file":
+            continue  # an empty file has no shard, so a sharded seal cannot speak of it
         kind = _kind(listed[name])
         message = f"{kind} {name!r} was not there when it was sealed"
         case.say(_outcome(name), ("E7", "E2"), message, file=name, expected="not in the seal", found=kind)
@@ -219,14 +222,29 @@ def _name_tensors(case: Case, name: str, sealed: Entry, now: Entry, swapped: tup
     if len(differences) > TENSORS_SHOWN:
         case.say("violated", ("E3", "E5"), f"{len(differences) - TENSORS_SHOWN} more tensors differ", file=name)
     if not differences:
+        where, before, after = _first_difference(case.seal, sealed, now)
         case.say(
             _outcome(name),
             swapped or (("E5",) if is_training_state("", file) else ("E3", "E5")),
-            f"{file} is not the file that was sealed; {_why_unnamed(sealed, now)}",
+            f"{file} is not the file that was sealed; {_why_unnamed(sealed, now)}{where}",
             file=name,
-            expected=f"{sealed.size if sealed.size is not None else '?'} bytes, {sealed.digest}",
-            found=f"{now.size} bytes, {now.digest}",
+            expected=f"{sealed.size if sealed.size is not None else '?'} bytes, {before}",
+            found=f"{now.size} bytes, {after}",
         )
+
+
+def _first_difference(seal: Seal | None, sealed: Entry, now: Entry) -> tuple[str, str, str]:
+    """(where, digest before, digest now); of a file sealed in shards, the first shard that differs."""
+    before, after = sealed.digest or "", now.digest or ""
+    base, sharded, size = (seal.hash_type if seal else "").partition(SHARDED)
+    if not sharded:
+        return "", before, after
+    width = 2 * DIGEST_BYTES[base]
+    pairs = zip(range(0, len(before) + width, width), range(0, len(after) + width, width), strict=False)
+    at = next((at for at, _ in pairs if before[at : at + width] != after[at : at + width]), 0)
+    start = at // width * int(size)
+    where = f"; the first shard that differs begins at byte {start}"
+    return where, before[at : at + width] or "no shard there", after[at : at + width] or "no shard there"
 
 
 def _pieces(case: Case, name: str, differences: list[tuple[str, str, str, str]]) -> dict[str, str]:

@@ -39,7 +39,7 @@ from trainguard.seal.bundle import (
     fingerprint,
     named_files,
 )
-from trainguard.seal.hashing import DIGEST_BYTES
+from trainguard.seal.hashing import DIGEST_BYTES, SHARDED
 from trainguard.seal.manifest import SINGLE, Entry, Kind, directory_hash, root_digest
 
 BUNDLE_LIMIT_BYTES = 64 << 20
@@ -135,7 +135,8 @@ def _parse_statement(payload: bytes, signer: str, *, where: str) -> Seal:
         hash_type, ignored = _parse_serialization(predicate["serialization"])
         annotations = subject.get("annotations") or {}
         others = [_parse_other(item, hash_type) for item in annotations.get("others", [])]
-        resources = [_parse_resource(item, hash_type) for item in predicate["resources"]]
+        parse = _parse_shards if SHARDED in hash_type else _parse_resources
+        resources = parse(predicate["resources"], hash_type)
         seal = Seal(
             name=_text(subject["name"]),
             hash_type=hash_type,
@@ -158,11 +159,48 @@ def _parse_statement(payload: bytes, signer: str, *, where: str) -> Seal:
 
 def _parse_serialization(value: Any) -> tuple[str, tuple[str, ...]]:
     _keys(value, {"method", "hash_type", "allow_symlinks"}, {"ignore_paths", "shard_size"})
-    if value["method"] != "files":
-        _refuse(f"serialization method {str(value['method'])[:40]!r}; only `files` is supported")
-    if value["hash_type"] not in DIGEST_BYTES:
-        _refuse(f"hash type {str(value['hash_type'])[:40]!r}")
-    return value["hash_type"], tuple(_text(path) for path in value.get("ignore_paths", []))
+    if value["method"] not in ("files", "shards"):
+        _refuse(f"serialization method {str(value['method'])[:40]!r}; expected `files` or `shards`")
+    hash_type = value["hash_type"]
+    if hash_type not in DIGEST_BYTES:
+        _refuse(f"hash type {str(hash_type)[:40]!r}")
+    if value["method"] == "shards":
+        hash_type = f"{hash_type}{SHARDED}{_shard_bytes(value['shard_size'])}"
+    return hash_type, tuple(_text(path) for path in value.get("ignore_paths", []))
+
+
+def _shard_bytes(value: Any) -> int:
+    """Bytes of a shard. The tool writes it as a float, as protobuf's JSON has no integers."""
+    if type(value) not in (int, float) or not 1 <= value < STEP_LIMIT or value != int(value):
+        _refuse(f"shard size {str(value)[:40]!r}")
+    return int(value)
+
+
+def _parse_resources(values: Any, hash_type: str) -> list[Entry]:
+    return [_parse_resource(item, hash_type) for item in values]
+
+
+def _parse_shards(values: Any, hash_type: str) -> list[Entry]:
+    """One entry per file from resources `<path>:<start>:<end>`, whose digest is that of all its shards in order.
+
+    The shards of a file MUST follow each other from 0 without a gap, all but the last of full size.
+    """
+    base, _, shard = hash_type.partition(SHARDED)
+    found: dict[str, tuple[int, list[str]]] = {}
+    for item in values:
+        path, start, end = _text(item["name"]).rsplit(":", 2)
+        if item["algorithm"] != hash_type:
+            _refuse(f"{path[:80]!r} hashed by {str(item['algorithm'])[:40]!r}, not {hash_type}")
+        reached, digests = found.setdefault(_name(path), (0, []))
+        length = _decimal(end) - _decimal(start)
+        if _decimal(start) != reached or reached % int(shard) or not 0 < length <= int(shard) or path != [*found][-1]:
+            _refuse(f"shard {start}-{end} of {path[:80]!r} does not follow the one that ends at {reached}")
+        digests.append(_hex(item["digest"], base))
+        found[path] = (_decimal(end), digests)
+    return [
+        Entry(name=name, kind="file", mode=None, size=size, digest="".join(digests))
+        for name, (size, digests) in found.items()
+    ]
 
 
 def _parse_resource(value: Any, hash_type: str) -> Entry:
@@ -197,8 +235,9 @@ def _parse_other(value: Any, hash_type: str) -> Entry:
 def _by_name(resources: list[Entry], others: list[Entry]) -> dict[str, Entry]:
     names = [entry.name for entry in resources]
     entries = {entry.name: entry for entry in (*resources, *others)}
-    if not resources or names != sorted(names) or len(entries) != len(resources) + len(others):
-        _refuse("resources are not one or more, sorted by name and without repetition")
+    in_order = names in (sorted(names), sorted(names, key=lambda name: name.split("/")))
+    if not resources or not in_order or len(entries) != len(resources) + len(others):
+        _refuse("resources are not one or more, sorted by name or by parts of the path, and without repetition")
     return entries
 
 

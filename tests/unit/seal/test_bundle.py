@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from trainguard.digest import canonical_json
+from trainguard.digest import canonical_json, sha256_hex
 from trainguard.envelope import public_pem
 from trainguard.errors import MalformedEvidence, Misuse, Unavailable, VerificationError
 from trainguard.home import Home
@@ -28,7 +28,7 @@ from trainguard.seal.bundle import (
     sign,
 )
 from trainguard.seal.ledger import home_verifier, read_ledger, verify_entry
-from trainguard.seal.manifest import read_manifest
+from trainguard.seal.manifest import read_manifest, root_digest
 from trainguard.seal.parse import BUNDLE_LIMIT_BYTES, parse_bundle, verify_bundle
 
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -156,6 +156,63 @@ def test_a_signed_statement_that_is_not_a_seal_is_malformed(folder: Path, change
     change(value)
     with pytest.raises(MalformedEvidence):
         read(bundled(canonical_json(value)))
+
+
+def sharded(names: list[str], *, shard: Any = 4.0, algorithm: str = "sha256-sharded-4") -> bytes:
+    """A signed statement of method `shards`, as model_signing writes it, over shards of these names."""
+    digests = [sha256_hex(name.encode()) for name in names]
+    root = root_digest(iter(digests))
+    resources = [
+        {"name": name, "algorithm": algorithm, "digest": digest} for name, digest in zip(names, digests, strict=True)
+    ]
+    serialization = {"method": "shards", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []}
+    return canonical_json(
+        {
+            "_type": "https://in-toto.io/Statement/v1",
+            "subject": [{"name": "m", "digest": {"sha256": root}}],
+            "predicateType": "https://model_signing/signature/v1.0",
+            "predicate": {"resources": resources, "serialization": serialization | {"shard_size": shard}},
+        }
+    )
+
+
+def test_shards_are_read_as_the_files_they_make() -> None:
+    """Sizes from the last shard's end, colons in names, and either order of paths that tools write."""
+    seal = read(bundled(sharded(["a/x:0:4", "a/x:4:5", "a-b:1:0:4"])))
+    assert seal.hash_type == "sha256-sharded-4"
+    assert {name: (entry.size, len(entry.digest or "")) for name, entry in seal.entries.items()} == {
+        "a/x": (5, 128),
+        "a-b:1": (4, 64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "shard", "algorithm"),
+    [
+        (["a:4:8"], 4, "sha256-sharded-4"),
+        (["a:0:4", "a:8:12"], 4, "sha256-sharded-4"),
+        (["a:0:4", "a:0:4"], 4, "sha256-sharded-4"),
+        (["a:0:3", "a:3:4"], 4, "sha256-sharded-4"),
+        (["a:0:5"], 4, "sha256-sharded-4"),
+        (["a:0:0"], 4, "sha256-sharded-4"),
+        (["a:0:4", "b:0:4", "a:4:8"], 4, "sha256-sharded-4"),
+        (["a:00:4"], 4, "sha256-sharded-4"),
+        (["a"], 4, "sha256-sharded-4"),
+        (["../a:0:4"], 4, "sha256-sharded-4"),
+        (["b:0:4", "a:0:4"], 4, "sha256-sharded-4"),
+        (["a:0:4"], 4, "sha256"),
+        (["a:0:4"], 4, "sha256-sharded-5"),
+        (["a:0:4"], 4.5, "sha256-sharded-4"),
+        (["a:0:4"], 0, "sha256-sharded-0"),
+        (["a:0:4"], True, "sha256-sharded-1"),
+        (["a:0:4"], float("1e300"), "sha256-sharded-4"),
+        ([], 4, "sha256-sharded-4"),
+    ],
+)
+def test_shards_that_do_not_tile_their_files_are_malformed(names: list[str], shard: Any, algorithm: str) -> None:
+    """A gap, a repetition, a short one inside, one too long, an empty one, files mixed, other sizes than were said."""
+    with pytest.raises(MalformedEvidence):
+        read(bundled(sharded(names, shard=shard, algorithm=algorithm)))
 
 
 @pytest.mark.parametrize(
