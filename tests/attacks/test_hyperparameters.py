@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests.helpers.recorded import judge
+from tests.helpers.recorded import judge, recording
 from tests.helpers.training import Run, looks_fine, train
 
 from trainguard.appraise.hyperparameters import Hyperparameters
@@ -224,3 +228,77 @@ def test_a_matrix_that_needs_no_gradient_any_more_is_suspicious() -> None:
 
     findings, _ = judge(Hyperparameters, train(80, after_step=change).records)
     assert [(f.subject.tensor, f.techniques[0]) for f in findings] == [("3.weight", "C5")]
+
+
+LIBRARY = """
+import torch
+class Ramp:
+    def __init__(self, optimizer, key):
+        self.held, self.key = [optimizer], key
+    def advance(self):
+        for group in self.held[0].param_groups:
+            group[self.key] = group[self.key] * 0.97
+class Decaying(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] *= 0.97
+        return super().step(closure)
+# param_groups
+"""
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A package with a schedule of its own, and an optimizer that has one inside."""
+    (tmp_path / "a_library_of_schedules.py").write_text(LIBRARY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("a_library_of_schedules")
+    del sys.modules["a_library_of_schedules"]
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_librarys_schedule_explains_the_optimizer_it_holds_and_no_other(library: Any, key: str, held: bool) -> None:
+    """That the package is loaded, and has such a line, explains nothing."""
+
+    def advance(run: Run) -> None:
+        if held:
+            run.scheduler.advance()
+        else:
+            run.optimizer.param_groups[0][key] *= 0.97
+
+    made: list[Any] = []
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        other = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        made.append(library.Ramp(optimizer if held else other, key))
+        return SimpleNamespace(step=lambda: None, advance=made[0].advance)
+
+    findings, states = judge(Hyperparameters, train(30, schedule=schedule, after_step=advance).records)
+    if held:
+        assert (findings, states["hyperparameters"].state) == ([], "held")
+    else:
+        assert {f.outcome for f in findings} == {"violated"}
+
+
+def test_an_optimizer_whose_class_has_a_schedule_inside_is_held(library: Any) -> None:
+    """Optimizers without a scheduler: the line is in their class."""
+    run = train(30, make=lambda params: library.Decaying(params, lr=0.05))
+    findings, states = judge(Hyperparameters, run.records)
+    assert (findings, states["hyperparameters"].state) == ([], "held")
+
+
+def test_rates_of_two_optimizers_set_by_hand_are_explained_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines are told with each."""
+    monkeypatch.setattr(writers, "places", lambda: {"lr": ["/job/train.py:78"]})
+    nets = [torch.nn.Linear(4, 2) for _ in range(2)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+    with recording() as recorder:
+        for number in range(1, 12):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.param_groups[0]["lr"] = 0.1 / number
+                optimizer.zero_grad()
+                net(torch.randn(8, 4)).square().mean().backward()
+                optimizer.step()
+    findings, states = judge(Hyperparameters, recorder.records)
+    assert (findings, states["hyperparameters"].state) == ([], "held")

@@ -1,10 +1,11 @@
 """Check *hyperparameters*: does every parameter group keep its values, except where a schedule sets them?
 (docs/checks/hyperparameters.md)
 
-A change is accounted for by a torch scheduler that acts on the optimizer and says the same rate, or by a line of the
-job's own source that stores that hyper-parameter (reported by the process, from its source files). What neither
-accounts for is violated. On top of that: a schedule may not jump where it ran smoothly, a scheduler may not be
-stepped more often than before, and no parameter may drop out for good.
+A change is accounted for by a torch scheduler that acts on the optimizer and says the same rate, or by a line that
+stores that hyper-parameter: of the job's own source, of the optimizer's class, or of the class of a library's object
+that holds the optimizer (reported by the process, from the source files). What neither accounts for is violated. On top
+of that: a schedule may not jump where it ran smoothly, a scheduler may not be stepped more often than before, and no
+parameter may drop out for good.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class _Group:
 class _Track:
     groups: list[_Group] = field(default_factory=list)
     writers: dict[str, list[str]] | None = None
+    within: dict[str, list[str]] = field(default_factory=dict)
+    """Lines of the optimizer's own class that store a hyper-parameter."""
     counts: dict[str, int] = field(default_factory=dict)
     """Scheduler class → steps it had made."""
     told_at: dict[str, int] = field(default_factory=dict)
@@ -141,6 +144,8 @@ class Hyperparameters:
         entry = _object(value)
         if isinstance(entry.get("writers"), dict):
             track.writers = _writers(entry["writers"])
+        if isinstance(entry.get("within"), dict):
+            track.within = _writers(entry["within"])
         schedulers = _schedulers(entry.get("schedulers"))
         changed = [_triple(each) for each in _list(entry.get("changed"))]
         old = [dict(group.values) for group in track.groups]
@@ -151,9 +156,10 @@ class Hyperparameters:
             if name in BOOKKEEPING:
                 continue
             was = track.groups[number_].values.get(name) if number_ < len(track.groups) else None
-            self._broken += 1
-            text = f"group {number_}: {name} changed from {was} to {now} inside the optimizer's step"
-            yield from self._give(evidence, "suspicious", _techniques(name), text)
+            if not _lines(track.within, name):
+                self._broken += 1
+                text = f"group {number_}: {name} changed from {was} to {now} inside the optimizer's step"
+                yield from self._give(evidence, "suspicious", _techniques(name), text)
             if number_ < len(track.groups):
                 track.groups[number_].values[name] = now
         if isinstance(entry.get("census"), dict):
@@ -212,7 +218,7 @@ class Hyperparameters:
                 return
         elif not schedulers and not places:
             self._broken += 1
-            text = f"{where}, and neither a scheduler nor a line of the job's own source sets it"
+            text = f"{where}, and neither a scheduler nor a line of the job's source sets it"
             yield from self._give(evidence, "violated", ("C3",), text, expected=f"{old:.9g}", found=f"{new:.9g}")
             return
         jumps = any(scheduler.short in JUMPING for scheduler in schedulers)
@@ -244,16 +250,13 @@ class Hyperparameters:
         if self._places(track, name):
             return
         self._broken += 1
-        text = (
-            f"group {index}: {name} went from {was} to {now}, and no scheduler or line of the job's own source sets it"
-        )
+        text = f"group {index}: {name} went from {was} to {now}, and no scheduler or line of the job's source sets it"
         yield from self._give(
             evidence, "violated", _techniques(name), text, expected=str(was)[:80], found=str(now)[:80]
         )
 
     def _places(self, track: _Track, name: str) -> list[str]:
-        writers = track.writers or {}
-        return writers.get(name) or writers.get("*") or []
+        return _lines(track.writers or {}, name)
 
     def _strides(self, evidence: Evidence, track: _Track, schedulers: list[_Scheduler]) -> Iterator[Finding]:
         """A scheduler is stepped as often between two updates as it always was."""
@@ -378,6 +381,11 @@ def _writers(value: object) -> dict[str, list[str]]:
         name: [place for place in _list(places) if isinstance(place, str)][:16]
         for name, places in list(_object(value).items())[:64]
     }
+
+
+def _lines(writers: dict[str, list[str]], name: str) -> list[str]:
+    """Lines that store `name`, or something whose name is computed."""
+    return writers.get(name) or writers.get("*") or []
 
 
 def _triple(value: object) -> tuple[int, str, object]:

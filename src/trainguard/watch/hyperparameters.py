@@ -8,7 +8,9 @@ Value of the link in a step frame (absent when nothing changed; spec/evidence.md
      "changed": [[group, name, value]]             otherwise: what differs from the step before
      "inside": [[group, name, value]]              what differs after the update from before it, in checked steps
      "schedulers": [[class, steps it made, [last rates]]]   when one acts on this optimizer, with every change
-     "writers": {name: ["file:line", …]}           once, at the first change that is not what a scheduler set
+     "writers": {name: ["file:line", …]}           lines that store it, at the first change that no scheduler set, and
+                                                   when more are found
+     "within": {name: ["file:line", …]}            those of them in the optimizer's own class, where it is not torch's
      "census": {"total", "frozen": [names], "without_grad": [names], "outside": [names], "counts": [3 numbers]}}
                                                    in checked steps, when it differs from the last one sent
 
@@ -33,7 +35,9 @@ REPEAT_STEPS = 256
 NAMES_LIMIT = 32
 SEARCH_LIMIT = 3
 """Times that the heap is searched for a scheduler, per optimizer, at first and where one is known that does not say
-what was set: 10 to 50 ms each."""
+what was set: 10 to 50 ms each. As often for a library's objects that hold it."""
+HOLDERS_LIMIT = 12
+"""The latter in a process."""
 
 
 class Hyperparameters:
@@ -44,7 +48,9 @@ class Hyperparameters:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.sent_writers = False
+        self.own: Optional[Dict[str, List[str]]] = None
+        """Lines of the job's own source that store hyper-parameters."""
+        self.searches = 0
 
     def before(self, step: Step) -> None:
         """Compare every group with what it said at the step before."""
@@ -93,22 +99,22 @@ class Hyperparameters:
         if copies is None:
             return False
         still.values.extend((group, tuple(copy.values())) for group, _, copy in copies)
-        groups, held = optimizer.param_groups, memory  # the optimizer itself must not be kept alive
-        still.tell = lambda: self._tell(groups, held or {}, still)
+        held, reference = memory, weakref.ref(optimizer)  # the optimizer itself must not be kept alive
+        still.tell = lambda: self._tell(reference(), held or {}, still)
         still.until = min(still.until, (track.count // REPEAT_STEPS + 1) * REPEAT_STEPS)
         return True
 
-    def _tell(self, groups: List[Any], memory: Dict[str, Any], still: Any) -> Optional[Dict[str, Any]]:
+    def _tell(self, optimizer: Any, memory: Dict[str, Any], still: Any) -> Optional[Dict[str, Any]]:
         """What a schedule did to a step that is not checked; None where there is none, or more than numbers moved."""
         copies = memory["copies"]
         reports = _reports(memory)
-        moved = _moved(groups, copies) if reports else None
+        moved = _moved(optimizer.param_groups, copies) if reports and optimizer is not None else None
         if not moved:
             return None
         memory["stale"] = True
         still.values = [(group, tuple(copy.values())) for group, _, copy in copies]
         value: Dict[str, Any] = {"changed": moved, "schedulers": reports}
-        self._name_writers(value, moved, reports)
+        self._name_writers(optimizer, memory, value, moved, reports)
         return {self.name: value}
 
     def after(self, step: Step) -> Any:
@@ -124,6 +130,7 @@ class Hyperparameters:
             value = value or {}
             if len(now) == len(memory["last"]):
                 value["inside"] = _changed(groups, now, memory["last"])
+                self._name_writers(step.optimizer, memory, value, value["inside"], [])
             memory["last"] = now
             memory["json"] = [scalars(group) for group in groups]
         if step.ready and (step.index < 4 or step.index % 4 == 0 or step.track.without_grad != memory.get("without")):
@@ -147,13 +154,39 @@ class Hyperparameters:
         reports = _reports(memory)
         if reports:
             value["schedulers"] = reports
-        self._name_writers(value, changed, reports)
+        self._name_writers(step.optimizer, memory, value, changed, reports)
 
-    def _name_writers(self, value: Dict[str, Any], changed: List[Any], reports: List[Any]) -> None:
-        """Send once which lines of the job set hyper-parameters: where a change is not what a scheduler says."""
-        if not self.sent_writers and not _scheduled(changed, reports):
-            self.sent_writers = True
-            value["writers"] = writers.places()
+    def _name_writers(
+        self, optimizer: Any, memory: Dict[str, Any], value: Dict[str, Any], changed: List[Any], reports: List[Any]
+    ) -> None:
+        """Send which lines store hyper-parameters, where a change is not what a scheduler says.
+
+        The job's own and those of the optimizer's class first; if they do not store what changed, those of the
+        libraries' objects that hold the optimizer.
+        """
+        if _scheduled(changed, reports):
+            return
+        lines = memory.get("lines")
+        if lines is None:
+            self.own = writers.places() if self.own is None else self.own
+            within = writers.places_within([type(optimizer)])
+            lines = memory["lines"] = _joined(self.own, within)
+            value["writers"] = lines
+            if within:
+                value["within"] = within
+        names = {name for _, name, _ in changed}
+        if all(lines.get(name) or lines.get(writers.ANY) for name in names):
+            return
+        if memory.get("held", 0) < SEARCH_LIMIT and self.searches < HOLDERS_LIMIT:
+            memory["held"] = memory.get("held", 0) + 1
+            self.searches += 1
+            found = writers.places_within(writers.holders(optimizer))
+            if found:
+                value["writers"] = memory["lines"] = _joined(lines, found)
+
+
+def _joined(one: Dict[str, List[str]], other: Dict[str, List[str]]) -> Dict[str, List[str]]:
+    return {name: sorted({*one.get(name, ()), *other.get(name, ())}) for name in sorted({*one, *other})}
 
 
 def _copies(groups: List[Any]) -> Optional[List[Tuple[Any, int, Dict[str, Any]]]]:

@@ -1,16 +1,19 @@
 """Which lines of the job's own source set hyper-parameters, flags and settings: read once, when first needed.
 
-Only files outside the installed packages and the standard library count: what a training script does to its own
-rates is written there. The judge uses the list to tell a manual schedule from a change that no line explains.
+Only files outside the installed packages and the standard library count, and those whose functions are running the
+step: what a training script does to its own rates is written there. Of an installed package, other than torch, the
+classes count that an optimizer is of, or of which an object holds it: a library's schedule. The judge uses the list to
+tell a schedule from a change that no line explains.
 """
 
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import sys
 import sysconfig
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, Iterable, List, Optional, Set
 
 from . import facts
 
@@ -18,6 +21,13 @@ FILE_LIMIT_BYTES = 1 << 20
 FILES_LIMIT = 400
 PLACES_LIMIT = 16
 NAMES_LIMIT = 500
+FRAMES_LIMIT = 200
+HOLD_DEPTH, RING_LIMIT, HOLDERS_LIMIT = 3, 256, 64
+OWN_PACKAGE = __name__.partition(".")[0]
+NOT_A_JOBS = frozenset(
+    ("torch", OWN_PACKAGE, *getattr(sys, "stdlib_module_names", ()), "builtins", "_frozen_importlib")
+)
+"""Top-level modules whose classes and functions are nobody's schedule, or known to the judge by themselves."""
 SETTING = ("set_", "use_", "detect_anomaly")
 """How functions of torch that set a flag begin."""
 ANY = "*"
@@ -27,11 +37,72 @@ ANY = "*"
 def places() -> Dict[str, List[str]]:
     """Hyper-parameter name → `file:line` of every store `…["name"] = …` in the job's own loaded source."""
     found: Dict[str, Set[str]] = {}
-    for path in own_files()[:FILES_LIMIT]:
-        try:
-            _read(path, found)
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue
+    for path in sorted({*own_files()[:FILES_LIMIT], *_running()}):
+        _try(path, found)
+    return _told(found)
+
+
+def places_within(kinds: Iterable[type]) -> Dict[str, List[str]]:
+    """The same in the bodies of these classes and their bases, those of torch, the guard and the library left out."""
+    found: Dict[str, Set[str]] = {}
+    wanted: Dict[str, Set[str]] = {}
+    for kind in kinds:
+        for base in kind.__mro__:
+            path = getattr(sys.modules.get(base.__module__), "__file__", None)
+            if base.__module__.partition(".")[0] not in NOT_A_JOBS and isinstance(path, str) and path.endswith(".py"):
+                wanted.setdefault(os.path.abspath(path), set()).add(base.__qualname__.rpartition(".")[2])
+    for path, names in sorted(wanted.items())[:FILES_LIMIT]:
+        _try(path, found, names)
+    return _told(found)
+
+
+def holders(optimizer: Any) -> List[type]:
+    """Classes of objects that hold an optimizer, directly or in a list or a table: schedulers, trainers, handlers.
+
+    Three looks over the heap, some 20 ms each; nothing of the objects is called.
+    """
+    kinds: Dict[type, None] = {}
+    ring: List[Any] = [optimizer, optimizer.param_groups]
+    known = {id(ring)}
+    for _ in range(HOLD_DEPTH):
+        found = gc.get_referrers(*ring)
+        known.add(id(found))
+        ring = []
+        for each in found:
+            kind = type(each)
+            if kind in (dict, list, tuple):
+                if id(each) not in known:
+                    ring.append(each)
+            elif kind.__module__.partition(".")[0] not in NOT_A_JOBS:
+                kinds.setdefault(kind)
+        known.add(id(ring))
+        if not ring or len(ring) > RING_LIMIT:
+            break
+    return list(kinds)[:HOLDERS_LIMIT]
+
+
+def _running() -> List[str]:
+    """Files of the functions that are being run, those of torch, the guard and the library left out."""
+    out: Set[str] = set()
+    frame: Optional[Any] = sys._getframe(1)
+    for _ in range(FRAMES_LIMIT):
+        if frame is None:
+            break
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] not in NOT_A_JOBS and frame.f_code.co_filename.endswith(".py"):
+            out.add(os.path.abspath(frame.f_code.co_filename))
+        frame = frame.f_back
+    return sorted(out)
+
+
+def _try(path: str, found: Dict[str, Set[str]], names: Optional[Set[str]] = None) -> None:
+    try:
+        _read(path, found, names)
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        pass
+
+
+def _told(found: Dict[str, Set[str]]) -> Dict[str, List[str]]:
     return {name: sorted(lines)[:PLACES_LIMIT] for name, lines in found.items()}
 
 
@@ -88,14 +159,17 @@ def own_files() -> List[str]:
     return sorted(set(out))
 
 
-def _read(path: str, found: Dict[str, Set[str]]) -> None:
+def _read(path: str, found: Dict[str, Set[str]], names: Optional[Set[str]]) -> None:
+    """Stores in a file; with `names` only those in the bodies of its classes of these names."""
     if os.path.getsize(path) > FILE_LIMIT_BYTES:
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read()
     if "param_groups" not in text and '"lr"' not in text and "'lr'" not in text:
         return
-    for node in ast.walk(facts.parse(text)):
+    tree = facts.parse(text)
+    parts = [tree] if names is None else [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name in names]
+    for node in (node for part in parts for node in ast.walk(part)):
         for target in _targets(node):
             if isinstance(target, ast.Subscript):
                 _add(found, target, path)
