@@ -112,3 +112,22 @@ def test_a_rank_that_starts_with_another_flag_is_named() -> None:
         findings += list(check.see(record))
     (found,) = findings
     assert (found.techniques, found.subject.rank) == (("A10", "F1"), 2)
+
+
+def test_a_part_that_joins_later_changes_no_setting_of_the_others() -> None:
+    """A model of several bare modules, of which the largest is frozen at first: which is the largest changes."""
+    torch.set_num_threads(1)
+    trunk = nn.LSTM(4, 8, batch_first=True).requires_grad_(False)
+    head, other = nn.Linear(8, 6), nn.Linear(8, 1)
+    optimizer = torch.optim.SGD([*head.parameters(), *other.parameters()], lr=0.1)
+    with recording() as recorder:
+        for number in range(1, 41):
+            if number == 20:
+                trunk.requires_grad_(True)
+                optimizer.add_param_group({"params": trunk.parameters()})
+            optimizer.zero_grad()
+            hidden = trunk(torch.randn(3, 5, 4))[0]
+            (head(hidden).square().mean() + other(hidden).square().mean()).backward()
+            optimizer.step()
+    findings, states = judge(Modules, recorder.records)
+    assert (findings, states["modules"].state) == ([], "held")

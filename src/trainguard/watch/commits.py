@@ -299,7 +299,7 @@ class Commits:
                 names = ("p", "dropout", "drop_prob", "momentum", "eps")
                 rate = next((n for n in names if isinstance(module.__dict__.get(n), (int, float))), None)
                 self.switches.append((module, rate))
-            self.buffers.extend(buffer for buffer in root.buffers() if buffer.numel())
+            self.buffers.extend(each for each in root.buffers() if each.numel() and not each.is_meta)
 
     # -- after ----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ and kind "sweep", body {"what": "modules", "checked": comparisons since the last
 from __future__ import annotations
 
 import os
+import weakref
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import roots, writers
@@ -74,7 +75,10 @@ class Modules:
         self.flags: Dict[str, Any] = {}
         self.settings: Dict[int, Dict[str, Any]] = {}
         """Index of an optimizer → settings of the modules whose parameters it updates."""
+        self.numbers: Dict[int, Tuple[Any, int]] = {}
+        """id of a root → weak reference to it, and its number: which root is the largest may change (unfreezing)."""
         self.learnt: Dict[str, bool] = {}
+        self.given = 0
         self.sent_setters = False
         self.looked = 0
         self.compared = 0
@@ -129,8 +133,9 @@ class Modules:
         found: Dict[str, Any] = {}
         updated = {id(entry.param) for entry in step.track.entries}
         mine = [root for root in roots.roots() if any(id(p) in updated for p in root.parameters())]
-        for index, root in enumerate(mine):
-            prefix = "" if index == 0 else "%d:" % index
+        for root in mine:
+            number = self._number(root)
+            prefix = "" if number == 0 else "%d:" % number
             for position, (name, module) in enumerate(root.named_modules()):
                 if position > MODULES_LIMIT:
                     break
@@ -144,6 +149,14 @@ class Modules:
                 if not name.endswith(".training"):
                     self.learnt[name] = True
         return [line for line in changed if line[0] not in self.learnt]
+
+    def _number(self, root: Any) -> int:
+        """The number a root was given when it was first looked at."""
+        known = self.numbers.get(id(root))
+        if known is None or known[0]() is not root:
+            self.given += 1
+            known = self.numbers[id(root)] = (weakref.ref(root), self.given - 1)
+        return known[1]
 
 
 def _moved(before: Dict[str, Any], now: Dict[str, Any], name: str) -> bool:

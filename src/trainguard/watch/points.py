@@ -175,7 +175,12 @@ def named(torch: Any, engine: Any) -> List[Tuple[str, Any]]:
         numbers[kind] += 1
         found.extend(("param/%s/%s" % (key, name), tensor) for name, tensor in root.named_parameters())
         found.extend(("buffer/%s/%s" % (key, name), tensor) for name, tensor in root.named_buffers())
-    return [(name, tensor) for name, tensor in found if tensor.layout is torch.strided]
+    return [(name, tensor) for name, tensor in found if _has_values(torch, tensor)]
+
+
+def _has_values(torch: Any, tensor: Any) -> bool:
+    """Dense, and not only a shape: a skeleton on the meta device has none."""
+    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def optimizers(engine: Any) -> List[Tuple[int, Any, Any]]:
@@ -195,7 +200,7 @@ def loose(torch: Any, engine: Any, known: List[Tuple[str, Any]]) -> List[Tuple[s
         ("loose/%d/%d" % (opt, entry.position), entry.param)
         for opt, _, track in optimizers(engine)
         for entry in track.entries
-        if id(entry.param) not in held and entry.param.layout is torch.strided
+        if id(entry.param) not in held and _has_values(torch, entry.param)
     ]
 
 
@@ -206,7 +211,7 @@ def _tensors(step: Step) -> List[Tuple[str, Any]]:
     for opt, optimizer, track in optimizers(step.engine):
         for entry in track.entries:
             for key, value in (optimizer.state.get(entry.param) or {}).items():
-                if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+                if isinstance(value, torch.Tensor) and _has_values(torch, value):
                     found.append(("state/%d/%d/%s" % (opt, entry.position, key), value))
     found.append(("rng/torch", torch.default_generator.get_state()))
     if torch.cuda.is_initialized():

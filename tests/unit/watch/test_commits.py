@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from tests.helpers.recorded import recording
+from torch import nn
 
 from trainguard.watch.commits import EVERYTHING, KEY_LENGTH, LEAN, NOTHING, Commits, total, words
 from trainguard.watch.engine import NEVER, Still, Tally
@@ -202,3 +205,19 @@ def test_of_later_passes_one_batch_in_sixteen_is_looked_at_while_the_account_has
     assert firsts == set(range(ONE_IN))
     observer.own_ns = 10**12
     assert not any(observer.looks(task, 7) for task in range(200))
+
+
+def test_a_skeleton_without_values_is_no_part_of_a_point(tmp_path: Path) -> None:
+    """A module on the meta device, as ensembles by function transforms use it."""
+    with recording(commits=True, points=str(tmp_path), points_every=2) as recorder:
+        net, skeleton = nn.Linear(4, 2), nn.Linear(4, 2).to("meta")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            net(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
+    assert skeleton.weight.is_meta
+    assert [record.body for record in recorder.records if record.kind == "note"] == []
+    points = [record.body for record in recorder.records if record.kind == "point"]
+    assert len(points) == 2
+    assert all("name" in point for point in points)
