@@ -137,3 +137,23 @@ class Counted(torch.optim.SGD):
         """One update."""
         type(self).made += 1
         return super().step(closure)
+
+
+def signed(p: torch.Tensor, grad: torch.Tensor, rate: float) -> None:
+    """A rule as a function of the module."""
+    p.add_(grad.sign(), alpha=-rate)
+
+
+class Ruled(torch.optim.Optimizer):
+    """Keeps its rule as an attribute of the object."""
+
+    def __init__(self, params: Any, lr: float = 1e-3):
+        super().__init__(params, {"lr": lr})
+        self.rule = signed
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.rule(p, p.grad, group["lr"])

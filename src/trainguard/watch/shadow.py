@@ -35,6 +35,7 @@ import os
 import sys
 import threading
 import time
+import types
 from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
@@ -536,6 +537,8 @@ class Copier:
             return self._optimizer(value, depth)
         if isinstance(value, _Unknown):
             return value
+        if isinstance(value, _Named):
+            return value if self.twins is None else self.twins.attribute(value.module, value.name)
         if type(value) in (dict, OrderedDict):
             made: Any = self._keep(value, type(value)())
             for key, each in value.items():
@@ -572,7 +575,8 @@ class Copier:
             made.kind_ = type(optimizer)
         else:
             made = self._keep(optimizer, object.__new__(self.twins.class_of(optimizer.kind_)))
-        fill(made, {key: value for key, value in vars(optimizer).items() if key != "kind_"}, self, depth)
+        held = {key: value for key, value in vars(optimizer).items() if key != "kind_"}
+        fill(made, held, type(optimizer) if self.twins is None else optimizer.kind_, self, depth)
         return made
 
     def tensor(self, value: Any, what: str) -> Any:
@@ -597,6 +601,26 @@ class Copier:
         return made
 
 
+class _Named:
+    """Stands for a function of a module: a twin has that function's twin."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+
+def _function(value: Any, kind: type) -> Any:
+    """A function that an optimizer of class `kind` keeps as an attribute: by name where its own source defines it.
+
+    Any other may have been put there from outside, and following it would say that what it does is right.
+    """
+    if type(value) is not types.FunctionType:
+        return None
+    module, name = value.__module__, value.__qualname__
+    if module in {base.__module__ for base in kind.__mro__} and vars(sys.modules[module]).get(name) is value:
+        return _Named(module, name)
+    return None
+
+
 class _Plain:
     """What a nested optimizer holds, before its twin is made."""
 
@@ -615,14 +639,14 @@ def _aligned(torch: Any, value: Any) -> Any:
     return made.copy_(value)
 
 
-def fill(made: Any, held: Dict[str, Any], copier: Copier, depth: int = 0) -> None:
-    """Give an optimizer's copy what the optimizer holds, but for hooks and methods put on the object."""
+def fill(made: Any, held: Dict[str, Any], kind: type, copier: Copier, depth: int = 0) -> None:
+    """Give a copy of an optimizer of class `kind` what it holds, but for hooks and methods put on the object."""
     for key, value in held.items():
         if key.startswith("_optimizer_"):
             made.__dict__[key] = type(value)()
         elif callable(value) and not isinstance(value, (copier.torch.optim.Optimizer, _Unknown)):
             if key not in ("step", "zero_grad", "_hook_for_profile"):
-                made.__dict__[key] = _Unknown("self.%s" % key)
+                made.__dict__[key] = _function(value, kind) or _Unknown("self.%s" % key)
         else:
             made.__dict__[key] = copier.copy(value, "self.%s" % key, depth + 1)
 
@@ -650,7 +674,7 @@ class Before:
         optimizer = step.optimizer
         if scope == "all":
             plain = _Plain()
-            fill(plain, vars(optimizer), copier)
+            fill(plain, vars(optimizer), type(optimizer), copier)
             self.held = vars(plain)
         else:
             self.held = _only(optimizer, chosen[0], copier)
@@ -691,6 +715,8 @@ def _only(optimizer: Any, entry: Entry, copier: Copier) -> Dict[str, Any]:
             held[key] = type(value)()
         elif not callable(value):
             held[key] = _Unknown("self.%s" % key) if _big(value) else copier.copy(value, "self.%s" % key, 1)
+        elif _function(value, type(optimizer)) is not None:
+            held[key] = _function(value, type(optimizer))
     settings = {key: copier.copy(value, key, 1) for key, value in group.items() if key not in ("params", "param_names")}
     held["param_groups"] = [dict(settings, params=[copier.known[id(entry.param)]])]
     held["state"] = defaultdict(dict)

@@ -107,3 +107,21 @@ def test_a_source_that_was_changed_after_it_was_loaded_is_not_used(monkeypatch: 
     monkeypatch.setattr(shadow, "code", SimpleNamespace(current=lambda: SimpleNamespace(known={})))
     run = train(2, make=lambda params: optimizers.Lion(params))
     assert "not the one that was loaded" in shadows(run)[0]["off"]
+
+
+def reversed_rule(p: torch.Tensor, grad: torch.Tensor, rate: float) -> None:
+    """Of another module than the optimizer's."""
+    p.add_(grad.sign(), alpha=rate)
+
+
+def test_a_rule_that_an_optimizer_keeps_as_an_attribute_is_followed_in_its_own_module() -> None:
+    """One that was put there from elsewhere is not: what it does would be called right."""
+    findings, states = judge(Optimizer, train(8, make=lambda params: optimizers.Ruled(params)).records)
+    assert (findings, states["optimizer"].state) == ([], "held")
+
+    def swap(run: Any) -> None:
+        run.optimizer.rule = reversed_rule
+
+    run = train(4, make=lambda params: optimizers.Ruled(params), start=swap)
+    assert {s["off"] for s in shadows(run)} == {"its result depends on self.rule, which cannot be copied"}
+    assert judge(Optimizer, run.records)[1]["optimizer"].state == "blind"
