@@ -33,8 +33,10 @@ from dataclasses import dataclass, field
 
 from trainguard.scan.budget import Meter, OverBudget
 from trainguard.scan.claims import Claim
+from trainguard.scan.quick import ELSEWHERE, HOLE, Handler, slow, unknown
+from trainguard.scan.quick import handlers as quick_handlers
 from trainguard.scan.rules.arrays import ArrayState, DType, count_of
-from trainguard.scan.rules.interface import Refused, describe
+from trainguard.scan.rules.interface import Malformed, Refused, describe
 from trainguard.scan.rules.plain import instantiate
 from trainguard.scan.rules.tensors import persistent_storage
 from trainguard.scan.source import BytesSource, PartSource, Source
@@ -66,9 +68,6 @@ MEMO_GAP = 1 << 16
 KEY_DEPTH = 8
 """Tuples in tuples as a dict key; hashing recurses in C without a limit."""
 HIGHEST_PROTOCOL = 5
-
-HOLE = object()
-"""A memo slot nobody wrote."""
 
 _U4 = struct.Struct("<I").unpack_from
 _U8 = struct.Struct("<Q").unpack_from
@@ -139,13 +138,6 @@ UnlistedNote = Callable[[Global, str, int], None]
 """(global, use, offset): an unlisted name was used."""
 
 
-class Malformed(Refused):
-    """The stream breaks the pickle format."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__("stream", what)
-
-
 class Machine:
     """One pickle stream in `source` from `start`. `run` once; then read `trace` and `position`."""
 
@@ -168,31 +160,31 @@ class Machine:
         self._meter = meter
         self._on_unlisted = on_unlisted
         self._on_nested = on_nested
-        self._keep = meter.policy.constant_bytes
+        self.keep = meter.policy.constant_bytes
         self._base = start
         """Absolute offset of the window's first byte."""
         self._data = b""
-        self._pos = 0
+        self.pos = 0
         self._limit = 0
         """Window position at which the loop must call `_boundary`."""
         self._frame_end = 0
         """Absolute end of the current frame; 0 outside frames."""
-        self._stack: list[Value] = []
-        self._marks: list[int] = []
-        self._fence = 0
-        self._memo: list[Value] = []
-        self._holes = 0
+        self.stack: list[Value] = []
+        self.marks: list[int] = []
+        self.fence = 0
+        self.memo: list[Value] = []
+        self.holes = 0
         self._protocol = 0
         self._known: dict[tuple[str, str], Global] = {}
         self._sealed: list[Value] = []
-        self._guarded = False
+        self.guarded = False
         """Whether a call-only name was resolved, so that containers must be looked through for it."""
         self._built: set[int] = set()
         """ids of objects that were given state: a second time, an attribute could stand in for __setstate__."""
         self._kept: list[Value] = []
         """Those objects, so that no id is used again."""
         self._steps = 0
-        self._made = 0
+        self.made = 0
         self._settled_steps = 0
         self._settled_made = 0
 
@@ -201,7 +193,7 @@ class Machine:
     @property
     def position(self) -> int:
         """Absolute offset behind the last byte taken."""
-        return self._base + self._pos
+        return self._base + self.pos
 
     @property
     def steps(self) -> int:
@@ -214,7 +206,7 @@ class Machine:
 
     def spend(self, *, values: int) -> None:
         """Charge `values` containers to the budget."""
-        self._made += values
+        self.made += values
 
     def unlisted(self, name: Global, use: str) -> None:
         """Note that an unlisted name is used as `value`, `instance` or `call`; stronger uses replace weaker ones."""
@@ -228,12 +220,12 @@ class Machine:
         size = item_bytes * numel
         if self.trace.storages.setdefault(key, size) != size:
             raise Refused("geometry", f"storage {key!a}: {size} bytes here, {self.trace.storages[key]} bytes before")
-        self._made += 1
+        self.made += 1
         return Storage(key, item_bytes, numel)
 
     def claim(self, claim: Claim) -> None:
         """Note numbers in storages that must be looked at before the stream is clean."""
-        self._made += 1
+        self.made += 1
         self.trace.claims.append(claim)
 
     def seal(self, value: Value) -> None:
@@ -287,132 +279,32 @@ class Machine:
         return self.trace
 
     def _loop(self) -> None:
-        """Dispatch opcodes until STOP.
+        """Dispatch opcodes until STOP: one handler each, which says where the next one lies."""
+        handlers = self._handlers()
+        data, pos, limit, steps = self._data, self.pos, self._limit, 0
+        try:
+            while True:
+                if pos >= limit:
+                    self._steps, steps = self._steps + steps, 0
+                    if pos < ELSEWHERE:
+                        self.pos = pos
+                    elif self.trace.finished:
+                        return
+                    if self.pos >= self._limit:
+                        self._boundary()
+                    data, pos, limit = self._data, self.pos, self._limit
+                steps += 1
+                pos = handlers[data[pos]](data, pos + 1)
+        finally:
+            self._steps += steps
 
-        The opcodes that make up nearly all of a checkpoint stand here with everything in local variables: 3 million
-        of them must pass in a second. All others are methods in `OPCODES`; before one is called the locals are
-        stored, and loaded again after it.
-        """
-        data, pos, limit, stack, memo = self._data, self._pos, self._limit, self._stack, self._memo
-        fence, keep, steps, made, guarded = self._fence, self._keep, 0, 0, self._guarded
-        others = OPCODES
-        append = stack.append
-        while True:
-            if pos >= limit:
-                self._pos = pos
-                self._steps += steps
-                self._made += made
-                steps = made = 0
-                self._boundary()
-                data, pos, limit = self._data, self._pos, self._limit
-            op = data[pos]
-            pos += 1
-            steps += 1
-            if op == 0x71 or op == 0x72 or op == 0x94:  # BINPUT, LONG_BINPUT, MEMOIZE
-                if len(stack) <= fence:
-                    self._pos = pos
-                    raise Malformed("memoizes from an empty stack")
-                if op == 0x71:
-                    index = data[pos]
-                    pos += 1
-                elif op == 0x72:
-                    index = _U4(data, pos)[0]
-                    pos += 4
-                else:
-                    index = len(memo) - self._holes
-                if index == len(memo):
-                    memo.append(stack[-1])
-                else:
-                    self._pos = pos
-                    self._put(index, stack[-1])
-            elif op == 0x68 or op == 0x6A:  # BINGET, LONG_BINGET
-                if op == 0x68:
-                    index = data[pos]
-                    pos += 1
-                else:
-                    index = _U4(data, pos)[0]
-                    pos += 4
-                if index >= len(memo) or memo[index] is HOLE:
-                    self._pos = pos
-                    raise Malformed(f"reads memo entry {index}, which was never written")
-                append(memo[index])
-            elif op == 0x4B:  # BININT1
-                append(data[pos])
-                pos += 1
-            elif op == 0x58 or op == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
-                if op == 0x58:
-                    length = _U4(data, pos)[0]
-                    pos += 4
-                else:
-                    length = data[pos]
-                    pos += 1
-                end = pos + length
-                if length <= keep and end <= len(data):
-                    append(data[pos:end].decode("utf-8", "surrogatepass"))
-                    pos = end
-                    made += 1 + (length >> 6)
-                else:
-                    self._pos = pos
-                    append(self._long_text(length))
-                    data, pos, limit = self._data, self._pos, self._limit
-            elif op == 0x28:  # MARK
-                fence = len(stack)
-                self._marks.append(fence)
-            elif op == 0x74:  # TUPLE
-                if not self._marks:
-                    self._pos = pos
-                    raise Malformed("closes a tuple without a mark")
-                mark = self._marks.pop()
-                items = tuple(stack[mark:])
-                del stack[mark:]
-                if guarded:
-                    self._pos = pos
-                    self._refuse_guarded(items)
-                append(items)
-                fence = self._marks[-1] if self._marks else 0
-                made += 1 + (len(items) >> 3)
-            elif op == 0x4D:  # BININT2
-                append(_U2(data, pos)[0])
-                pos += 2
-            elif op == 0x4A:  # BININT
-                append(_I4(data, pos)[0])
-                pos += 4
-            elif op == 0x85 or op == 0x86 or op == 0x87:  # TUPLE1, TUPLE2, TUPLE3
-                count = op - 0x84
-                if len(stack) - count < fence:
-                    self._pos = pos
-                    raise Malformed("makes a tuple from an empty stack")
-                items = tuple(stack[-count:])
-                if guarded:
-                    self._pos = pos
-                    self._refuse_guarded(items)
-                stack[-count:] = [items]
-                made += 1
-            elif op == 0x29:  # EMPTY_TUPLE
-                append(())
-            elif op == 0x89:  # NEWFALSE
-                append(False)
-            elif op == 0x88:  # NEWTRUE
-                append(True)
-            elif op == 0x4E:  # NONE
-                append(None)
-            elif op == 0x2E:  # STOP
-                self._pos = pos
-                self._steps += steps
-                self._made += made
-                self._fence = fence
-                self._stop()
-                return
-            else:
-                self._pos, self._fence = pos, fence
-                self._steps += steps
-                self._made += made
-                steps = made = 0
-                handler = others[op]
-                if handler is None:
-                    raise Malformed(f"byte 0x{op:02x} is not an opcode")
-                handler(self)
-                data, pos, limit, fence, guarded = self._data, self._pos, self._limit, self._fence, self._guarded
+    def _handlers(self) -> list[Handler]:
+        """A handler for each of the 256 bytes: those of quick.py, this machine's methods, and refusals."""
+        quick = quick_handlers(self)
+        return [
+            quick.get(opcode) or (slow(self, method) if method is not None else unknown(self, opcode))
+            for opcode, method in enumerate(OPCODES)
+        ]
 
     def _boundary(self) -> None:
         """Called at least every SLICE_BYTES: settle the budget, close a frame, move the window, notice the end."""
@@ -425,20 +317,20 @@ class Machine:
                 self._frame_end = 0
         if absolute >= self.source.size:
             raise Malformed("ends without STOP")
-        if self._pos + MARGIN_BYTES > len(self._data) and self._base + len(self._data) < self.source.size:
+        if self.pos + MARGIN_BYTES > len(self._data) and self._base + len(self._data) < self.source.size:
             self._load(absolute)
         self._set_limit()
 
     def _settle(self) -> None:
-        self._meter.spend_operations(self._steps - self._settled_steps, self._made - self._settled_made)
-        self._settled_steps, self._settled_made = self._steps, self._made
+        self._meter.spend_operations(self._steps - self._settled_steps, self.made - self._settled_made)
+        self._settled_steps, self._settled_made = self._steps, self.made
 
     def _load(self, absolute: int) -> None:
         """Make `absolute` the window's first byte."""
         rest = self.source.size - absolute
         window = getattr(self.source, "window_bytes", rest if rest <= WHOLE_BYTES else WINDOW_BYTES)
         self._data = self.source.read(absolute, window)
-        self._base, self._pos = absolute, 0
+        self._base, self.pos = absolute, 0
         self._set_limit()
 
     def _set_limit(self) -> None:
@@ -446,21 +338,21 @@ class Machine:
         limit = len(self._data) if last else len(self._data) - MARGIN_BYTES
         if self._frame_end:
             limit = min(limit, self._frame_end - self._base)
-        self._limit = max(self._pos, min(limit, self._pos + SLICE_BYTES))
+        self._limit = max(self.pos, min(limit, self.pos + SLICE_BYTES))
 
     # Taking arguments --------------------------------------------------------------------------------------------
 
     def _take(self, length: int) -> bytes:
         """The next `length` bytes, at most `constant_bytes` or a few; moves the window when they cross its end."""
-        if self._pos + length > len(self._data):
+        if self.pos + length > len(self._data):
             absolute = self.position
             if absolute + length > self.source.size:
                 raise Malformed(f"an argument of {length} bytes runs past the end")
             self._load(absolute)
-        data = self._data[self._pos : self._pos + length]
+        data = self._data[self.pos : self.pos + length]
         if len(data) != length:
             raise Malformed(f"an argument of {length} bytes runs past the end")
-        self._pos += length
+        self.pos += length
         return data
 
     def _skip(self, length: int) -> Span:
@@ -468,8 +360,8 @@ class Machine:
         absolute = self.position
         if length > self.source.size - absolute:
             raise Malformed(f"an argument of {length} bytes runs past the end")
-        if self._pos + length <= len(self._data):
-            self._pos += length
+        if self.pos + length <= len(self._data):
+            self.pos += length
         else:
             self._load(absolute + length)
         self._straddles()
@@ -479,16 +371,16 @@ class Machine:
         if self._frame_end and self.position > self._frame_end:
             raise Malformed(f"an opcode straddles the end of a frame at byte {self._frame_end}")
 
-    def _long_text(self, length: int) -> Value:
+    def long_text(self, length: int) -> Value:
         """The text argument of a string opcode: by value when short, else its place, checked to be UTF-8."""
-        if length <= self._keep:
-            self._made += 1 + (length >> 6)
+        if length <= self.keep:
+            self.made += 1 + (length >> 6)
             return self._take(length).decode("utf-8", "surrogatepass")
         span = Span(self.position, length, is_text=True)
         if length > self._meter.policy.pickle_bytes:
             raise OverBudget(f"one string of {length} bytes, limit {self._meter.policy.pickle_bytes}")
         self._check_utf8(length)
-        self._made += 1
+        self.made += 1
         return span
 
     def _check_utf8(self, length: int) -> None:
@@ -505,64 +397,64 @@ class Machine:
 
     def _bytes(self, length: int) -> Value:
         """The bytes argument of a bytes opcode: by value when short, else its place."""
-        if length <= self._keep:
-            self._made += 1 + (length >> 6)
+        if length <= self.keep:
+            self.made += 1 + (length >> 6)
             return self._take(length)
-        self._made += 1
+        self.made += 1
         return self._skip(length)
 
     def _line(self) -> bytes:
         """A text argument: up to and without the newline."""
-        end = self._data.find(b"\n", self._pos)
+        end = self._data.find(b"\n", self.pos)
         if end < 0:
             self._load(self.position)
             end = self._data.find(b"\n", 0, LINE_BYTES + 1)
-        if end < 0 or end - self._pos > LINE_BYTES:
+        if end < 0 or end - self.pos > LINE_BYTES:
             raise Malformed("a text argument without its newline")
-        line = self._data[self._pos : end]
-        self._pos = end + 1
-        self._made += 1 + (len(line) >> 6)
+        line = self._data[self.pos : end]
+        self.pos = end + 1
+        self.made += 1 + (len(line) >> 6)
         return line
 
     # Stack and memo ----------------------------------------------------------------------------------------------
 
     def _pop(self) -> Value:
-        if len(self._stack) <= self._fence:
+        if len(self.stack) <= self.fence:
             raise Malformed("takes from an empty stack")
-        return self._stack.pop()
+        return self.stack.pop()
 
     def _top(self) -> Value:
-        if len(self._stack) <= self._fence:
+        if len(self.stack) <= self.fence:
             raise Malformed("takes from an empty stack")
-        return self._stack[-1]
+        return self.stack[-1]
 
     def _pop_mark(self) -> list[Value]:
-        if not self._marks:
+        if not self.marks:
             raise Malformed("closes a group without a mark")
-        mark = self._marks.pop()
-        items = self._stack[mark:]
-        del self._stack[mark:]
-        self._fence = self._marks[-1] if self._marks else 0
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        self.fence = self.marks[-1] if self.marks else 0
         return items
 
-    def _refuse_guarded(self, items: Sequence[Value]) -> None:
+    def refuse_guarded(self, items: Sequence[Value]) -> None:
         """Raise when a call-only name is about to be kept in a container."""
         for item in items:
             if type(item) is Global and item.listed is not None and item.listed.kind in CALL_ONLY:
                 raise Refused("call", f"{item.name} kept as a value: it may only be called, under its rule")
 
-    def _put(self, index: int, value: Value) -> None:
-        memo = self._memo
+    def put(self, index: int, value: Value) -> None:
+        memo = self.memo
         if index > len(memo) + MEMO_GAP:
             raise Refused("stream", f"writes memo entry {index} after {len(memo)} entries: loaders would allocate them")
         if index >= len(memo):
-            self._holes += index - len(memo)
-            self._made += (index - len(memo)) >> 3
+            self.holes += index - len(memo)
+            self.made += (index - len(memo)) >> 3
             memo.extend([HOLE] * (index - len(memo)))
             memo.append(value)
             return
         if memo[index] is HOLE:
-            self._holes -= 1
+            self.holes -= 1
         memo[index] = value
 
     # Names and calls ---------------------------------------------------------------------------------------------
@@ -583,8 +475,8 @@ class Machine:
             full = f"{module}{':' if '.' in name else '.'}{name}"
             known = Global(full, self._trust.find(full))
             self._known[(module, name)] = known
-            self._made += 1
-            self._guarded = self._guarded or (known.listed is not None and known.listed.kind in CALL_ONLY)
+            self.made += 1
+            self.guarded = self.guarded or (known.listed is not None and known.listed.kind in CALL_ONLY)
         if known.listed is None:
             self.unlisted(known, "value")
         return known
@@ -596,7 +488,7 @@ class Machine:
             raise Refused("call", f"calls {describe(function)}: only names may be called, never results")
         if type(args) is not tuple:
             raise Refused("call", f"{function.name}: expected a tuple of arguments, found {describe(args)}")
-        self._made += 1
+        self.made += 1
         if function.listed is None:
             self.unlisted(function, "call")
             return Object(function)
@@ -611,7 +503,7 @@ class Machine:
             raise Refused("instance", f"instantiates {describe(target)}: only names may be")
         if type(args) is not tuple or keywords:
             raise Refused("instance", f"{target.name}: expected a tuple and no keywords, found {describe(args)}")
-        self._made += 1
+        self.made += 1
         return instantiate(self, target, args)
 
     # Opcodes outside the loop ------------------------------------------------------------------------------------
@@ -639,8 +531,8 @@ class Machine:
         self.trace.finished = True
 
     def _pop_one(self) -> None:
-        if len(self._stack) > self._fence:
-            self._stack.pop()
+        if len(self.stack) > self.fence:
+            self.stack.pop()
         else:
             self._pop_mark()
 
@@ -648,18 +540,18 @@ class Machine:
         self._pop_mark()
 
     def _dup(self) -> None:
-        self._stack.append(self._top())
+        self.stack.append(self._top())
 
     def _int(self) -> None:
         line = self._line()
         if line in (b"00", b"01"):
-            self._stack.append(line == b"01")
+            self.stack.append(line == b"01")
         else:
-            self._stack.append(self._parse_int(line))
+            self.stack.append(self._parse_int(line))
 
     def _long(self) -> None:
         line = self._line()
-        self._stack.append(self._parse_int(line.removesuffix(b"L")))
+        self.stack.append(self._parse_int(line.removesuffix(b"L")))
 
     def _parse_int(self, line: bytes) -> int:
         if not INTEGER.fullmatch(line):
@@ -671,10 +563,10 @@ class Machine:
     def _long_binary(self, length: int) -> None:
         if length > self.source.size - self.position:
             raise Malformed(f"an argument of {length} bytes runs past the end")
-        if length > self._keep:
-            raise OverBudget(f"an integer of {length} bytes, limit {self._keep}")
-        self._made += 1 + (length >> 6)
-        self._stack.append(int.from_bytes(self._take(length), "little", signed=True))
+        if length > self.keep:
+            raise OverBudget(f"an integer of {length} bytes, limit {self.keep}")
+        self.made += 1 + (length >> 6)
+        self.stack.append(int.from_bytes(self._take(length), "little", signed=True))
 
     def _long1(self) -> None:
         self._long_binary(self._take(1)[0])
@@ -692,25 +584,25 @@ class Machine:
         value = float(line)
         if math.isinf(value) and b"inf" not in line:
             raise Malformed(f"a number too large for a float: {line[:40]!r}")
-        self._stack.append(value)
+        self.stack.append(value)
 
     def _float_binary(self) -> None:
-        self._stack.append(_F8(self._take(8))[0])
+        self.stack.append(_F8(self._take(8))[0])
 
     def _string_text(self) -> None:
         line = self._line()
         if len(line) < 2 or line[:1] not in (b"'", b'"') or line[:1] != line[-1:]:
             raise Malformed("a string without its quotes")
-        self._stack.append(_unescape(line[1:-1]).decode("latin-1"))
+        self.stack.append(_unescape(line[1:-1]).decode("latin-1"))
 
     def _string_binary(self, length: int) -> None:
         value = self._bytes(length)
         # Python 2 strings become text by the loader's encoding: ASCII, UTF-8 (torch) or what the caller says. A name
         # must be ASCII to be listed, so no choice of encoding makes a listed name of an unlisted one.
         if type(value) is bytes:
-            self._stack.append(value.decode("latin-1"))
+            self.stack.append(value.decode("latin-1"))
         else:
-            self._stack.append(Span(value.offset, value.length, is_text=True))
+            self.stack.append(Span(value.offset, value.length, is_text=True))
 
     def _binstring(self) -> None:
         length = int.from_bytes(self._take(4), "little", signed=True)
@@ -723,57 +615,57 @@ class Machine:
 
     def _unicode_text(self) -> None:
         try:
-            self._stack.append(str(self._line(), "raw-unicode-escape"))
+            self.stack.append(str(self._line(), "raw-unicode-escape"))
         except UnicodeDecodeError as error:
             raise Malformed("text with a broken escape") from error
 
     def _binunicode8(self) -> None:
-        self._stack.append(self._long_text(int.from_bytes(self._take(8), "little")))
+        self.stack.append(self.long_text(int.from_bytes(self._take(8), "little")))
 
     def _binbytes(self) -> None:
-        self._stack.append(self._bytes(int.from_bytes(self._take(4), "little")))
+        self.stack.append(self._bytes(int.from_bytes(self._take(4), "little")))
 
     def _short_binbytes(self) -> None:
-        self._stack.append(self._bytes(self._take(1)[0]))
+        self.stack.append(self._bytes(self._take(1)[0]))
 
     def _binbytes8(self) -> None:
-        self._stack.append(self._bytes(int.from_bytes(self._take(8), "little")))
+        self.stack.append(self._bytes(int.from_bytes(self._take(8), "little")))
 
     def _bytearray8(self) -> None:
         # A bytearray is unhashable and can be changed by nothing but BUILD, which is refused: bytes will do.
-        self._stack.append(self._bytes(int.from_bytes(self._take(8), "little")))
+        self.stack.append(self._bytes(int.from_bytes(self._take(8), "little")))
 
     def _empty_list(self) -> None:
-        self._made += 1
-        self._stack.append([])
+        self.made += 1
+        self.stack.append([])
 
     def _empty_dict(self) -> None:
-        self._made += 1
-        self._stack.append(Map())
+        self.made += 1
+        self.stack.append(Map())
 
     def _empty_set(self) -> None:
-        self._made += 1
-        self._stack.append(Bag())
+        self.made += 1
+        self.stack.append(Bag())
 
     def _list(self) -> None:
         items = self._pop_mark()
-        if self._guarded:
-            self._refuse_guarded(items)
-        self._made += 1 + (len(items) >> 3)
-        self._stack.append(items)
+        if self.guarded:
+            self.refuse_guarded(items)
+        self.made += 1 + (len(items) >> 3)
+        self.stack.append(items)
 
     def _dict(self) -> None:
         items = self._pop_mark()
-        self._made += 1 + (len(items) >> 3)
-        self._stack.append(Map(self._checked_pairs(items)))
+        self.made += 1 + (len(items) >> 3)
+        self.stack.append(Map(self._checked_pairs(items)))
 
     def _frozenset(self) -> None:
         items = self._pop_mark()
-        if self._guarded:
-            self._refuse_guarded(items)
-        self._made += 1 + (len(items) >> 3)
+        if self.guarded:
+            self.refuse_guarded(items)
+        self.made += 1 + (len(items) >> 3)
         self.check_keys(items)
-        self._stack.append(FrozenBag(items))
+        self.stack.append(FrozenBag(items))
 
     def _append(self) -> None:
         item = self._pop()
@@ -784,9 +676,9 @@ class Machine:
         self._extend(self._top(), items)
 
     def _extend(self, target: Value, items: list[Value]) -> None:
-        if self._guarded:
-            self._refuse_guarded(items)
-        self._made += len(items) >> 3
+        if self.guarded:
+            self.refuse_guarded(items)
+        self.made += len(items) >> 3
         if type(target) is list:
             self._refuse_sealed(target)
             target.extend(items)
@@ -803,7 +695,7 @@ class Machine:
         self._set(self._top(), items)
 
     def _set(self, target: Value, items: list[Value]) -> None:
-        self._made += len(items) >> 3
+        self.made += len(items) >> 3
         pairs = self._checked_pairs(items)
         if type(target) is Map:
             self._refuse_sealed(target)
@@ -817,18 +709,18 @@ class Machine:
     def _checked_pairs(self, items: list[Value]) -> list[Value]:
         if len(items) % 2:
             raise Malformed("a dict with a key and no value")
-        if self._guarded:
-            self._refuse_guarded(items)
+        if self.guarded:
+            self.refuse_guarded(items)
         self.check_keys(items[::2])
         return items
 
     def _additems(self) -> None:
         items = self._pop_mark()
         target = self._top()
-        if self._guarded:
-            self._refuse_guarded(items)
+        if self.guarded:
+            self.refuse_guarded(items)
         self.check_keys(items)
-        self._made += len(items) >> 3
+        self.made += len(items) >> 3
         if type(target) is Bag:
             target.extend(items)
         else:
@@ -857,37 +749,37 @@ class Machine:
 
     def _get_text(self) -> None:
         index = self._parse_int(self._line())
-        if not 0 <= index < len(self._memo) or self._memo[index] is HOLE:
+        if not 0 <= index < len(self.memo) or self.memo[index] is HOLE:
             raise Malformed(f"reads memo entry {index}, which was never written")
-        self._stack.append(self._memo[index])
+        self.stack.append(self.memo[index])
 
     def _put_text(self) -> None:
         index = self._parse_int(self._line())
         if index < 0:
             raise Malformed("writes a memo entry below zero")
-        self._put(index, self._top())
+        self.put(index, self._top())
 
     def _global(self) -> None:
         module, name = self._line(), self._line()
-        self._stack.append(self._find(_name(module), _name(name)))
+        self.stack.append(self._find(_name(module), _name(name)))
 
     def _stack_global(self) -> None:
         name = self._pop()
         module = self._pop()
         if type(name) is not str or type(module) is not str:
             raise Refused("global", f"a computed name: {describe(module)}, {describe(name)}")
-        self._stack.append(self._find(module, name))
+        self.stack.append(self._find(module, name))
 
     def _inst(self) -> None:
         module, name = _name(self._line()), _name(self._line())
         args = tuple(self._pop_mark())
-        self._stack.append(self._instance(self._find(module, name), args))
+        self.stack.append(self._instance(self._find(module, name), args))
 
     def _obj(self) -> None:
         items = self._pop_mark()
         if not items:
             raise Malformed("instantiates nothing")
-        self._stack.append(self._instance(items[0], tuple(items[1:])))
+        self.stack.append(self._instance(items[0], tuple(items[1:])))
 
     def _instance(self, target: Value, args: tuple[Value, ...]) -> Value:
         """INST and OBJ call the class, except when it is a class and there are no arguments: then they call __new__."""
@@ -896,21 +788,21 @@ class Machine:
             return self._new(target, args)
         return self.call(target, args)
 
-    def _reduce(self) -> None:
+    def reduce(self) -> None:
         args = self._pop()
         function = self._top()
-        self._stack[-1] = self.call(function, args)
+        self.stack[-1] = self.call(function, args)
 
     def _newobj(self) -> None:
         args = self._pop()
         target = self._top()
-        self._stack[-1] = self._new(target, args)
+        self.stack[-1] = self._new(target, args)
 
     def _newobj_ex(self) -> None:
         keywords = self._pop()
         args = self._pop()
         target = self._top()
-        self._stack[-1] = self._new(target, args, keywords)
+        self.stack[-1] = self._new(target, args, keywords)
 
     def _build(self) -> None:
         state = self._pop()
@@ -927,23 +819,23 @@ class Machine:
             self.unlisted(target.origin, "instance")
             return
         if listed.name == ARRAY_WRAPPER:
-            self._stack[-1] = self._inline_array(target, state)
+            self.stack[-1] = self._inline_array(target, state)
             return
         if listed.rules.state is None:
             raise Refused("build", f"{target.origin.name}: takes no state, found {describe(state)}")
-        self._stack[-1] = listed.rules.state(self, target, state)
+        self.stack[-1] = listed.rules.state(self, target, state)
 
     def _persid(self) -> None:
         self._persistent(_name(self._line()))
 
-    def _binpersid(self) -> None:
+    def binpersid(self) -> None:
         self._persistent(self._pop())
 
     def _persistent(self, pid: Value) -> None:
         if not self._loader.storage_parts:
             raise Refused("persistent-id", f"a persistent id ({describe(pid)}): {self._loader.name} knows none")
         self.trace.persistent += 1
-        self._stack.append(persistent_storage(self, pid, self._loader.storage_parts))
+        self.stack.append(persistent_storage(self, pid, self._loader.storage_parts))
 
     def _extension(self) -> None:
         raise Refused("extension", "an extension code: it names code by a number that only the loader's process knows")
@@ -1006,8 +898,8 @@ class Machine:
             on_unlisted=lambda name, use, offset: None,
             on_nested=lambda source, offset: None,
         )
-        reader._stack, reader._marks, reader._memo = [*self._stack], [*self._marks], [*self._memo]
-        reader._fence, reader._holes, reader._protocol = self._fence, self._holes, self._protocol
+        reader.stack, reader.marks, reader.memo = [*self.stack], [*self.marks], [*self.memo]
+        reader.fence, reader.holes, reader._protocol = self.fence, self.holes, self._protocol
         with contextlib.suppress(Refused, OverBudget):  # most arrays: their first byte is no opcode
             reader.run()
         names = [".".join(pair) for pair in reader.trace.globals if self._trust.could_import(*pair)]
@@ -1068,6 +960,7 @@ def _unescape(text: bytes) -> bytes:
 _METHODS: dict[str, Callable[[Machine], None]] = {
     "PROTO": Machine._proto,
     "FRAME": Machine._frame,
+    "STOP": Machine._stop,
     "POP": Machine._pop_one,
     "POP_MARK": Machine._pop_group,
     "DUP": Machine._dup,
@@ -1103,19 +996,17 @@ _METHODS: dict[str, Callable[[Machine], None]] = {
     "STACK_GLOBAL": Machine._stack_global,
     "INST": Machine._inst,
     "OBJ": Machine._obj,
-    "REDUCE": Machine._reduce,
     "NEWOBJ": Machine._newobj,
     "NEWOBJ_EX": Machine._newobj_ex,
     "BUILD": Machine._build,
     "PERSID": Machine._persid,
-    "BINPERSID": Machine._binpersid,
     "EXT1": Machine._extension,
     "EXT2": Machine._extension,
     "EXT4": Machine._extension,
     "NEXT_BUFFER": Machine._out_of_band,
     "READONLY_BUFFER": Machine._out_of_band,
 }
-"""Opcode name, as `pickletools` and PEP 3154 spell it → its method; the rest stands in `Machine._loop`."""
+"""Opcode name, as `pickletools` and PEP 3154 spell it → its method; the rest stands in quick.py."""
 
 OPCODES: list[Callable[[Machine], None] | None] = [None] * 256
 for _opcode in pickletools.opcodes:

@@ -247,7 +247,7 @@ def _check_names(entries: list[_Entry]) -> None:
         if folded in seen:
             raise BadZip(f"member {name!a} twice (readers take different ones)", entry.offset)
         seen.add(folded)
-        if not PLAIN_NAME.match(name) or ".." in name.split("/"):
+        if not PLAIN_NAME.match(name) or (".." in name and ".." in name.split("/")):
             raise BadZip(f"member {name!a}: not a plain relative name", entry.offset)
 
 

@@ -20,6 +20,13 @@ class Refused(Exception):
         self.rule = rule
 
 
+class Malformed(Refused):
+    """The stream breaks the pickle format."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("stream", what)
+
+
 CallRule = Callable[["Machine", Global, tuple[Value, ...]], Value]
 """(machine, the global, arguments) → what the call returns. Raises Refused."""
 

@@ -7,6 +7,7 @@ stay empty: they are called later, by the training.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from trainguard.scan.claims import Claim
@@ -71,6 +72,7 @@ _INT = {int}
 MAX_ELEMENTS = 1 << 62
 
 
+@functools.lru_cache(maxsize=256)
 def storage_bytes(name: str) -> int | None:
     """Bytes per element of a storage class by its global name, or None when it is not one."""
     last = name.rpartition(".")[2]
