@@ -13,6 +13,10 @@ A process that cron or a timer started did what its script says, and not what it
 is another account's, it is followed there. A file tells of its owner as the record met it; read from the disk, the
 owner counts only while the inode is as it was at the act, and nobody's number is nobody.
 
+What a process ran counts as much as its account: a file that others may write, or another's, or none that is known
+while nobody was there, speaks for nobody in particular. The owner of a file that is as it was committed is whoever
+pulled it.
+
 A process of the job acts under the account that started the job, whoever wrote the code that it runs: such an act is
 followed to the file that holds the line, never to the job's own account. And a trace that would look the same whoever
 had left it (a file that others may write, a file of root) does not outrank the host.
@@ -24,6 +28,7 @@ from __future__ import annotations
 
 import datetime
 import pwd
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +62,12 @@ SHARES: dict[str, float] = {
     "an older file was put in its place": 0.50,
     "it lies in another account's folder": 0.50,
     "it started unattended, from a file of another account": 0.50,
+    "it started unattended, and what it ran is not known": 0.25,
+    "it is a service that root set up": 0.50,
+    "it ran a file of another account": 0.50,
+    "it ran in a container, whose numbers and paths are its own": 0.50,
+    "it came with a checkout of a repository": 0.50,
+    "what lies there now was not changed at the time": 0.50,
 }
 """Alternative → share of the confidence it takes; what is left is multiplied, so doubts never add up to certainty.
 
@@ -68,6 +79,9 @@ NOBODY = frozenset({65533, 65534})
 UNATTENDED = frozenset({"cron", "crond", "anacron", "atd", "fcron", "systemd"})
 ATTENDED = frozenset({"sshd", "login", "su", "sudo", "tmux", "screen", "gnome-terminal", "agetty"})
 """Programs in a process's ancestry that tell whether anybody chose the moment it began."""
+ENGINES = frozenset({"containerd-shim", "containerd-shim-runc-v2", "conmon", "dockerd", "crio", "runc", "crun"})
+"""Programs that start what runs in a container."""
+TICKS_UNKNOWN = -1
 
 FINDINGS_LIMIT = 64
 """Findings of one incident that are followed to their traces, worst first."""
@@ -126,8 +140,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     session: int | None = None
     submitted: tuple[str, ...] = ()
     """How the job came to this host, in words; a claim of its environment."""
-    pids: frozenset[int] = frozenset()
-    """The job's own processes."""
+    began_ns: int | None = None
+    """Clock of the host when the run began, nanoseconds since the epoch."""
+    pids: Mapping[int, frozenset[int]] = {}
+    """The job's own processes: pid → start ticks of those that had it; TICKS_UNKNOWN where they were not recorded."""
     by_hash: Mapping[str, Evidence] = {}
     """Records that findings cite, by hash."""
     opens: Mapping[str, Mapping[str, Any]] = {}
@@ -145,6 +161,8 @@ class _Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Owner and modes when the run met it, where the record has them."""
     moved: bool = False
     """Whether something was done to the file itself; False: it is where the code lies."""
+    during: bool = False
+    """Whether its content became another while the run went on."""
 
 
 def facts_of(records: Iterable[Evidence], findings: Iterable[Finding]) -> Facts:
@@ -152,17 +170,19 @@ def facts_of(records: Iterable[Evidence], findings: Iterable[Finding]) -> Facts:
     wanted = {citation.hash for finding in findings for citation in finding.evidence}
     start: Mapping[str, Any] = {}
     kept: dict[str, Evidence] = {}
-    pids: set[int] = set()
+    pids: dict[int, set[int]] = {}
+    began: int | None = None
     opens: dict[str, Mapping[str, Any]] = {}
     for record in records:
         if record.kind == "start" and not start:
-            start = record.body
+            start, began = record.body, record.at
         if record.hash in wanted and record.hash is not None:
             kept[record.hash] = record
         if record.kind == "process" and record.body.get("of_the_job") is True and record.pid is not None:
-            pids.add(record.pid)
+            ticks = _whole(record.body.get("start_ticks"))
+            pids.setdefault(record.pid, set()).add(TICKS_UNKNOWN if ticks is None else ticks)
         elif record.kind == "ledger" and isinstance(record.body.get("child"), int):
-            pids.add(record.body["child"])
+            pids.setdefault(record.body["child"], set()).add(TICKS_UNKNOWN)
         elif record.kind == "open":
             _keep_opens(record, opens)
     account = start.get("account")
@@ -174,7 +194,8 @@ def facts_of(records: Iterable[Evidence], findings: Iterable[Finding]) -> Facts:
         loginuid=_login(account.get("loginuid")),
         session=_login(account.get("session")),
         submitted=tuple(_submitted(start.get("submitter"))),
-        pids=frozenset(pids),
+        began_ns=began,
+        pids={pid: frozenset(ticks) for pid, ticks in pids.items()},
         by_hash=kept,
         opens=opens,
     )
@@ -193,7 +214,8 @@ def attribute(findings: Finding | Sequence[Finding], facts: Facts, *, sources: S
             merged[key] = _stronger(merged[key], candidate) if key in merged else candidate
     if facts.host is not None:
         merged.setdefault(("A1", f"host {facts.host}"), _host(group[0], facts))
-    ranked = tuple(sorted(merged.values(), key=lambda one: (-one.confidence, -_rung(one.level), one.what)))
+    # Where two are as likely, the one that claims less stands first.
+    ranked = tuple(sorted(merged.values(), key=lambda one: (-one.confidence, _rung(one.level), one.what)))
     ranked = ranked or (_effect_only(group[0]),)
     return Attribution(
         candidates=ranked,
@@ -216,7 +238,8 @@ def _candidates(finding: Finding, facts: Facts, sources: Sources) -> Iterator[Ca
             within = _is_of_the_job(sender, facts)
             outside = outside or not within
             lent = () if within else tuple(_from_script(sender, finding, facts, sources))
-            yield from _from_process(sender, facts, (citation,), within=within, lent=bool(lent))
+            ran = () if within or lent else tuple(_what_it_ran(sender, sources))
+            yield from _from_process(sender, facts, (citation,), within=within, lent=bool(lent), ran=ran)
             yield from lent
         traces.extend(_in_record(record, finding, facts))
     if outside:
@@ -253,7 +276,15 @@ def _sender(record: Evidence) -> Mapping[str, Any] | None:
 
 def _is_of_the_job(sender: Mapping[str, Any], facts: Facts) -> bool:
     """Whether a process is one of the job's, or was started by one."""
-    return bool({sender.get("pid"), *(step[0] for step in _ancestry(sender))} & facts.pids)
+    named = [(sender.get("pid"), sender.get("start_ticks")), *((step[0], step[1]) for step in _ancestry(sender))]
+    return any(_is_same(facts.pids.get(pid), ticks) for pid, ticks in named if isinstance(pid, int))
+
+
+def _is_same(known: frozenset[int] | None, ticks: object) -> bool:
+    """Whether a pid is that of a process we know: numbers are given out again, with the start they differ."""
+    if known is None:
+        return False
+    return not isinstance(ticks, int) or TICKS_UNKNOWN in known or ticks in known
 
 
 def _ancestry(sender: Mapping[str, Any]) -> list[list[Any]]:
@@ -264,8 +295,7 @@ def _ancestry(sender: Mapping[str, Any]) -> list[list[Any]]:
 
 def _from_script(sender: Mapping[str, Any], finding: Finding, facts: Facts, sources: Sources) -> Iterator[Candidate]:
     """The owner of the script that a process ran unattended, where that is not the account it ran under."""
-    programs = {str(step[2]) for step in _ancestry(sender)}
-    if not programs & UNATTENDED or programs & ATTENDED:
+    if not _is_unattended(sender) or _is_contained(sender):
         return
     path = _script(sender)
     now = sources.inode(Path(path)) if path is not None else None
@@ -273,6 +303,46 @@ def _from_script(sender: Mapping[str, Any], finding: Finding, facts: Facts, sour
         return
     trace = _Trace(path=path, how="a process that cron or a timer started ran it", moved=True)
     yield from _from_file(trace, finding, facts, sources)
+
+
+def _is_unattended(sender: Mapping[str, Any]) -> bool:
+    programs = {str(step[2]) for step in _ancestry(sender)}
+    return bool(programs & UNATTENDED) and not programs & ATTENDED
+
+
+def _is_service(sender: Mapping[str, Any]) -> bool:
+    """Whether the machine's own systemd started it; an account's timers hang below a second one, the account's."""
+    programs = [str(step[2]) for step in _ancestry(sender)]
+    return programs.count("systemd") == 1 and set(programs) & UNATTENDED == {"systemd"} and not set(programs) & ATTENDED
+
+
+def _is_contained(sender: Mapping[str, Any]) -> bool:
+    return any(str(step[2]) in ENGINES for step in _ancestry(sender))
+
+
+def _what_it_ran(sender: Mapping[str, Any], sources: Sources) -> Iterator[tuple[str, str]]:
+    """What the file that a process ran takes from its account: an alternative, and its reason."""
+    if _is_contained(sender):
+        yield "it ran in a container, whose numbers and paths are its own", "who was in that container is not recorded"
+        return
+    if _is_service(sender):
+        yield (
+            "it is a service that root set up",
+            "systemd started it for the machine: root chose the account it runs under",
+        )
+    path, unattended = _script(sender), _is_unattended(sender)
+    now = sources.inode(Path(path)) if path is not None else None
+    if now is None:
+        command = sender.get("cmdline")
+        told = isinstance(command, list) and "-c" in command and path is None
+        if unattended and not told:
+            what = f"{path} is not there any more" if path is not None else "its command names no file"
+            yield "it started unattended, and what it ran is not known", f"nobody was there, and {what}"
+        return
+    if now.uid != sender.get("uid") and (unattended or now.uid != 0):
+        yield "it ran a file of another account", f"it ran {path}, which belongs to account {_name(now.uid)} now"
+    if now.writable_by_others or now.replaceable_by_others:
+        yield "others could write it", f"it ran {path}, which others may write or replace"
 
 
 def _script(sender: Mapping[str, Any]) -> str | None:
@@ -289,11 +359,17 @@ def _script(sender: Mapping[str, Any]) -> str | None:
 
 
 def _from_process(
-    sender: Mapping[str, Any], facts: Facts, cites: tuple[Citation, ...], *, within: bool, lent: bool = False
+    sender: Mapping[str, Any],
+    facts: Facts,
+    cites: tuple[Citation, ...],
+    *,
+    within: bool,
+    lent: bool = False,
+    ran: Sequence[tuple[str, str]] = (),
 ) -> Iterator[Candidate]:
     """A process, the account it ran under, and the login it came from.
 
-    lent: it ran another account's file, and nobody chose the moment.
+    lent: it ran another account's file, and nobody chose the moment. ran: what the file it ran takes from its account.
     """
     pid, uid = _whole(sender.get("pid")), _whole(sender.get("uid"))
     login, session = _login(sender.get("loginuid")), _login(sender.get("session"))
@@ -311,7 +387,7 @@ def _from_process(
     steered = ("the process may have been steered by what it read",)
     yield _candidate("A2", name, None, seen, (), steered, cites)
     if uid is not None:
-        yield from _accounts(uid, login, session, facts, seen, cites, within=within, lent=lent)
+        yield from _accounts(uid, login, session, facts, seen, cites, within=within, lent=lent, ran=ran)
 
 
 def _accounts(
@@ -324,19 +400,20 @@ def _accounts(
     *,
     within: bool,
     lent: bool,
+    ran: Sequence[tuple[str, str]],
 ) -> Iterator[Candidate]:
     """The account of a process, and the login session where that is another's: su and sudo keep the audit login."""
-    doubts = ["shared account", "stolen credentials"]
+    doubts = ["shared account", "stolen credentials", *(alternative for alternative, _ in ran)]
     if within:
         doubts.append("an honest bug")
-    against: tuple[str, ...] = ()
+    against = tuple(line for _, line in ran)
     if login is not None and login != uid:
         told = [*seen, f"its audit login is {_name(login)}, session {session}: set at login, kept through su and sudo"]
-        other = (f"the process ran under account {_name(uid)}, not under the account that logged in",)
+        other = (f"the process ran under account {_name(uid)}, not under the account that logged in", *against)
         yield _candidate(
             "A3", f"login session {session} of account {_name(login)}", login, told, other, tuple(doubts), cites
         )
-        against = (f"the login it came from is {_name(login)}, so the account was used from somebody else's session",)
+        against += (f"the login it came from is {_name(login)}, so the account was used from somebody else's session",)
         doubts.append("session and account contradict each other")
     elif login is None:
         doubts.append("no login is recorded")
@@ -378,7 +455,7 @@ def _in_opens(files: object, finding: Finding) -> Iterator[_Trace]:
             continue
         changed = line.get("changed") is True
         how = "its content changed while the run read it" if changed else "the run read it"
-        yield _Trace(path=path, how=how, then=_met(line), moved=True)
+        yield _Trace(path=path, how=how, then=_met(line), moved=True, during=changed)
 
 
 def _in_ran(ran: Mapping[str, Any], facts: Facts) -> Iterator[_Trace]:
@@ -422,7 +499,11 @@ def _from_file(trace: _Trace, finding: Finding, facts: Facts, sources: Sources) 
     elif not trace.moved and finding.outcome != "violated":
         alternatives.append("the cause is open: honest code does this too")
     wrote = sources.lines(Path(trace.path), trace.line) if trace.line is not None else None
-    (supports if wrote is None or _fits(wrote, owner) else against).extend(_committed(wrote))
+    fits = wrote is not None and _fits(wrote, owner)
+    (supports if fits else against).extend(_committed(wrote))
+    if wrote is not None and wrote.commit and not (fits and wrote.signed == "good"):
+        against.append("the file is as it was committed: it belongs to whoever pulled it")
+        alternatives.append("it came with a checkout of a repository")
     cites = finding.evidence
     if facts.loginuid is not None and owner == facts.uid != facts.loginuid:
         told = [*supports, f"the run was started from login session {facts.session} of account {_name(facts.loginuid)}"]
@@ -432,7 +513,10 @@ def _from_file(trace: _Trace, finding: Finding, facts: Facts, sources: Sources) 
             facts.loginuid,
             told,
             (f"the file belongs to account {_name(owner)}",),
-            ("an honest bug", "shared account", "stolen credentials"),
+            (
+                *("an honest bug", "shared account", "stolen credentials"),
+                *(("it is the account that started the run",) if trace.moved else ()),
+            ),
             cites,
         )
         against.append(f"the run was started from a login of account {_name(facts.loginuid)}")
@@ -453,6 +537,11 @@ def _may_be_others(
         yield (
             "the file was changed after the act",
             f"its inode was changed at {_moment(changed)}, after the act: who owned it then is not recorded",
+        )
+    if trace.during and then is None and changed is not None and changed < (facts.began_ns or 0):
+        yield (
+            "what lies there now was not changed at the time",
+            f"its content became another in the run, but what lies there now was last changed at {_moment(changed)}",
         )
     known = [inode for inode in (then, now) if inode is not None and inode.uid == owner]
     if any(inode.replaceable_by_others for inode in known) and then is not None and _is_older(then):
@@ -484,28 +573,31 @@ def _owned(trace: _Trace, owner: int, now: Inode | None) -> Iterator[str]:
 
 
 def _committed(wrote: Authorship | None) -> Iterator[str]:
-    """What git says of the line; the author of an unsigned commit is whatever somebody typed."""
+    """What git says of the line; an author is whatever somebody typed, and a signature is the committer's."""
     if wrote is None:
         return
+    other = wrote.committer and wrote.committer != wrote.identity
+    by = f"{wrote.identity}, as committed by {wrote.committer}" if other else wrote.identity
     if not wrote.commit:
         yield "the file is not as it was committed: git does not say who changed it"
     elif wrote.signed == "good":
         yield (
-            f"git: the line comes from commit {wrote.commit[:12]} by {wrote.identity}, signed; "
-            f"the signature holds by key {wrote.key}"
+            f"git: the line comes from commit {wrote.commit[:12]}, which names {by} as author; whoever committed it "
+            f"signed it, and the signature holds by key {wrote.key}"
         )
     elif wrote.signed == "bad":
-        yield f"git: the line comes from commit {wrote.commit[:12]} by {wrote.identity}, whose signature does not hold"
+        yield f"git: the line comes from commit {wrote.commit[:12]} by {by}, whose signature does not hold"
     else:
         yield (
-            f"git names {wrote.identity} as author of the line (commit {wrote.commit[:12]}, "
+            f"git names {by} as author of the line (commit {wrote.commit[:12]}, "
             f"{'not signed' if wrote.signed == 'none' else 'signature not checked'}: anybody can write that)"
         )
 
 
 def _fits(wrote: Authorship, owner: int) -> bool:
-    """Whether git speaks for the owner of the file: a signed commit, or an author of the same name."""
-    return wrote.signed == "good" or (bool(wrote.commit) and _name(owner).split(" ", 1)[0] in wrote.identity)
+    """Whether git names the owner of the file as the one who committed the line, by a word and not by a part of one."""
+    words = re.split(r"[^\w.-]+", wrote.committer or wrote.identity)
+    return bool(wrote.commit) and _name(owner).split(" ", 1)[0] in words
 
 
 def _file_of(path: str) -> tuple[str, int | None]:

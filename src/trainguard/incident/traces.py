@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class Authorship(msgspec.Struct, frozen=True, kw_only=True):
     """Hex; empty where the file is not as it was committed."""
     identity: str = ""
     """Author as the commit states it: a claim."""
+    committer: str = ""
+    """Who committed it, as the commit states: after a rebase or an amended commit another than the author. A signature
+    is the committer's. Empty where not asked."""
     signed: Literal["good", "bad", "none", "unknown"] = "none"
     key: str | None = None
     """Fingerprint of the key whose signature holds."""
@@ -82,7 +86,7 @@ def look_at(path: Path) -> Inode | None:
         return None
     return Inode(
         uid=status.st_uid,
-        mode=status.st_mode & 0o7777,
+        mode=None if stat.S_ISLNK(status.st_mode) else status.st_mode & 0o7777,  # a link's own mode says nothing
         changed_ns=status.st_ctime_ns,
         written_ns=status.st_mtime_ns,
         folder_uid=folder.st_uid,
@@ -103,13 +107,13 @@ def who_wrote(path: Path, line: int) -> Authorship | None:
     commit = (told or "").split(" ", 1)[0]
     if re.fullmatch(r"[0-9a-f]{40,64}", commit) is None:
         return None
-    shown = _git(folder, "log", "-1", "--no-show-signature", "--format=%an <%ae>%x00%G?%x00%GF", commit)
+    shown = _git(folder, "log", "-1", "--no-show-signature", "--format=%an <%ae>%x00%cn <%ce>%x00%G?%x00%GF", commit)
     parts = (shown or "").split("\0")
-    if len(parts) != 3:
+    if len(parts) != 4:
         return None
-    identity = parts[0] if NAME.fullmatch(parts[0]) else ascii(parts[0])[:200]
-    state = SIGNED.get(parts[1], "unknown")
-    return Authorship(commit=commit, identity=identity, signed=state, key=parts[2][:100] or None)
+    author, committer = (part if NAME.fullmatch(part) else ascii(part)[:200] for part in parts[:2])
+    state = SIGNED.get(parts[2], "unknown")
+    return Authorship(commit=commit, identity=author, committer=committer, signed=state, key=parts[3][:100] or None)
 
 
 def _git(folder: Path, *words: str) -> str | None:

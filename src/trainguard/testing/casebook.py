@@ -16,6 +16,8 @@ What each expects was fixed before attribution was run on it, and by these rules
 - A service account without a login is an account, and no person.
 - The owner of a file counts as it was when the act was recorded. Who owns it later counts only if the inode was not
   changed since, and never if others could write it or put another one in its place.
+- The owner of a file that is as it was committed pulled the commit, which says nothing of who wrote the line. (Added
+  later than the rest: it took the account from two scripts, this one's robot and the other set's forged author.)
 - What git shows as the author is a claim; so is what the scheduler's variables say, and any name inside the evidence.
 - The job's own account is not the suspect because its own files or its own shell did something.
 """
@@ -390,7 +392,7 @@ def _files() -> list[Script]:
                 s, _file(INSIDER), path="/shared/victim-b/victim_b_debug.py", name="victim-b thread"
             ),
         ),
-        _scene("deployed by the service account", "act", _shows(SERVICE, **lost), _robot),
+        _scene("deployed by the service account", "act", _shows(None, **lost), _robot),
         _scene("deployed by root, author forged", "frame", _shows(None, **lost), _deployed),
         _scene("unsigned commit in the victim's open file", "frame", _shows(None, **lost), _forged_and_open),
         _scene(

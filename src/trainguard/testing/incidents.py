@@ -767,7 +767,7 @@ def _frames() -> list[Script]:
         _scene(
             "job as victim-b from insider's session", "frame", replace(INSIDERS, loss="time"), from_insiders_session
         ),
-        _scene("author of the line forged", "frame", lost, forged),
+        _scene("author of the line forged", "frame", nobody, forged),
         _scene("side file given away afterwards", "frame", lost, given_away),
         _scene("victim's file that all may write", "frame", nobody, lambda s: _side_file(s, uid=VICTIM_B, **world)),
         _scene(

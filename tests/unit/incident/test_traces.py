@@ -67,6 +67,17 @@ def test_a_signature_that_holds_names_its_key_whoever_the_repository_says_to_tru
 
 
 @git_and_keys
+def test_who_committed_another_ones_line_is_told_apart_from_its_author(repository: Path) -> None:
+    """As after a rebase: the author stays, the committer is another, and a signature would be the committer's."""
+    (repository / "train.py").write_text("one\ntwo\nthree\nfour\n")
+    git(repository, "add", "train.py")
+    git(repository, "commit", "-q", "-m", "x", "--author=victim-b <b@example.org>", author="insider")
+    wrote = who_wrote(repository / "train.py", 4)
+    assert wrote is not None
+    assert (wrote.identity, wrote.committer) == ("victim-b <b@example.org>", "insider <insider@lab.example>")
+
+
+@git_and_keys
 def test_a_line_that_is_not_as_committed_has_no_author(repository: Path) -> None:
     (repository / "train.py").write_text("one\nedited\n")
     wrote = who_wrote(repository / "train.py", 2)
@@ -103,7 +114,9 @@ def test_owner_and_modes_are_read_without_following_links(tmp_path: Path) -> Non
     found = look_at(path)
     assert found is not None
     assert (found.uid, found.mode, found.writable_by_others) == (os.getuid(), 0o664, True)
-    assert look_at(link) is not None
+    pointed = look_at(link)
+    assert pointed is not None
+    assert (pointed.mode, pointed.writable_by_others) == (None, False), "every link has mode 0777"
     assert look_at(tmp_path / "gone") is None
     assert look_at(Path("a\0b")) is None
 
