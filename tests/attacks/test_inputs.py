@@ -80,6 +80,27 @@ def test_a_small_file_that_training_asks_for_again_and_again_is_suspicious(tmp_p
     assert f"{tmp_path}/switch is read again and again" in found.message
 
 
+def test_it_is_told_which_package_writes_source_and_which_folders_the_job_makes(tmp_path: Path) -> None:
+    """The line that writes, not whoever called it, or is called by it."""
+    maker = "import os, tempfile\ndef make(name, then):\n    os.makedirs('parts/a', exist_ok=True)\n"
+    maker += "    with tempfile.NamedTemporaryFile('w', dir='parts', suffix=name) as file: then()\n"
+    train = "import os, sys\nsys.path.insert(0, 'x-packages')\nimport maker\nos.makedirs('there', exist_ok=True)\n"
+    train += "maker.make('_made.py', lambda: open('mine.py', 'w').close())\n"
+    write(tmp_path, {"train.py": train, "x-packages/maker.py": maker})
+    (tmp_path / "there").mkdir()
+    lines = [
+        line for record in watch(tmp_path).records if record.kind == "open" for line in record.body.get("files", ())
+    ]
+    written = {
+        Path(line["path"]).name[-8:]: line.get("by")
+        for line in lines
+        if line["mode"] == "w" and line["path"].endswith(".py")
+    }
+    assert written == {"_made.py": str(tmp_path / "x-packages/maker.py"), "mine.py": None}
+    folders = [line["path"] for line in lines if line["mode"] == "made"]
+    assert folders == [str(tmp_path / "parts"), str(tmp_path / "parts/a")]
+
+
 def test_an_input_that_is_not_in_the_lock_is_named(tmp_path: Path) -> None:
     """One file more than was approved, read before training."""
     write(tmp_path, {"train.py": "import os\nprint(open('data.txt').read() if os.path.exists('data.txt') else '-')\n"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 from trainguard.appraise.interface import Context, finding_from
@@ -49,6 +50,8 @@ class Inputs:
         self._explained: dict[str, None] = {}
         self._outputs: set[str] = set()
         self._folders: set[str] = set()
+        self._made: set[str] = set()
+        """Folders that the job made."""
         self._moved: list[tuple[str, str]] = []
         """Folders that the job renamed: (new name, old name)."""
         self._began: int | None = None
@@ -86,6 +89,10 @@ class Inputs:
             source = text(line.get("of"), 4096)
             if source is not None and len(self._moved) < FOLDERS_LIMIT:
                 self._moved.append((path, source))
+            return
+        if line.get("mode") == "made":
+            if len(self._made) < PATHS_LIMIT:
+                self._made.add(path)
             return
         if line.get("mode") == "w":
             if len(self._outputs) < PATHS_LIMIT:
@@ -128,7 +135,7 @@ class Inputs:
                 expected=f"sha256 {locked}",
                 found=f"sha256 {found}",
             )
-        elif not self._is_output(path, line) and not _is_metadata(path):
+        elif not self._is_output(path, line, evidence.uid) and not _is_metadata(path):
             yield from self._tell(
                 evidence,
                 "suspicious",
@@ -171,16 +178,21 @@ class Inputs:
             return False
         return f"/.cache/{below.split('/', 1)[0]}/" in path
 
-    def _is_output(self, path: str, line: dict[str, Any]) -> bool:
+    def _is_output(self, path: str, line: dict[str, Any], uid: int | None) -> bool:
         """Whether the job wrote the file, as far as is known: said so, declared so, or made among its own files.
 
-        torch.save of an object without tensors is seen by nobody; such a file lies beside others that were.
+        What native code writes is seen by nobody (torch.save of an object without tensors, tokenizers): such a file
+        lies beside others that were, or in a folder that the job made, and belongs to its account.
         """
         if self._wrote(path) or self._origins.declared_output(path):
             return True
         written = line.get("mtime_ns")
         fresh = isinstance(written, int) and self._began is not None and written >= self._began
-        return fresh and path.endswith(CHECKPOINTS) and path.rsplit("/", 1)[0] in self._folders
+        if fresh and path.endswith(CHECKPOINTS) and path.rsplit("/", 1)[0] in self._folders:
+            return True
+        return (
+            fresh and line.get("uid") == uid is not None and any(str(f) in self._made for f in PurePath(path).parents)
+        )
 
     def _wrote(self, path: str) -> bool:
         """Whether the job wrote the file, under this name or under that of a folder it renamed since."""

@@ -8,7 +8,8 @@ taken before this attempt. Only where there is neither do the process's own clai
     own        the job's own code; there is no lock to hold it to
     guard      a file of trainguard that is the one this judge was shipped with, or that the lock holds; of a run that
                another version recorded, the one that its supervisor had
-    cache      made on this machine from other code: TorchInductor, Triton, remote modules
+    cache      made on this machine from other code: TorchInductor, Triton, remote modules; source that an installed
+               package wrote in this run
     foreign    outside the job's folder and every library; there is no lock
     planted    contradicts the lock, or is not what was measured before the start
     generated  code without a file
@@ -40,6 +41,7 @@ PATHS_LIMIT = 200_000
 """Paths remembered per run; an attacker cannot make a judge hold more."""
 
 
+GENERATED_LIMIT = 10_000
 REFERENCES_LIMIT = 4
 
 
@@ -62,6 +64,8 @@ class Origins:
         self._folders: tuple[str, ...] = ()
         self._locked: dict[str, Mapping[str, str]] = {}
         self._taken: dict[str, Mapping[str, str]] = {}
+        self._generated: set[str] = set()
+        """Source files that installed packages wrote in this run."""
         self._guard: str | None = None
         self._guard_then: Mapping[str, str] | None = None
         """The guard's files by the word of a supervisor of another version; None where this judge's own are meant."""
@@ -81,6 +85,8 @@ class Origins:
             for path, digest, *_ in rows(body.get("files"), 4):
                 if isinstance(path, str) and isinstance(digest, str) and len(self.hashes) < PATHS_LIMIT:
                     self.hashes.setdefault(self.normal(path), digest)
+        elif evidence.kind == "open":
+            self._opened(body.get("files"))
 
     def _start(self, body: Mapping[str, Any]) -> None:
         cwd = body.get("cwd")
@@ -113,6 +119,15 @@ class Origins:
             return
         self.outputs = self.lock.declared.outputs if self.lock is not None else ()
         self._rebuild()
+
+    def _opened(self, files: object) -> None:
+        """Source that a package generates: it could as well execute the text, which is its own business too."""
+        for line in dicts(files):
+            path, package = line.get("path"), line.get("by")
+            if line.get("mode") != "w" or not isinstance(path, str) or not isinstance(package, str):
+                continue
+            if path.endswith(".py") and len(self._generated) < GENERATED_LIMIT and self.standing(package) == "library":
+                self._generated.add(self.normal(path))
 
     def _where(self, where: object) -> None:
         """The process's own word on its folders: used for aliases, the guard, and where nothing was measured."""
@@ -163,7 +178,7 @@ class Origins:
         found = self._tree_of(path)
         if found is not None:
             return found
-        if any(mark in path for mark in CACHE_MARKS) or self._in_cache(path):
+        if any(mark in path for mark in CACHE_MARKS) or self._in_cache(path) or path in self._generated:
             return "cache", "", path
         for folder in self._folders if self.measured is None else ():
             if path.startswith(folder + "/"):

@@ -181,9 +181,19 @@ class Inputs:
             file = self.files[path] = File()
         if not file.own:
             file.own = True
-            self.report({"path": path, "mode": "w", "place": self.place()[0]})
+            line = {"path": path, "mode": "w", "place": self.place()[0]}
+            package = _writer() if path.endswith(".py") else None
+            if package is not None:
+                line["by"] = package
+            self.report(line)
         file.settled = False
         self.unsettled.add(path)
+
+    def on_mkdir(self, args: Tuple[Any, ...]) -> None:
+        """Audit event `os.mkdir`: what appears in a folder that we made is ours, whoever of us writes it."""
+        path = _absolute(os.fsdecode(args[0])) if isinstance(args[0], (str, bytes)) else None
+        if path is not None and not self._is_ignored(path) and not os.path.lexists(path):
+            self.report({"path": path, "mode": "made", "place": self.place()[0]})
 
     def reads(self, path: str, how: str = "r") -> None:
         """This process is about to read `path`: report it the first time, when it changed, and when it is polled."""
@@ -360,6 +370,18 @@ def _package() -> Optional[str]:
     return None
 
 
+def _writer() -> Optional[str]:
+    """File of an installed package whose own line is about to write, the standard library left out; else None."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        installed = "-packages" + os.sep in name
+        if not _is_ours(name) and (installed or not name.startswith(_STANDARD)):
+            return str(_absolute(name)) if installed else None
+        frame = frame.f_back
+    return None
+
+
 class InputsLink:
     """The engine's side of *code* and *inputs*: tells them the step and gives them a moment between steps."""
 
@@ -439,6 +461,7 @@ def install(client: Client) -> None:
     loaded = code.current()
     if loaded is not None:
         loaded.first = state.flush
+    audit.on("os.mkdir", state.on_mkdir)
     audit.on("os.rename", state.on_rename)
     audit.on("os.link", lambda args: state.on_rename(args, "link"))
     audit.on("os.symlink", lambda args: state.on_rename(args, "symlink"))
@@ -557,4 +580,5 @@ def _is_ours(name: str) -> bool:
 
 
 _noting = False
+_STANDARD = ("<frozen ", os.path.dirname(os.path.abspath(os.__file__)) + os.sep)
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep

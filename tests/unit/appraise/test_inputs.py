@@ -59,7 +59,8 @@ def locked() -> tuple[dict[str, Any], dict[str, bytes]]:
 def of_the_locked_run(*lines: dict[str, Any]) -> list[Finding]:
     body, blobs = locked()
     check = Inputs(Context(run="r", policy=Policy(), blob=blobs.__getitem__))
-    found = list(check.see(Evidence(n=0, at=0, source="supervisor", kind="measurement", body=body)))
+    found = list(check.see(Evidence(n=0, at=0, source="supervisor", kind="start", body={"cwd": "/job", "command": []})))
+    found += check.see(Evidence(n=0, at=0, source="supervisor", kind="measurement", body=body))
     for n, line in enumerate(lines, 1):
         given = {"sha256": "b" * 64, "size": 9, "place": "/job/train.py:3", "step": None, "uid": 1000} | line
         record = Evidence(n=n, at=n, source="process", kind="open", body={"files": [given]}, process=0, uid=1000)
@@ -78,6 +79,26 @@ def test_a_cache_built_in_a_folder_that_was_renamed_since_is_the_jobs_own() -> N
     (found,) = of_the_locked_run(*made, read | {"path": "/c/a/x/planted.arrow"})
     assert (found.outcome, found.techniques) == ("suspicious", ("B2",))
     assert [each.outcome for each in of_the_locked_run(made[0], read)] == ["suspicious"]
+
+
+@pytest.mark.parametrize(
+    ("made", "other", "outcomes"),
+    [
+        ("/job/tok", {}, []),
+        ("/job", {}, []),
+        (None, {}, ["suspicious"]),
+        ("/job/to", {}, ["suspicious"]),
+        ("/job/tok", {"uid": 1001}, ["suspicious"]),
+        ("/job/tok", {"mtime_ns": -1}, ["suspicious"]),
+    ],
+)
+def test_what_native_code_wrote_into_a_folder_that_the_job_made_is_its_own(
+    made: str | None, other: dict[str, Any], outcomes: list[str]
+) -> None:
+    """Nobody sees such a file being written. One of another account, or from before the run, is no output."""
+    lines = [{"path": made, "mode": "made"}] if made is not None else []
+    read = {"path": "/job/tok/words.json", "mode": "r", "mtime_ns": 5, "uid": 1000} | other
+    assert [each.outcome for each in of_the_locked_run(*lines, read)] == outcomes
 
 
 @pytest.mark.parametrize(

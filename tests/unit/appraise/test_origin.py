@@ -110,6 +110,23 @@ def test_with_a_lock_what_it_does_not_hold_is_planted(place: str, standing: str)
     assert with_lock(measurement(), measurement()).standing(place) == standing
 
 
+@pytest.mark.parametrize(
+    ("by", "standing"),
+    [
+        ("/env/lib/site-packages/torch/__init__.py", "cache"),
+        ("/env/lib/site-packages/planted.py", "planted"),
+        ("/job/train.py", "planted"),
+        (None, "planted"),
+    ],
+)
+def test_source_that_a_locked_package_wrote_in_this_run_is_its_own_business(by: str | None, standing: str) -> None:
+    """Templates that a library fills in and imports. Written by anything else it is not."""
+    line = {"path": "/tmp/propagate_x1.py", "mode": "w", "by": by}
+    found = with_lock(measurement(), measurement(), ("open", {"files": [line]}))
+    assert found.standing("/tmp/propagate_x1.py:3") == standing
+    assert found.standing("/tmp/propagate_x2.py:3") == "planted"
+
+
 def test_a_file_that_was_compiled_from_other_bytes_is_planted() -> None:
     """The hash of what ran outweighs the name."""
     files = ("code", {"files": [["/job/train.py", B, "__main__", "main"]]})
