@@ -26,6 +26,7 @@ from trainguard.evidence import Evidence, unfold
 from trainguard.home import Home
 from trainguard.lockfile import Measurement, parse_measurement
 from trainguard.policy import Policy
+from trainguard.veil import MAINTENANCE, read_veil
 
 STEP_LIMIT = 1_000_000
 """Steps compared; each takes about half a kilobyte of memory in each run."""
@@ -89,12 +90,19 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 def compare_runs(home: Home, first: str, second: str) -> Comparison:
     """Everything recorded of two runs, side by side. Raises Misuse or VerificationError where no log can be used."""
     leaves = LogLeaves(home)
+    veil = read_veil(lambda: leaves.sealed)
+    if any(veil.hides("run", run) for run in (first, second)):
+        return _hidden(first, second)
     one, two = (_read(home, run, leaves) for run in (first, second))
     notes = [*one.notes, *two.notes]
     found = [*_launch(one, two), *_environment(one, two, notes), *_inputs(one, two)]
     steps, compared = _steps(one, two, notes)
     found += [*steps, *_ends(one, two)]
     notes += _incomparable(one, two)
+    shown = [each for each in found if not veil.hides_path(each.what)]
+    if len(shown) < len(found):
+        found, one.complete = shown, False
+        notes.append(MAINTENANCE)
     likeliest, sentence = _likeliest(found, one, two, compared)
     complete = one.complete and two.complete and compared > 0
     return Comparison(
@@ -105,6 +113,19 @@ def compare_runs(home: Home, first: str, second: str) -> Comparison:
         differences=tuple(found),
         steps_compared=compared,
         notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _hidden(first: str, second: str) -> Comparison:
+    """What is said where one of the runs is muted (veil.py): nothing of either, and not that they are equal."""
+    return Comparison(
+        runs=(first, second),
+        equal=None,
+        likeliest=None,
+        sentence=f"These runs cannot be compared now: {MAINTENANCE}.",
+        differences=(),
+        steps_compared=0,
+        notes=(MAINTENANCE,),
     )
 
 

@@ -15,6 +15,7 @@ from trainguard.cli._view import show
 from trainguard.cli.verdict import named_run
 from trainguard.errors import Misuse
 from trainguard.home import Home
+from trainguard.veil import MAINTENANCE
 
 NAMES = ("local", "slurm", "ray", "kubernetes")
 """As in replay.executors, which is imported when it is used."""
@@ -76,6 +77,8 @@ def command(
     A difference that two replays from the first step agree on is explained: its step is tried again with what may have
     been done to it, until one gives the recorded bytes.
 
+    Where this machine mutes the run, it is replayed and logged, and only the verdict as it is shown here is told.
+
     Exit status: 0 every drawn segment is equal bit for bit, 1 one differs, 3 something could not be replayed.
     """
     from trainguard.appraise.judge import judge_run
@@ -98,14 +101,18 @@ def command(
         bisect=bisect,
         explain_seconds=EXPLAIN_SECONDS if explain else 0.0,
     )
-    report = audit(home, name, options, progress=(lambda _text: None) if quiet or as_json else warn)
+    muted = MAINTENANCE in judge_run(home, name).gaps
+    report = audit(home, name, options, progress=(lambda _text: None) if quiet or as_json or muted else warn)
+    verdict = judge_run(home, name) if muted or as_json else None
     if as_json:
-        sys.stdout.buffer.write(msgspec.json.encode(judge_run(home, name)) + b"\n")
+        sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
+    elif muted and not quiet:
+        click.echo(f"run {name}: {MAINTENANCE}")
     elif not quiet:
         from trainguard.render.audit import audit_view
 
         show(lambda ascii_only: audit_view(report, ascii_only=ascii_only))
-    return report.exit_status
+    return verdict.exit_status if muted and verdict is not None else report.exit_status
 
 
 def _segments(home: Home, run: str, text: str | None) -> tuple[int, ...] | None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
+from tests.helpers import told
 from tests.helpers.cases import DAY, Site
 from tests.helpers.family import Family
 from tests.helpers.family import finding as bad
+from tests.helpers.sourced import opened
 
 from trainguard import opaque, veil
+from trainguard.appraise.difference import compare_runs
 from trainguard.appraise.judge import veiled, waived
 from trainguard.appraise.verdict import decide
 from trainguard.archive import LogLeaves
 from trainguard.cases.desk import RefusedAct
+from trainguard.cli import main
 from trainguard.errors import Misuse, VerificationError
 from trainguard.finding import Finding, LinkState, Subject
+from trainguard.home import Home
 from trainguard.incident.gate import ask
 from trainguard.incident.recover import plan_recovery
 from trainguard.log import Log
@@ -207,6 +215,52 @@ def test_recovery_under_a_mute_goes_on_from_the_same_place_and_says_nothing(fami
     assert (plan.verdict, plan.first_bad_step, plan.reason) == ("UNKNOWN", None, MAINTENANCE)
     assert "TAINTED" not in str(plan)
     assert "a weight changed" not in str(plan)
+
+
+def test_a_muted_run_is_not_compared_with_another(family: Family):
+    """Not even that they differ, in whichever order, and not that they are equal."""
+    for runs in (("job-7", "tuned"), ("tuned", "job-7"), ("job-7", "job-7")):
+        quiet = compare_runs(family.home, *runs)
+        assert (quiet.equal, quiet.differences, quiet.notes, quiet.exit_status) == (None, (), (MAINTENANCE,), 3)
+        assert quiet.likeliest is None
+    assert compare_runs(family.home, "tuned", "tuned").notes != (MAINTENANCE,)
+
+
+def test_a_muted_file_is_left_out_of_a_comparison(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """With the mute the difference is gone and nothing is called equal; without it, it is told."""
+    for run, content in (("a", b"one"), ("b", b"two")):
+        told.record(site.home, run, told.whole_run(opened("/shared/x.json", content), told.step(1)))
+    assert [one.what for one in compare_runs(site.home, "a", "b").differences] == ["/shared/x.json"]
+    monkeypatch.setenv("TRAINGUARD_APPROVERS", str(tmp_path / "approvers"))
+    monkeypatch.setattr(Veil.__init__, "__defaults__", (lambda: site.now_ns / 1e9,))
+    with Log.open(site.home.log, site.home.keys / "log.key") as log:
+        log.append([muted(site, "path", "/shared/x.json")])
+    quiet = compare_runs(site.home, "a", "b")
+    assert (quiet.equal, quiet.differences, quiet.likeliest) == (None, (), None)
+    assert MAINTENANCE in quiet.notes
+    assert "x.json" not in str(quiet)
+
+
+def test_an_audit_of_a_muted_run_tells_nothing_of_what_it_found(
+    family: Family, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Neither in words nor on the way nor by its status; it is made and recorded all the same."""
+    made = []
+
+    def replayed(_home: Home, name: str, _options: object, *, progress: Callable[[str], None]) -> object:
+        made.append(name)
+        progress("segment 3 differs at step 6")
+        return SimpleNamespace(exit_status=1)
+
+    monkeypatch.setattr("trainguard.replay.audit.audit", replayed)
+    monkeypatch.setenv("TRAINGUARD_HOME", str(family.home.root))
+    assert main(["audit", "job-7"]) == 3
+    said = capsys.readouterr()
+    assert (made, said.out.strip(), said.err) == (["job-7"], f"run job-7: {MAINTENANCE}", "")
+    assert main(["audit", "job-7", "--json"]) == 3
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["verdict"], shown["findings"]) == ("UNKNOWN", [])
+    assert main(["audit", "tuned", "--quiet"]) == 1
 
 
 # -- waivers -----------------------------------------------------------------------------------------------------------
