@@ -22,6 +22,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from trainguard.digest import canonical_json, write_durably
 from trainguard.errors import MalformedEvidence, Unavailable, VerificationError
@@ -35,6 +36,8 @@ ENVELOPE_LIMIT_BYTES = 64 * 1024
 """C2SP tlog-tiles entries are at most 65,535 bytes; larger evidence goes by digest."""
 
 _ECDSA = ec.ECDSA(hashes.SHA256())
+_REPEATABLE = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+_P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
 def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
@@ -59,10 +62,14 @@ def statement(predicate: str, body: Mapping[str, Any], subject: Sequence[Mapping
     }
 
 
-def sign_statement(value: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes:
-    """The DSSE envelope, as JSON bytes, of a statement signed with `key`."""
+def sign_statement(value: Mapping[str, Any], key: ec.EllipticCurvePrivateKey, *, repeatable: bool = False) -> bytes:
+    """The DSSE envelope, as JSON bytes, of a statement signed with `key`.
+
+    repeatable: the same bytes every time: a nonce drawn from key and text (RFC 6979), the lower of the two values of s.
+    """
     payload = canonical_json(value)
-    signature = key.sign(pre_authentication_encoding(PAYLOAD_TYPE, payload), _ECDSA)
+    encoded = pre_authentication_encoding(PAYLOAD_TYPE, payload)
+    signature = _lower(key.sign(encoded, _REPEATABLE)) if repeatable else key.sign(encoded, _ECDSA)
     return canonical_json(
         {
             "payload": base64.b64encode(payload).decode(),
@@ -70,6 +77,11 @@ def sign_statement(value: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) ->
             "signatures": [{"keyid": key_id(key.public_key()), "sig": base64.b64encode(signature).decode()}],
         }
     )
+
+
+def _lower(signature: bytes) -> bytes:
+    r, s = decode_dss_signature(signature)
+    return encode_dss_signature(r, min(s, _P256_ORDER - s))
 
 
 def verify_statement(

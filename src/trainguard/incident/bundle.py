@@ -16,19 +16,21 @@ import msgspec
 from trainguard import __version__
 from trainguard.archive import LogLeaves, SegmentLeaf
 from trainguard.digest import sha256_hex
+from trainguard.envelope import load_or_create_key, sign_statement, statement
 from trainguard.errors import Unavailable, VerificationError
 from trainguard.home import Home
 from trainguard.incident import offline
 from trainguard.incident.correlate import Incident
 from trainguard.log import LogReader
 
-SCHEMA = "trainguard/bundle/v1"
+SCHEMA = "trainguard/bundle/v2"
 README = """Evidence bundle of an incident, made by trainguard {version}.
 
     python verify.py THIS.zip
 
 checks all of it with nothing but Python 3.8 or newer: signatures, Merkle proofs, segments, citations. It prints the
-fingerprints of the two keys; compare them with those you got another way. incident.json is what is claimed;
+fingerprints of the two keys; compare them with those you got another way. incident.json is what is claimed, signed
+with everything else here by SIGNATURE.json;
 segments/ holds the records it rests on, one JSON document a line after its chain value; leaves/ the signed
 statements, proofs/ their inclusion proofs.
 """
@@ -37,7 +39,8 @@ statements, proofs/ their inclusion proofs.
 def make_bundle(home: Home, incident: Incident) -> bytes:
     """The bundle of `incident`: the same bytes every time it is made from the same log.
 
-    Raises VerificationError where the log does not hold, Unavailable where the evidence is gone.
+    Signed as a whole by the key of the log's statements. Raises VerificationError where the log does not hold,
+    Unavailable where the evidence is gone.
     """
     leaves = LogLeaves(home)
     reader = LogReader(home.log, home.keys / "log.vkey")
@@ -61,8 +64,17 @@ def make_bundle(home: Home, incident: Incident) -> bytes:
     for leaf in segments:
         files[f"segments/{leaf.leaf}.spool"] = _segment(home, incident.run, leaf)
     listed = {name: sha256_hex(data) for name, data in sorted(files.items())}
-    files[offline.MANIFEST] = msgspec.json.encode({"schema": SCHEMA, "incident": incident.id, "files": listed})
+    manifest = msgspec.json.encode({"schema": SCHEMA, "incident": incident.id, "files": listed})
+    files[offline.MANIFEST] = manifest
+    files[offline.SIGNATURE] = _signed(home, incident, manifest)
     return offline.pack(files)
+
+
+def _signed(home: Home, incident: Incident, manifest: bytes) -> bytes:
+    """What this home says of the whole bundle: that it made it. The same bytes every time."""
+    subject = [{"name": offline.MANIFEST, "digest": {"sha256": sha256_hex(manifest)}}]
+    said = statement(offline.PREDICATE, {"incident": incident.id, "run": incident.run}, subject)
+    return sign_statement(said, load_or_create_key(home.keys / "attestation.pem"), repeatable=True)
 
 
 def _segment(home: Home, run: str, leaf: SegmentLeaf) -> bytes:

@@ -7,10 +7,11 @@ copy in the bundle takes one from elsewhere. What it checks, in this order:
 
  1. container     the zip is, byte for byte, what its files make (stored, sorted, no dates): nothing hides in it
  2. manifest      every file has the SHA-256 that MANIFEST.json states, and there are no others
+    signature     the attestation key signed that manifest, and so every word in the bundle
  3. tree head     signed by the log's key (Ed25519, RFC 8032)
  4. leaves        each is in the tree under that head (RFC 6962)
  5. statements    each is signed by the attestation key (ECDSA P-256, FIPS 186-5, over DSSE)
- 6. segments      each has the SHA-256 that its statement states, and its records chain
+ 6. segments      each is of the incident's run, has the SHA-256 that its statement states, and its records chain
  7. incident      every record it cites is in one of these segments, and its name is the digest of what it is made of
 
 The keys are in the bundle. That they are the right ones only somebody else can say: compare the two fingerprints that
@@ -23,6 +24,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import sys
 import zipfile
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -34,6 +36,10 @@ _Files = Mapping[str, bytes]
 LIMIT_BYTES = 1 << 30
 FILE_LIMIT = 10000
 MANIFEST = "MANIFEST.json"
+SIGNATURE, PREDICATE, BASE = "SIGNATURE.json", "bundle/v1", "https://trainguard.dev/attestation/"
+NAMES = re.compile(
+    r"README\.txt|verify\.py|(?:leaves|proofs)/(?:0|[1-9][0-9]{0,14})\.json|segments/(?:0|[1-9][0-9]{0,14})\.spool"
+)
 HEAD, LOG_KEY, ATTESTATION_KEY, INCIDENT = "tree-head.txt", "keys/log.vkey", "keys/attestation.pem", "incident.json"
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -235,10 +241,11 @@ def verify(data: bytes, log_key: Optional[str] = None, attestation_key: Optional
     for name, wanted in (("log", log_key), ("attestation", attestation_key)):
         if wanted is not None and wanted.lower() != prints[name]:
             raise Refused(f"{name} key: expected fingerprint {wanted}, found {prints[name]}")
+    _check_signature(files, point, prints["attestation"])
     size, root = _head(_text(files, HEAD), vkey, origin, public)
     statements = _statements(files, size, root, point)
-    records, kinds = _records(files, statements)
     incident = _json(files, INCIDENT)
+    records, kinds = _records(files, statements, incident["run"])
     cited = _incident(incident, records)
     return {
         "incident": incident["id"],
@@ -250,15 +257,16 @@ def verify(data: bytes, log_key: Optional[str] = None, attestation_key: Optional
         "citations": cited,
         "kinds": kinds,
         "files": len(files),
+        "verifier": hashlib.sha256(files["verify.py"]).hexdigest() if "verify.py" in files else None,
     }
 
 
 def _check_manifest(files: _Files) -> None:
     manifest = _json(files, MANIFEST)
     listed = manifest.get("files")
-    if manifest.get("schema") != "trainguard/bundle/v1" or not isinstance(listed, dict):
-        raise Refused(f"{MANIFEST}: expected schema trainguard/bundle/v1 with files")
-    others = set(files) - {MANIFEST}
+    if manifest.get("schema") != "trainguard/bundle/v2" or not isinstance(listed, dict):
+        raise Refused(f"{MANIFEST}: expected schema trainguard/bundle/v2 with files")
+    others = set(files) - {MANIFEST, SIGNATURE}
     if set(listed) != others:
         odd = sorted(set(listed) ^ others)[:4]
         raise Refused("{}: the files listed and those there differ: {}".format(MANIFEST, ", ".join(odd)))
@@ -266,6 +274,32 @@ def _check_manifest(files: _Files) -> None:
         found = hashlib.sha256(files[name]).hexdigest()
         if found != listed[name]:
             raise Refused(f"{name}: expected sha256 {listed[name]}, found {found}")
+
+
+def _check_signature(files: _Files, point: _Point, fingerprint: str) -> None:
+    """The manifest is signed, by the key that is shown, in the one form that a signature of it has."""
+    text = _text(files, SIGNATURE)
+    value = _signed(SIGNATURE, text.encode(), point)
+    outer = json.loads(text)
+    (only,) = outer["signatures"]
+    pair = _der_pair(base64.b64decode(only["sig"]))
+    again = {
+        "payload": base64.b64encode(base64.b64decode(outer["payload"])).decode(),
+        "payloadType": "application/vnd.in-toto+json",
+        "signatures": [{"keyid": fingerprint, "sig": base64.b64encode(base64.b64decode(only["sig"])).decode()}],
+    }
+    if pair is None or pair[1] > _N // 2 or json.dumps(again, sort_keys=True, separators=(",", ":")) != text:
+        raise Refused(f"{SIGNATURE}: not in the one form that it has")
+    stated = [{"name": MANIFEST, "digest": {"sha256": hashlib.sha256(files[MANIFEST]).hexdigest()}}]
+    if value.get("predicateType") != BASE + PREDICATE or value.get("subject") != stated:
+        raise Refused(f"{SIGNATURE}: signed for another manifest, or for something else")
+    odd = [
+        n
+        for n in files
+        if not NAMES.fullmatch(n) and n not in (MANIFEST, SIGNATURE, HEAD, LOG_KEY, ATTESTATION_KEY, INCIDENT)
+    ]
+    if odd:
+        raise Refused("{}: not a file of a bundle".format(", ".join(sorted(odd)[:4])))
 
 
 def _vkey(text: str) -> Tuple[bytes, str, bytes]:
@@ -349,7 +383,7 @@ def _signed(name: str, entry: bytes, point: _Point) -> Any:
     return json.loads(payload.decode())
 
 
-def _records(files: _Files, statements: Mapping[int, Any]) -> Tuple[Dict[str, int], Dict[str, int]]:
+def _records(files: _Files, statements: Mapping[int, Any], run: str) -> Tuple[Dict[str, int], Dict[str, int]]:
     """Hash of every record in the segments, with its leaf; and how many there are of each kind."""
     records: Dict[str, int] = {}
     kinds: Dict[str, int] = {}
@@ -361,6 +395,8 @@ def _records(files: _Files, statements: Mapping[int, Any]) -> Tuple[Dict[str, in
         if name not in files:
             raise Refused("%s: missing: leaf %d is a segment" % (name, leaf))
         data, body = files[name], statement["predicate"]
+        if body["run"] != run:
+            raise Refused("%s: records of run %s, and the incident is of run %s" % (name, body["run"], run))
         stated = statement["subject"][0]["digest"]["sha256"]
         if hashlib.sha256(data).hexdigest() != stated or len(data) != body["bytes"]:
             raise Refused("%s: its bytes are not those that leaf %d was made of" % (name, leaf))
@@ -463,6 +499,13 @@ def run(arguments: Sequence[str]) -> Tuple[int, str]:
         f"  of a log of {summary['tree_size']} entries",
         *(f"  {name} key {value}" for name, value in sorted(summary["fingerprints"].items())),
     ]
+    try:
+        with open(__file__, "rb") as file:
+            own = hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        own = ""
+    if summary["verifier"] != own:
+        lines.append("  the verify.py in the bundle is another one than this: %s" % summary["verifier"])
     if len(options) < 2:
         lines.append("  compare these fingerprints with those you got another way")
     return 0, "\n".join(lines)
