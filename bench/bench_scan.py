@@ -2,7 +2,7 @@
 
     python bench/bench_scan.py [--peers FOLDER_OF_A_VENV/bin] [--only NAME]
 
-Files are made on the fly in a temporary folder (the large ones are sparse). Every tool is its own process, start-up
+Peers come from `sh tools/peers.sh .venv-tools/peers`. Files are made on the fly in a temporary folder (the large ones are sparse). Every tool is its own process, start-up
 included; CPU is user + system of that process, memory its peak (VmHWM). A peer that is not installed is skipped and the
 table says so. Budgets (DESIGN 13): 1 GiB <= 0.6 CPU-s and <= 50 MiB, 100,000 tensors <= 3 CPU-s.
 """
@@ -148,7 +148,8 @@ def warm(path: Path) -> None:
 def main() -> int:
     """Make the files, run the tools, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", type=Path, help="bin folder of a virtual environment with peers")
+    beside = Path(__file__).parents[1] / ".venv-tools" / "peers" / "bin"
+    parser.add_argument("--peers", type=Path, default=beside, help="bin folder of a virtual environment with peers")
     parser.add_argument("--only", help="only files whose name holds this")
     options = parser.parse_args()
     commands = tools(options.peers)

@@ -3,7 +3,7 @@
     python bench/bench_seal.py [--gigabytes 2] [--folder DIR]
 
 Each figure stands beside a bare reader of the same bytes in the same run (hashlib in a loop, `openssl dgst`,
-`sha256sum`, and model_signing where TRAINGUARD_MODEL_SIGNING names it), because the ratio is what carries over to
+`sha256sum`, and model_signing: `sh tools/readers.sh .venv-tools`, or TRAINGUARD_MODEL_SIGNING), because the ratio is what carries over to
 another machine. CPU time is user and system time of the child. Budgets are those of the design: verify at least 1.3 GB
 per CPU-second with SHA-256 and 3 with BLAKE3, at most 80 MB, at most 0.25 CPU-seconds to start; the tee at most 0.8
 CPU-seconds per GB with SHA-256 and 0.2 with BLAKE3.
@@ -91,7 +91,8 @@ def readers(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     for name, *command in (("openssl", "dgst", "-sha256"), ("sha256sum",)):
         if shutil.which(name):
             yield f"{name}", "sha256", [name, *command, str(path)]
-    peer = os.environ.get("TRAINGUARD_MODEL_SIGNING")
+    beside = Path(__file__).parents[1] / ".venv-tools" / "bin" / "model_signing"  # tools/readers.sh puts it there
+    peer = os.environ.get("TRAINGUARD_MODEL_SIGNING") or (str(beside) if beside.exists() else None)
     if peer:
         key, signature = Path(os.environ["TRAINGUARD_HOME"]) / "keys", path.with_suffix(".peer")
         sign = ["sign", "key", str(path), "--private_key", str(key / "attestation.pem"), "--signature", str(signature)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tests.helpers.checkpoints import bytes_of, home, safetensors_ranges, save_file, save_folder, seal
+from tests.helpers.checkpoints import bytes_of, home, safetensors_ranges, save_file, save_folder, seal, torch_ranges
 
 from trainguard.errors import TrainguardError, Unavailable
 from trainguard.home import Home
@@ -462,6 +462,8 @@ class Mutations:
         self.genuine = {step: bytes_of(path) for step, path in ((500, self.old), (900, self.new))}
         self.insider = Home(folder / "insider")
         self.files = sorted(p for p in self.new.iterdir())
+        readers = {".safetensors": safetensors_ranges, ".pt": torch_ranges, ".pth": torch_ranges}
+        self.ranges = {file: readers.get(file.suffix, lambda path: {})(file) for file in self.files}
 
     def restore(self) -> None:
         """The folder as it was sealed."""
@@ -476,7 +478,7 @@ class Mutations:
         data = bytearray(file.read_bytes())
         at = draw.randrange(len(data))
         data[at] ^= 1 << draw.randrange(8)
-        inside = safetensors_ranges(file) if file.suffix == ".safetensors" else {}
+        inside = self.ranges[file]
         file.write_bytes(data)
         return {name for name, (start, end) in inside.items() if start <= at < end}
 

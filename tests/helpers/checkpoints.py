@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,35 @@ def safetensors_ranges(path: Path) -> dict[str, tuple[int, int]]:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     return {n: (start + t["data_offsets"][0], start + t["data_offsets"][1]) for n, t in header.items()}
+
+
+def torch_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Name → [start, end) of the bytes of each tensor in a torch zip; each has a storage of its own.
+
+    torch numbers storages as it meets them, so walking the loaded value in order gives each record its name.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename.rpartition("/")[2]: info for info in archive.infolist() if "/data/" in info.filename}
+    for number, name in enumerate(_tensor_names(torch.load(path, weights_only=True), "")):
+        info = records[str(number)]
+        name_bytes, extra_bytes = struct.unpack_from("<HH", data, info.header_offset + 26)
+        start = info.header_offset + 30 + name_bytes + extra_bytes
+        found[name] = (start, start + info.file_size)
+    return found
+
+
+def _tensor_names(value: object, name: str) -> Iterator[str]:
+    if isinstance(value, torch.Tensor):
+        yield name
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            inner = f"[{key}]" if isinstance(key, int) else f".{key}" if name else str(key)
+            yield from _tensor_names(child, name + inner)
+    elif isinstance(value, list | tuple):
+        for index, child in enumerate(value):
+            yield from _tensor_names(child, f"{name}[{index}]")
 
 
 def home(path: Path) -> Home:

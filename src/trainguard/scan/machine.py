@@ -84,6 +84,10 @@ CALL_ONLY = frozenset(("getattr", "reconstructor", "new_object", "partial", "tor
 """Kinds whose rule guards what they are given. They may be called but not kept in a container or an object, from where
 a library could call them with arguments no rule has seen."""
 
+INSTANTIATOR = "_instantiator"
+INSTANTIATORS = frozenset(f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning"))
+"""What its command line writes there."""
+
 ALIGNMENT_BYTES = 32
 """joblib aligns to 16. No opcode is below 0x28, so a length up to this ends a plain unpickler."""
 ARRAY_WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
@@ -251,6 +255,8 @@ class Machine:
                 raise Refused("key", f"dict key: tuples nested more than {KEY_DEPTH} deep")
             for item in key:
                 self._check_key(item, depth - 1)
+        elif isinstance(key, Object) and key.origin.name == "builtins.str":
+            raise Refused("key", "dict key: a text that a call makes, which nothing writes")
         elif not (is_constant(key) or isinstance(key, Global | Object | Storage)):
             raise Malformed(f"dict key: expected something hashable, found {describe(key)}")
 
@@ -711,8 +717,18 @@ class Machine:
             raise Malformed("a dict with a key and no value")
         if self.guarded:
             self.refuse_guarded(items)
-        self.check_keys(items[::2])
+        keys = items[::2]
+        self.check_keys(keys)
+        if INSTANTIATOR in keys:
+            for key, value in zip(keys, items[1::2], strict=True):
+                if key == INSTANTIATOR:
+                    self._check_instantiator(value)
         return items
+
+    def _check_instantiator(self, value: Value) -> None:
+        """Lightning imports what this key of its hyper-parameters names, and calls it (core/saving.py)."""
+        if value is not None and value not in INSTANTIATORS:
+            self.unlisted(Global(value[:1000] if type(value) is str else describe(value), None), "call")
 
     def _additems(self) -> None:
         items = self._pop_mark()

@@ -453,3 +453,43 @@ def test_onnx_training_graphs_and_function_defaults_are_looked_at() -> None:
     function = b"\x08\x08" + field(7, b"\x12\1g") + field(25, field(11, field(5, outside)))
     assert verdict_of(training, "model.onnx") is Verdict.UNSAFE
     assert verdict_of(function, "model.onnx") is Verdict.UNSAFE
+
+
+# Places and names in pickled state ----------------------------------------------------------------------------------
+
+
+def lightning(instantiator: object) -> bytes:
+    """A checkpoint of plain values whose hyper-parameters name what the loader shall call."""
+    return stream(value({"hyper_parameters": {"lr": 1, "_instantiator": instantiator}, "state_dict": {}}))
+
+
+def test_a_checkpoint_that_names_what_lightning_imports_is_unknown() -> None:
+    """Plain text that `weights_only` lets pass; the loader imports and calls it; its command line's own is safe."""
+    assert verdict_of(lightning("evil.run"), "last.ckpt") is Verdict.UNKNOWN
+    assert verdict_of(lightning(call(named("builtins", "str"), "evil.run")), "last.ckpt") is Verdict.UNKNOWN
+    assert verdict_of(lightning("os.system"), "last.ckpt") is Verdict.UNSAFE
+    for honest in ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module", None):
+        assert verdict_of(lightning(honest), "last.ckpt") is Verdict.SAFE
+    good, bad = text("lightning.pytorch.cli.instantiate_module"), text("evil.run")
+    computed = call(named("builtins", "str"), "_instantiator") + bad
+    assert verdict_of(stream(b"(" + computed + b"d"), "last.ckpt") is Verdict.UNSAFE
+    twice = b"(" + text("_instantiator") + good + text("_instantiator") + bad + b"d"
+    assert verdict_of(stream(twice), "last.ckpt") is Verdict.UNKNOWN
+
+
+def dcp_metadata(place: str) -> bytes:
+    state = {"relative_path": place, "offset": 0, "length": 8}
+    return stream(named("torch.distributed.checkpoint.filesystem", "_StorageInfo") + b")\x81" + value(state) + b"b")
+
+
+@pytest.mark.parametrize("place", ["../outside.distcp", "/tmp/x.distcp", "a/../../x", "C:\\x", "~/x"])
+def test_distributed_metadata_that_leads_out_of_its_folder_is_refused(place: str) -> None:
+    """DCP reads its shards from wherever the metadata says, vetted and sealed or not."""
+    assert verdict_of(dcp_metadata(place), ".metadata") is Verdict.UNSAFE
+    assert verdict_of(dcp_metadata("__0_0.distcp"), ".metadata") is Verdict.SAFE
+
+
+def test_a_pointer_to_another_checkpoint_stays_in_its_folder() -> None:
+    """DeepSpeed's `latest` holds the name of a folder beside it."""
+    assert verdict_of(b"../../victim/global_step900\n", "latest") is Verdict.UNSAFE
+    assert verdict_of(b"global_step900\n", "latest") is Verdict.SAFE

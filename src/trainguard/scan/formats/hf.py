@@ -20,6 +20,7 @@ from typing import Any
 
 from trainguard.scan.formats import jsons, keras, templates
 from trainguard.scan.formats.interface import Job
+from trainguard.scan.rules.plain import leads_out
 from trainguard.scan.verdict import Verdict
 
 CODE_KEYS = frozenset(("auto_map", "custom_pipelines", "custom_generate", "custom_pipeline", "trust_remote_code"))
@@ -137,7 +138,7 @@ def _places(job: Job, key: str, places: Iterable[Any]) -> None:
     """Files a loader joins to this folder: one that leads elsewhere was never vetted."""
     for place in places:
         text = place if isinstance(place, str) else ""
-        if text.startswith(("/", "~")) or "\\" in text or ":" in text or ".." in text.split("/"):
+        if leads_out(text):
             job.unsafe("config", f"{key}: {text[:120]!a} leads out of the folder")
             return
 

@@ -10,6 +10,7 @@ import re
 
 from trainguard.scan.formats import hf, jsons, lightgbm, templates, yamls
 from trainguard.scan.formats.interface import Job
+from trainguard.scan.rules.plain import leads_out
 from trainguard.scan.source import Source
 
 STEP_BYTES = 1 << 20
@@ -41,6 +42,8 @@ RUN_NAMES = frozenset(("makefile", "dockerfile", ".bashrc", ".profile", ".bash_p
 TEMPLATES = (".jinja", ".jinja2", ".j2")
 TEMPLATE_NAME = re.compile(r"template|prompt")
 """Servers take a template from a file of any name."""
+POINTERS = frozenset(("latest", "latest_universal"))
+"""DeepSpeed joins what they say to the folder."""
 PAGES = (".md", ".rst", ".html", ".htm")
 """Read by people; nothing renders their braces."""
 YAML = (".yaml", ".yml")
@@ -120,6 +123,8 @@ def _prose(job: Job) -> tuple[str, str]:
     if name.endswith(YAML):
         yamls.judge(job)
         return "yaml", "yaml"
+    if name in POINTERS and leads_out(job.source.read(0, 4096).decode("utf-8", "replace").strip()):
+        job.unsafe("path", f"{name}: names a checkpoint outside the folder")
     if not name.endswith(PAGES) and job.source.size <= templates.TEMPLATE_BYTES:
         _perhaps_template(job, TEMPLATE_NAME.search(name) is not None)
     return "text", "none"

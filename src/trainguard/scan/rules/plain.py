@@ -17,6 +17,15 @@ RATIO = re.compile(r"-?\d{1,4300}(/\d{1,4300})?\Z", re.ASCII)
 FORBIDDEN_ATTRIBUTES = frozenset(("__class__", "__dict__", "__reduce__", "__reduce_ex__", "__setstate__", "__del__"))
 
 
+PLACE = "relative_path"
+"""The attribute that DCP's reader joins to the checkpoint's folder (torch.distributed.checkpoint, _StorageInfo)."""
+
+
+def leads_out(place: str) -> bool:
+    """Whether a path that is joined to a folder can end outside it."""
+    return place.startswith(("/", "~")) or "\\" in place or ":" in place or ".." in place.split("/")
+
+
 def attributes(machine: Machine, target: Object, state: Value) -> Value:
     """State of an ordinary instance: a dict of attribute names, or (dict, None).
 
@@ -50,6 +59,8 @@ def check_attributes(origin: Global, state: Value) -> None:
     for key, value in zip(state[::2], state[1::2], strict=True):
         if type(key) is not str:
             raise refuse("build", origin, "attribute names as str", key)
+        if key == PLACE and type(value) is str and leads_out(value):
+            raise Refused("path", f"{origin.name}: reads {value[:120]!a}, which lies outside the folder")
         if key.startswith("__") and key.endswith("__") and (key in FORBIDDEN_ATTRIBUTES or not is_inert(value)):
             raise Refused("build", f"{origin.name}: state writes the attribute {key[:60]!a}")
 
