@@ -10,11 +10,13 @@ import py_compile
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.helpers.watched import Watched, measurement_of, plain, touch_back, watch, write
 
 from trainguard.appraise.code import Code
 from trainguard.finding import Finding
+from trainguard.lockfile import Tree
 from trainguard.policy import Approval
 
 MAIN = "import helper\nprint('scale', helper.SCALE)\n"
@@ -138,6 +140,35 @@ def test_a_standard_module_from_the_working_folder_is_named(job: Path) -> None:
     write(job, {"train.py": MAIN + "import colorsys\n", "colorsys.py": "MINE = True\n"})
     (found,) = findings_of(watch(job))
     assert (found.outcome, found.techniques[0], found.subject.path) == ("violated", "A7", f"{job}/colorsys.py")
+
+
+GENERATOR = """
+import importlib.util, sys, tempfile
+def make(folder, write):
+    with tempfile.NamedTemporaryFile("w", suffix=".py", dir=folder, delete=False) as file:
+        file.write("X = 1")
+    spec = importlib.util.spec_from_file_location("generator.made", write() if write else file.name)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+"""
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_source_that_a_locked_package_generates_and_imports_is_its_own_business(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, own: bool
+) -> None:
+    """Templates filled in, written under a new name, and imported. Written by the job's own line it is not."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    job = f"import sys\nsys.path.insert(0, 'lib/site-packages')\nimport generator\nmine = '{elsewhere}/mine.py'\n"
+    job += "def write():\n    open(mine, 'w').write('X = 2')\n    return mine\n"
+    job += f"generator.make('{elsewhere}', write if {own} else None)\n"
+    write(tmp_path, {"train.py": job, "lib/site-packages/generator.py": GENERATOR})
+    locked = measurement_of(watch(tmp_path))
+    digest = locked.trees["code"].files.pop("lib/site-packages/generator.py")
+    site = Tree(name="site-packages:lib", root=str(tmp_path / "lib/site-packages"), files={"generator.py": digest})
+    locked = msgspec.structs.replace(locked, trees={**locked.trees, site.name: site})
+    found = findings_of(watch(tmp_path, locked=locked))
+    assert [(f.outcome, f.subject.path) for f in found] == ([("violated", f"{elsewhere}/mine.py")] if own else [])
 
 
 def test_a_module_that_hides_a_locked_one_is_named(job: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -3,13 +3,13 @@
 Paths come from the training process; what they are worth comes from outside it: the lock, and the measurement that was
 taken before this attempt. Only where there is neither do the process's own claims about its folders count.
 
-    library    interpreter or installed package, as locked (or, without a lock, as measured or merely there)
+    library    interpreter or installed package, as locked (or, without a lock, as measured or merely there); source
+               that such a package wrote in this run
     approved   the job's own code, exactly as locked
     own        the job's own code; there is no lock to hold it to
     guard      a file of trainguard that is the one this judge was shipped with, or that the lock holds; of a run that
                another version recorded, the one that its supervisor had
-    cache      made on this machine from other code: TorchInductor, Triton, remote modules; source that an installed
-               package wrote in this run
+    cache      made on this machine from other code: TorchInductor, Triton, remote modules
     foreign    outside the job's folder and every library; there is no lock
     planted    contradicts the lock, or is not what was measured before the start
     generated  code without a file
@@ -222,6 +222,8 @@ class Origins:
         if place.startswith("<"):
             return "library" if place.startswith("<frozen ") else "generated"
         path = self.normal(_file(place))
+        if path in self._generated:
+            return "library"
         area, _, below = self.area(path)
         loaded = self.hashes.get(path)
         if area == "guard":

@@ -186,6 +186,8 @@ class Inputs:
             if package is not None:
                 line["by"] = package
             self.report(line)
+            if package is not None:
+                self.flush()  # it may be imported next, and whose it is is to be known by then
         file.settled = False
         self.unsettled.add(path)
 

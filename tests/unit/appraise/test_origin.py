@@ -113,7 +113,7 @@ def test_with_a_lock_what_it_does_not_hold_is_planted(place: str, standing: str)
 @pytest.mark.parametrize(
     ("by", "standing"),
     [
-        ("/env/lib/site-packages/torch/__init__.py", "cache"),
+        ("/env/lib/site-packages/torch/__init__.py", "library"),
         ("/env/lib/site-packages/planted.py", "planted"),
         ("/job/train.py", "planted"),
         (None, "planted"),
