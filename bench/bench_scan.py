@@ -2,9 +2,10 @@
 
     python bench/bench_scan.py [--peers FOLDER_OF_A_VENV/bin] [--only NAME]
 
-Peers come from `sh tools/peers.sh .venv-tools/peers`. Files are made on the fly in a temporary folder (the large ones are sparse). Every tool is its own process, start-up
-included; CPU is user + system of that process, memory its peak (VmHWM). A peer that is not installed is skipped and the
-table says so. Budgets (DESIGN 13): 1 GiB <= 0.6 CPU-s and <= 50 MiB, 100,000 tensors <= 3 CPU-s.
+Peers come from `sh tools/peers.sh .venv-tools/peers`; one that is not installed is skipped and the table says so. Files
+are made on the fly in a temporary folder (the large ones are sparse). Every tool is its own process, start-up included;
+CPU is user + system of that process, memory its peak (VmHWM). Budgets (DESIGN 13): 1 GiB <= 0.6 CPU-s and <= 50 MiB,
+100,000 tensors <= 3 CPU-s.
 """
 
 from __future__ import annotations

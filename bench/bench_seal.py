@@ -3,10 +3,10 @@
     python bench/bench_seal.py [--gigabytes 2] [--folder DIR]
 
 Each figure stands beside a bare reader of the same bytes in the same run (hashlib in a loop, `openssl dgst`,
-`sha256sum`, and model_signing: `sh tools/readers.sh .venv-tools`, or TRAINGUARD_MODEL_SIGNING), because the ratio is what carries over to
-another machine. CPU time is user and system time of the child. Budgets are those of the design: verify at least 1.3 GB
-per CPU-second with SHA-256 and 3 with BLAKE3, at most 80 MB, at most 0.25 CPU-seconds to start; the tee at most 0.8
-CPU-seconds per GB with SHA-256 and 0.2 with BLAKE3.
+`sha256sum`, and model_signing: `sh tools/readers.sh .venv-tools`, or TRAINGUARD_MODEL_SIGNING), because the ratio is
+what carries over to another machine. CPU time is user and system time of the child. Budgets are those of the design:
+verify at least 1.3 GB per CPU-second with SHA-256 and 3 with BLAKE3, at most 80 MB, at most 0.25 CPU-seconds to start;
+the tee at most 0.8 CPU-seconds per GB with SHA-256 and 0.2 with BLAKE3.
 """
 
 from __future__ import annotations
