@@ -69,6 +69,8 @@ def test_it_is_served_only_as_long_as_every_byte_of_it_is_vouched_for(tmp_path: 
         assert done.verdict["verdict"] == "VERIFIED", done.stderr
     strict = trainguard(tmp_path, "gate", str(MODEL), "--level", "TIL-3")
     assert strict.returncode == 3, "nothing was replayed on a clean host"
+    for name in ("base", "chat"):
+        assert f"run {name}: no segment of it was replayed: trainguard audit {name} --env PYTHON" in strict.stdout
     assert trainguard(tmp_path, "gate", str(MODEL)).returncode == 0
 
     with served(tmp_path, "--recheck", "0") as (_, port):

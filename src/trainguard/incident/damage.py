@@ -17,6 +17,9 @@ What each row counts stands in `losses`.
 
 from __future__ import annotations
 
+import datetime
+import math
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +49,7 @@ __all__ = [
 ]
 
 SCHEMA = "trainguard/damage/v1"
+CURRENCY = re.compile(r"[A-Z]{3}")
 LIMIT_BYTES = 1 << 20
 
 Answer = Literal["supported", "not supported", "unknown"]
@@ -120,6 +124,8 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
     runs: tuple[str, ...]
     money: Range | None = None
     price: Price | None = None
+    priced: tuple[str, ...] = ()
+    """Devices that there are prices for, where none was chosen."""
     claims: tuple[Claim, ...] = ()
     outside: tuple[Beside, ...] = ()
     unknown: tuple[str, ...] = ()
@@ -140,11 +146,46 @@ def read_prices(path: Path) -> Prices:
     try:
         prices = msgspec.convert(tomllib.loads(data.decode()), Prices)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
-        raise Misuse(f"{path}: not a prices file: {error}", next_step="see docs/damage.md for an example") from None
-    for price in prices.price:
-        if not 0 <= price.low <= price.likely <= price.high:
-            raise Misuse(f"{path}: price of {price.device}: expected 0 <= low <= likely <= high")
+        raise Misuse(f"{path}: not a prices file: {error}", next_step="docs/recover.md has an example") from None
+    wrong = next(_wrong(prices), None)
+    if wrong is not None:
+        raise Misuse(f"{path}: {wrong}")
     return prices
+
+
+def _wrong(prices: Prices) -> Iterator[str]:
+    """What cannot be meant in a prices file, each with its place."""
+    for price in prices.price:
+        where = f"price of {price.device[:60]}"
+        if not 0 <= price.low <= price.likely <= price.high or math.isinf(price.high):
+            yield f"{where}: expected 0 <= low <= likely <= high, all finite"
+        yield from _wrong_words(where, price.currency, price.date)
+    devices = [price.device for price in prices.price]
+    yield from (
+        f"two prices for {device[:60]}: leave the one that counts" for device in devices if devices.count(device) > 1
+    )
+    for claim in prices.claim:
+        if not claim.by.strip():
+            yield "claim: expected who states it, found nobody"
+        if not 0 <= claim.amount < math.inf:
+            yield f"claim of {claim.by[:60]}: expected an amount of 0 or more, found {claim.amount}"
+        yield from _wrong_words(f"claim of {claim.by[:60]}", claim.currency, claim.date)
+    for said in prices.outside:
+        if not 0 <= said.value < math.inf:
+            yield f"{said.text[:60]}: expected a value of 0 or more, found {said.value}"
+        if said.quantity == "money" and CURRENCY.fullmatch(said.currency) is None:
+            yield f"{said.text[:60]}: expected a currency as three letters, found {said.currency[:20]!r}"
+
+
+def _wrong_words(where: str, currency: str, date: str) -> Iterator[str]:
+    if CURRENCY.fullmatch(currency) is None:
+        yield f"{where}: expected a currency as three letters, found {currency[:20]!r}"
+    try:
+        day = datetime.date.fromisoformat(date)
+    except ValueError:
+        day = None
+    if day is None or day.isoformat() != date:
+        yield f"{where}: expected a day as YYYY-MM-DD, found {date[:20]!r}"
 
 
 def choose_price(prices: Prices, device: str | None) -> Price | None:
@@ -196,6 +237,7 @@ def assess(
         runs=affected,
         money=money,
         price=price,
+        priced=tuple(each.device for each in prices.price) if price is None else (),
         claims=prices.claim,
         outside=tuple(_beside(each, shown, money, price, most) for each in prices.outside),
         unknown=tuple(unknown),

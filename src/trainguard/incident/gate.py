@@ -9,12 +9,13 @@ the required level, and so has everything it was made from. Whatever cannot be t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from trainguard.appraise.judge import maintained
-from trainguard.appraise.verdict import Level, Word
+from trainguard.appraise.verdict import Level, Verdict, Word
 from trainguard.errors import Misuse, TrainguardError
 from trainguard.finding import Finding
 from trainguard.home import Home
@@ -27,6 +28,8 @@ from trainguard.veil import MAINTENANCE
 LEVELS: tuple[Level, ...] = ("TIL-0", "TIL-1", "TIL-2", "TIL-3", "TIL-4")
 WORDS: tuple[Word, ...] = ("VERIFIED", "UNKNOWN", "SUSPECT", "TAINTED")
 SCHEMA = "trainguard/gate/v1"
+REACHED: tuple[Level, ...] = ("TIL-0", "TIL-1", "TIL-3")
+"""Levels that this version awards (spec/levels.md)."""
 
 
 class Refused(TrainguardError):
@@ -100,6 +103,7 @@ def _asked(model: Path, home: Home, report: SealReport, word: Word, level: Level
     runs = _runs(lineage, key, run)
     lowest = min((lineage.verdicts[name].level for name in runs), key=LEVELS.index)
     reasons = list(_against(standing.word, word, lowest, level))
+    reasons += _missing({name: lineage.verdicts[name] for name in runs}, level)
     if RANK[standing.word] > RANK[word]:
         reasons += lineage.reasons(standing)
     broken = [finding for finding in report.findings if finding.outcome != "not_checked"]
@@ -160,6 +164,29 @@ def _against(found: Word, word: Word, lowest: Level, level: Level) -> list[str]:
     if LEVELS.index(lowest) < LEVELS.index(level):
         said.append(f"the level is {lowest}, {level} is required")
     return said
+
+
+def _missing(verdicts: Mapping[str, Verdict], level: Level) -> list[str]:
+    """Which step each run on the way lacks for `level`, and what to type; nothing for those that have it."""
+    short = {run: one for run, one in verdicts.items() if LEVELS.index(one.level) < LEVELS.index(level)}
+    if not short:
+        return []
+    if level not in REACHED:
+        return [f"{level} is not awarded by this version, whatever is done (spec/levels.md)"]
+    return [f"run {run}: {_step_for(run, one, level)}" for run, one in short.items()]
+
+
+def _step_for(run: str, verdict: Verdict, level: Level) -> str:
+    if level != "TIL-3":
+        return "nothing was recorded of it that a level could stand on"
+    if verdict.lock is None:
+        return "it ran without a lock, which cannot be made up for: trainguard lock, run it again, audit that run"
+    if not verdict.coverage.replayed_steps:
+        return f"no segment of it was replayed: trainguard audit {run} --env PYTHON"
+    return (
+        "an audit of it was not made in an environment measured apart and as its lock approves, and every audit "
+        "counts: run it again, and audit that run with --env PYTHON alone"
+    )
 
 
 def _untold(report: SealReport) -> list[str]:

@@ -28,6 +28,9 @@ def damage_lines(report: Damage) -> Iterator[str]:
     if report.money is not None and report.price is not None:
         price = report.price
         yield f"money: {spread(report.money)} {price.currency} ({_basis(report)})"
+    elif report.priced:
+        devices = " and ".join(plain(device, 40) for device in report.priced)
+        yield f"money: not stated: there are prices for {devices}: choose one with --device"
     else:
         yield "money: not stated: no price was given (--prices FILE)"
     yield from (f"  {PARTS[kind]}: {spread(hours)} h" for kind, hours in report.parts.items())

@@ -14,7 +14,18 @@ from trainguard.errors import Misuse, Unavailable
 from trainguard.finding import Citation, Finding
 from trainguard.home import Home
 from trainguard.incident import damage
-from trainguard.incident.damage import Price, Prices, Range, assess, by_kind, choose_price, read_prices, total, what_if
+from trainguard.incident.damage import (
+    Claim,
+    Price,
+    Prices,
+    Range,
+    assess,
+    by_kind,
+    choose_price,
+    read_prices,
+    total,
+    what_if,
+)
 from trainguard.incident.losses import takes_time_only
 from trainguard.render.damage import damage_lines
 
@@ -324,3 +335,102 @@ def test_prices_are_read_strictly(tmp_path: Path) -> None:
             read_prices(path)
     with pytest.raises(Unavailable, match="cannot be read"):
         read_prices(tmp_path / "none.toml")
+
+
+# -- what an incident manager hands in, and what happened twice -------------------------------------------------------
+
+GOOD = '[[price]]\ndevice="H100"\ncurrency="USD"\nlow=1.0\nlikely=2.0\nhigh=3.0\nbasis="list"\ndate="2026-03-01"\n'
+CLAIM = '[[claim]]\nby="manager of team-b"\nwhat="people"\ncurrency="USD"\namount=1000.0\ndate="2026-11-20"\n'
+SAID = '[[outside]]\ntext="8,000 GPUs"\nquantity="devices"\nvalue=8000.0\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD.replace("high=3.0", "high=inf"), "H100: expected 0 <= low <= likely <= high, all finite"),
+        (GOOD.replace("likely=2.0", "likely=nan"), "all finite"),
+        (GOOD.replace("2026-03-01", "last spring"), "price of H100: expected a day as YYYY-MM-DD, found 'last spring'"),
+        (GOOD.replace("2026-03-01", "2026-02-30"), "expected a day as YYYY-MM-DD"),
+        (GOOD.replace('"USD"', '"US dollars\\u001b[31m"'), "expected a currency as three letters"),
+        (GOOD + GOOD.replace("2026-03-01", "2026-09-01"), "two prices for H100"),
+        (GOOD + GOOD.replace("USD", "EUR"), "two prices for H100"),
+        (CLAIM.replace("1000.0", "-5.0"), "claim of manager of team-b: expected an amount of 0 or more"),
+        (CLAIM.replace("1000.0", "nan"), "expected an amount of 0 or more"),
+        (CLAIM.replace("2026-11-20", "soon"), "claim of manager of team-b: expected a day"),
+        (CLAIM.replace("manager of team-b", ""), "claim: expected who states it"),
+        (SAID.replace("8000.0", "inf"), "8,000 GPUs: expected a value of 0 or more"),
+        (SAID.replace("8000.0", "-1.0"), "8,000 GPUs: expected a value of 0 or more"),
+        (SAID.replace("devices", "money"), "8,000 GPUs: expected a currency"),
+    ],
+)
+def test_what_cannot_be_meant_in_a_prices_file_is_refused_and_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_text(text)
+    with pytest.raises(Misuse, match=words):
+        read_prices(path)
+
+
+def test_several_prices_and_none_chosen_is_said_as_that(made: Family) -> None:
+    """Two devices, two currencies: nothing is added up, and the next step is to choose."""
+    made.run("a", finding(4))
+    other = replace(PRICE, device="A100", currency="EUR")
+    lines = list(damage_lines(assess(made.home, prices=Prices(price=(PRICE, other)))))
+    assert "money: not stated: there are prices for H100 and A100: choose one with --device" in lines
+    assert "EUR" in "".join(damage_lines(assess(made.home, prices=Prices(price=(PRICE, other)), device="A100")))
+    assert "money: not stated: no price was given (--prices FILE)" in list(damage_lines(assess(made.home)))
+
+
+def test_claims_in_two_currencies_stand_apart(made: Family) -> None:
+    """Each with its own; no sum over currencies, and none with what was measured."""
+    made.run("a", finding(4))
+    claims = tuple(
+        Claim(by=by, what="people", currency=currency, amount=1000.0, date="2026-11-20")
+        for by, currency in (("manager of team-b", "USD"), ("manager of team-c", "EUR"))
+    )
+    report = assess(made.home, prices=Prices(price=(PRICE,), claim=claims))
+    text = "\n".join(damage_lines(report))
+    assert "1,000.00 USD" in text
+    assert "1,000.00 EUR" in text
+    assert "2,000" not in text
+    assert report.money == assess(made.home, prices=Prices(price=(PRICE,))).money
+
+
+def test_nothing_recorded_costs_nothing_and_says_so(made: Family) -> None:
+    """No finding in any run: zero hours, no rows, and no word of loss."""
+    made.run("well")
+    report = assess(made.home, prices=Prices(price=(PRICE,)))
+    assert (report.rows, report.hours, report.money) == ((), Range(), Range())
+    assert next(iter(damage_lines(report))) == "device-hours: 0 over 0 affected runs"
+
+
+def test_two_acts_whose_stretches_overlap_cost_their_union(made: Family) -> None:
+    """Edited at steps 3 to 7 and at 5 to 9, by two kinds of act: what one took the other cannot take again."""
+    made.run(
+        "both",
+        finding(3),
+        finding(7),
+        Finding(check="loss", outcome="violated", techniques=("C6",), subject=finding(5).subject, message="a loss"),
+        Finding(check="loss", outcome="violated", techniques=("C6",), subject=finding(9).subject, message="a loss"),
+        steps=10,
+    )
+    made.run("one", finding(3), finding(9), steps=10)
+    both, one = (assess(made.home, runs=[run]) for run in ("both", "one"))
+    assert both.hours == one.hours
+    assert both.hours.high * HOUR == pytest.approx(12), "from the hello to the end, once"
+
+
+def test_a_run_that_went_on_from_a_spoilt_checkpoint_is_counted_once(made: Family, tmp_path: Path) -> None:
+    """It is spoilt itself and was made from what was: its own hours, once."""
+    (late,) = made.run("a", finding(6), saves={10: "a.pt"})
+    made.run("resumed", finding(2), opens=[late], steps=10)
+    made.run("alike", finding(2), opens=[tmp_path / "models" / "a.pt"], steps=10)
+    alone = assess(made.home, runs=["alike"]).hours.high
+    report = assess(made.home)
+    assert sum(row.hours.high for row in report.rows if row.run == "resumed") == alone
+    assert report.hours.high == pytest.approx(2 * alone + 12 / HOUR)
+
+
+@pytest.mark.parametrize("devices", [0, -1, 10_000_001])
+def test_a_fleet_that_is_none_is_refused(devices: int) -> None:
+    with pytest.raises(Misuse, match="expected 1 to 10,000,000 devices"):
+        what_if(devices, PRICE)

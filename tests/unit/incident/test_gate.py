@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from tests.helpers.family import Family, finding
 
+from trainguard.appraise.verdict import Level
 from trainguard.envelope import load_public_key
 from trainguard.errors import Misuse, Unavailable
 from trainguard.home import Home
@@ -66,6 +68,38 @@ def test_the_level_is_the_lowest_on_the_way(family: Family) -> None:
     assert "the level is TIL-1, TIL-3 is required" in answer.reasons
 
 
+def test_a_refusal_for_its_level_says_which_run_lacks_which_step(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By run on the way: no lock, nothing replayed, replayed where that does not count; none for what has the level."""
+    model = family.folder / "early.pt"
+    asked = ask(model, home=family.home, level="TIL-3").reasons
+    assert "run early: it ran without a lock, which cannot be made up for" in " ".join(asked)
+    assert not any(reason.startswith("run base:") for reason in asked), "it has TIL-3"
+    for lock, replayed, words in (
+        ("a" * 64, 0, "run early: no segment of it was replayed: trainguard audit early --env PYTHON"),
+        ("a" * 64, 7, "run early: an audit of it was not made in an environment measured apart"),
+    ):
+        known = family.verdicts["early"]
+        coverage = replace(known.coverage, replayed_steps=replayed)
+        monkeypatch.setitem(family.verdicts, "early", replace(known, lock=lock, coverage=coverage))
+        assert any(reason.startswith(words) for reason in ask(model, home=family.home, level="TIL-3").reasons)
+    monkeypatch.setitem(family.verdicts, "early", replace(family.verdicts["early"], level="TIL-3"))
+    left = ask(model, home=family.home, level="TIL-3").reasons
+    assert [reason for reason in left if reason.startswith("run ")] == [
+        "run bad: it ran without a lock, which cannot be made up for: trainguard lock, run it again, audit that run"
+    ]
+
+
+@pytest.mark.parametrize("level", ["TIL-2", "TIL-4"])
+def test_a_level_that_is_never_awarded_is_said_to_be(family: Family, level: Level) -> None:
+    reasons = ask(family.folder / "base.pt", home=family.home, level=level).reasons
+    if level == "TIL-4":
+        assert f"{level} is not awarded by this version, whatever is done (spec/levels.md)" in reasons
+    else:
+        assert reasons == (), "TIL-3 is above it"
+
+
 def test_a_lower_bar_lets_suspicion_through_but_never_what_is_proved(family: Family) -> None:
     assert ask(family.folder / "odd.pt", home=family.home, word="SUSPECT").passed
     assert not ask(family.folder / "tuned.pt", home=family.home, word="SUSPECT").passed
@@ -111,8 +145,6 @@ def test_a_seal_that_could_not_be_told_does_not_pass(family: Family) -> None:
 def test_a_report_that_could_not_tell_and_says_nothing_is_refused(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from msgspec.structs import replace
-
     real = gate.verify_seal
     monkeypatch.setattr(gate, "verify_seal", lambda *a, **k: replace(real(*a, **k), status="unknown", findings=()))
     answer = ask(family.folder / "base.pt", home=family.home)
