@@ -722,12 +722,14 @@ def _sentence(finding: Finding, first: Candidate, facts: Facts) -> str:
     """In the words that may be used: host, time, process, account, file; and what is not known."""
     where = f"On host {facts.host}" if facts.host is not None else "On a host that was not recorded"
     record = next((facts.by_hash[c.hash] for c in finding.evidence if c.hash in facts.by_hash), None)
-    when = f" at {_moment(record.at)}" if record is not None else ""
+    when = f" at {_moment(record.at)} by its own clock" if record is not None else ""
     step = f" (step {finding.subject.step})" if finding.subject.step is not None else ""
     if first.level in ("A0", "A1"):
         return f"{where}{when}: {finding.message}{step}. The record does not show which process or account did it."
+    named = first.what.split(" (", 1)[0]
+    who = "" if finding.message.startswith(f"{named} ") else f", {first.what}"
     return (
-        f"{where}{when}, {first.what}: {finding.message}{step}. Confidence {first.confidence:.0%}. "
+        f"{where}{when}{who}: {finding.message}{step}. Confidence {first.confidence:.0%}. "
         f"We have no independent evidence of who controlled it at that time."
     )
 

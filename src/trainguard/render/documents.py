@@ -358,7 +358,11 @@ def _in_short(dossier: Dossier) -> str:
         for number_, words in ((proved, f"{proved:,} proved"), (open_, f"{open_:,} suspicious with its cause open"))
         if number_
     )
-    made = plural(len(incident.affected), "checkpoint or run") if incident.affected else "nothing that is known of"
+    made = (
+        plural(len(incident.affected), "checkpoint or run", "checkpoints or runs")
+        if incident.affected
+        else "nothing that is known of"
+    )
     return f"Run {plain(incident.run, 60)}, {kind}. Findings: {said}. Made from it: {made}."
 
 

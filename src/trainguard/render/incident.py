@@ -55,7 +55,11 @@ def incident_view(incident: Incident) -> RenderableType:
         _candidates(incident.attribution.candidates),
     ]
     if incident.attribution.excluded:
-        parts += [Text(), heading("Spoken against"), Text("\n".join(map(plain, incident.attribution.excluded)))]
+        parts += [
+            Text(),
+            heading("Spoken for", "named by the record, which speaks against suspecting them"),
+            Text("\n".join(map(plain, incident.attribution.excluded))),
+        ]
     parts += [Text(), heading("Findings"), _findings(incident)]
     parts += [Text(), heading("Made from this run", "affected with it")]
     parts.append(Text("\n".join(plain(label) for label in incident.affected[:FINDINGS_SHOWN]) or "nothing"))

@@ -150,8 +150,10 @@ def next_steps(verdict: Verdict) -> Iterator[tuple[str, str]]:
     yield "trainguard log verify", "check the log all of this rests on"
 
 
-def plural(number: int, noun: str) -> str:
-    """`1 step`, `1,024 steps`, `2 processes`."""
+def plural(number: int, noun: str, several: str | None = None) -> str:
+    """`1 step`, `1,024 steps`, `2 processes`. several: the word for more than one, where no ending makes it."""
+    if several is not None and number != 1:
+        return f"{number:,} {several}"
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
 
