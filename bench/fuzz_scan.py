@@ -179,12 +179,12 @@ def divergence(data: bytes, loader: Loader) -> tuple[bool, str | None]:
     return True, None
 
 
-def fuzz(seconds: float, seed: int) -> dict[str, Any]:
-    """Run for so long; counts of mutants, safe ones and divergences, with the first divergences."""
+def fuzz(seconds: float, seed: int, mutants: int = 1 << 62) -> dict[str, Any]:
+    """Run for so long, or so many; counts of mutants, safe ones and divergences, with the first divergences."""
     chance, start = random.Random(seed), seeds()
     counts: dict[str, Any] = {"mutants": 0, "safe": 0, "by_opinion": 0, "divergences": []}
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while counts["mutants"] < mutants and time.monotonic() < until:
         data, loader = chance.choice(start)
         mutant = mutate(data, chance) if chance.random() < 0.8 else program(chance)
         counts["mutants"] += 1

@@ -493,3 +493,110 @@ def test_a_pointer_to_another_checkpoint_stays_in_its_folder() -> None:
     """DeepSpeed's `latest` holds the name of a folder beside it."""
     assert verdict_of(b"../../victim/global_step900\n", "latest") is Verdict.UNSAFE
     assert verdict_of(b"global_step900\n", "latest") is Verdict.SAFE
+
+
+# Numbers that numpy, torch and GGUF readers believe ------------------------------------------------------------------
+
+
+def dtype(code: str, *state: object) -> bytes:
+    made = call(named("numpy", "dtype"), code, False, True)
+    return made + value(state) + b"b" if state else made
+
+
+def random_state(position: int) -> bytes:
+    key = call(named("numpy.core.multiarray", "_reconstruct"), named("numpy", "ndarray"), (0,), b"C\1b")
+    key += value((1, (624,), dtype("u4"), False, b"B" + struct.pack("<I", 2496) + bytes(2496))) + b"b"
+    state = {"bit_generator": "MT19937", "state": {"key": key, "pos": position}, "has_gauss": 0, "gauss": 0}
+    return stream(call(named("numpy.random._pickle", "__randomstate_ctor"), "MT19937") + value(state) + b"b", 3)
+
+
+def test_a_generator_that_would_read_outside_its_buffer_is_refused() -> None:
+    """numpy reads key[pos] without looking: a position of a billion ends the process at the next random number."""
+    for position in (-1, 625, 1 << 30):
+        assert verdict_of(random_state(position), "rng.pkl") is Verdict.UNSAFE
+    for position in (0, 624):
+        assert verdict_of(random_state(position), "rng.pkl") is Verdict.SAFE
+
+
+def test_dtypes_that_hold_themselves_or_miss_a_field_are_refused() -> None:
+    """numpy follows such a circle, or a name without its field, in native code."""
+    itself = dtype("V8") + b"q\5" + value((3, "|", (b"h\5", (1,)), None, None, 8, 1, 0)) + b"b"
+    later = dtype("V8") + b"q\5" + b"0" + dtype("V8", 3, "|", (b"h\5", (1,)), None, None, 8, 1, 0) + b"q\6"
+    later += b"0h\5" + value((3, "|", (b"h\6", (1,)), None, None, 8, 1, 0)) + b"b"
+    missing = dtype("V8", 3, "|", None, ("b",), {"a": (dtype("f8"), 0)}, 8, 1, 0)
+    for made in (itself, later, missing):
+        assert verdict_of(stream(made, 3), "x.pkl") is Verdict.UNSAFE
+    plain = dtype("V8", 3, "|", None, ("a",), {"a": (dtype("f8"), 0)}, 8, 1, 0)
+    assert verdict_of(stream(plain, 3), "x.pkl") is Verdict.SAFE
+
+
+@pytest.mark.parametrize(("scales", "axis"), [([1, 1], 99), ([1, 1], -5), ([1, 1], 0), ([1] * 5, 1)])
+def test_channels_of_a_quantized_tensor_fit_its_shape(scales: list[int], axis: int) -> None:
+    """One scale and zero point for each index of an axis that is there."""
+
+    def quantized(scales: list[int], axis: int) -> bytes:
+        storage = value(("storage", named("torch", "QInt8Storage"), "0", "cpu", 16)) + b"Q"
+        channels = (named("torch", "per_channel_affine"), scales, [0] * len(scales), axis)
+        hooks = call(named("collections", "OrderedDict"))
+        body = call(named("torch._utils", "_rebuild_qtensor"), storage, 0, (4, 4), (4, 1), channels, False, hooks)
+        members = [("a/data.pkl", stream(body, 2)), ("a/byteorder", b"little"), ("a/data/0", bytes(16))]
+        return zip_of([*members, ("a/version", b"3\n")])
+
+    assert verdict_of(quantized([1] * 4, 1), "m.pt") is Verdict.SAFE
+    assert verdict_of(quantized(scales, axis), "m.pt") is Verdict.UNSAFE
+
+
+def gguf(
+    tensors: list[tuple[tuple[int, ...], int, int]], data: bytes, pairs: list[tuple[str, str]] | None = None
+) -> bytes:
+    """A GGUF file of (shape, type, offset) tensors and text pairs."""
+
+    def words(given: str) -> bytes:
+        return struct.pack("<Q", len(given)) + given.encode()
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs or []))
+    head += b"".join(words(key) + struct.pack("<I", 8) + words(told) for key, told in pairs or [])
+    for number, (shape, kind, offset) in enumerate(tensors):
+        head += words(f"t{number}") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    return head + bytes(-len(head) % 32) + data
+
+
+@pytest.mark.parametrize(
+    ("tensors", "length"),
+    [
+        ([((1 << 40,), 0, 0)], 64),
+        ([((1 << 31, 1 << 31, 4), 0, 0)], 64),
+        ([((4,), 0, 60)], 64),
+        ([((8,), 0, 0), ((8,), 0, 0)], 64),
+        ([((33,), 8, 0)], 64),
+        ([((8,), 0, 0)], 96),
+    ],
+    ids=["past-the-end", "overflow", "elsewhere", "overlapping", "half-a-block", "bytes-behind"],
+)
+def test_gguf_tensors_tile_the_data(tensors: list[tuple[tuple[int, ...], int, int]], length: int) -> None:
+    """Sizes by type and shape, one behind the other, aligned, and nothing behind."""
+    assert verdict_of(gguf(tensors, bytes(length)), "m.gguf") is Verdict.UNSAFE
+
+
+def test_honest_gguf_passes_and_an_unknown_type_is_unknown() -> None:
+    """Floats and blocks, with and without the last padding; texts; a vocabulary without tensors."""
+    for length in (32 + 34, 96):
+        assert verdict_of(gguf([((3,), 0, 0), ((32,), 8, 32)], bytes(length)), "m.gguf") is Verdict.SAFE
+    assert verdict_of(gguf([], b"", [("general.name", "a {{ b }}")]), "m.gguf") is Verdict.SAFE
+    assert verdict_of(gguf([((4,), 9999, 0)], bytes(32)), "m.gguf") is Verdict.UNKNOWN
+
+
+def test_gguf_programs_are_found_under_any_key() -> None:
+    """Whatever the key's case, whatever the key says; and no key twice."""
+    for key in ("tokenizer.Chat_Template", "general.description"):
+        assert verdict_of(gguf([], b"", [(key, "{{ x.__class__ }}")]), "m.gguf") is Verdict.UNSAFE
+    assert verdict_of(gguf([], b"", [("a", "1"), ("a", "2")]), "m.gguf") is Verdict.UNSAFE
+
+
+def test_what_mlflow_and_a_router_import_is_not_clean() -> None:
+    """MLmodel names the module that loads it; a router names classes."""
+    flavour = "flavors:\n  python_function:\n    loader_module: {}\n"
+    assert verdict_of(flavour.format("evil").encode(), "MLmodel") is not Verdict.SAFE
+    assert verdict_of(flavour.format("mlflow.sklearn").encode(), "MLmodel") is Verdict.SAFE
+    router = {"types": {"0": "evil.Cls"}, "structure": {"query": ["0"]}, "parameters": {}}
+    assert verdict_of(json.dumps(router).encode(), "router_config.json") is Verdict.UNKNOWN

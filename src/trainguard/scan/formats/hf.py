@@ -178,7 +178,11 @@ def _templates(job: Job, key: str, inner: Any) -> None:
 
 
 def _class_tables(job: Job, value: Any) -> None:
-    """modules.json and model_index.json, known by their shape."""
+    """modules.json, router_config.json and model_index.json, known by their shape."""
+    if isinstance(value, dict) and {"types", "structure"} <= set(value):
+        for name in _texts(value["types"]):
+            if name not in SENTENCE_TYPES:
+                job.note(Verdict.UNKNOWN, "config", f"types: imports {name[:120]!a}", global_name=name, use="call")
     if isinstance(value, list):
         for item in value:
             kind = item.get("type") if isinstance(item, dict) and {"idx", "name", "path"} <= set(item) else None

@@ -46,7 +46,8 @@ POINTERS = frozenset(("latest", "latest_universal"))
 """DeepSpeed joins what they say to the folder."""
 PAGES = (".md", ".rst", ".html", ".htm")
 """Read by people; nothing renders their braces."""
-YAML = (".yaml", ".yml")
+YAML = (".yaml", ".yml", "mlmodel")
+"""MLflow's MLmodel is YAML without a suffix."""
 JSON = (".json", ".jsonl", ".ndjson", ".ipynb", ".webmanifest", ".geojson")
 """Names whose readers expect JSON: text of another shape there is broken, elsewhere it is just text."""
 

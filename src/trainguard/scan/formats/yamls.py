@@ -26,6 +26,9 @@ HYPER = frozenset(("!new", "!name", "!apply", "!module", "!applyref"))
 MADE_OF_CONSTANTS = frozenset(("constants", "number", "enum", "date", "instance", "instance_called"))
 """Kinds whose names may be made from a YAML node: its values are plain, or tagged and judged themselves."""
 ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|\n[ \t]*)")
+LOADED = re.compile(r"[\"']?\bloader_module[\"']?\s*:\s*[\"']?([\w.]+)")
+"""What MLflow imports to load a model."""
+FLAVOURS = ("mlflow.",)
 CALLED = re.compile(r"\b(_target_|class_path)\b(?=[\"']?\s*:|[\"']?\s*\n\s*:)")
 
 
@@ -39,6 +42,9 @@ def judge(job: Job) -> None:
     for match in TAG.finditer(text):
         _tag(job, _resolve(match, handles), match.start())
     plain = ESCAPE.sub(_unescape, text)
+    for found in LOADED.finditer(plain):
+        if not found[1].startswith(FLAVOURS):
+            job.unlisted(Global(found[1][:1000], None), "call", found.start())
     for found in CALLED.finditer(plain):
         job.unknown("config", f"{found[1]}: names something to be called", found.start())
         return

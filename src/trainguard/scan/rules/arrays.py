@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainguard.scan.rules.interface import Kind, refuse
+from trainguard.scan.rules.interface import Kind, Refused, refuse
 from trainguard.scan.rules.plain import any_state, bare, constant_state, constants
 from trainguard.scan.values import Global, Map, Object, Value, is_inert, length_of
 
@@ -135,6 +135,8 @@ def dtype_state(machine: Machine, target: Object, state: Value) -> Value:
     version, order, subarray, names, fields, size, alignment, flags = state[:8]
     if not all(is_inert(part) for part in (version, order, names, size, alignment, flags)):
         raise refuse("build", target.origin, "constants", state)
+    if target.sealed:
+        raise Refused("build", f"{target.origin.name}: given state after another dtype holds it")
     known: DType = target.facts if isinstance(target.facts, DType) else DType(0)
     if type(size) is not int or type(alignment) is not int or size > 1 << 31:
         raise refuse("build", target.origin, "an item size and an alignment", state)
@@ -166,6 +168,8 @@ def _is_metadata(value: Value) -> bool:
 def _fields_have_objects(target: Object, names: Value, fields: Value, size: int) -> bool:
     if type(fields) is not Map or type(names) is not tuple or len(fields) > 2 * MAX_FIELDS:
         raise refuse("build", target.origin, "a dict of fields", fields)
+    if not set(names) <= {key for key in fields[::2] if type(key) is str}:
+        raise refuse("build", target.origin, "a field for every name", names)
     objects = False
     for _, field in fields.pairs():
         if type(field) is not tuple or len(field) not in (2, 3) or not isinstance(field[0], Object):
@@ -174,14 +178,23 @@ def _fields_have_objects(target: Object, names: Value, fields: Value, size: int)
         fits = isinstance(inner, DType) and type(offset) is int and inner.item_bytes >= 0
         if not fits or not 0 <= offset <= size - inner.item_bytes:
             raise refuse("build", target.origin, f"a field inside {size} bytes", field)
+        _hold(target, field[0])
         objects = objects or inner.has_objects
     return objects
+
+
+def _hold(outer: Object, inner: Object) -> None:
+    """Note that `outer` is made of `inner`, which must be complete: numpy follows a circle until its stack ends."""
+    if inner is outer:
+        raise Refused("build", f"{outer.origin.name}: a dtype that holds itself")
+    inner.sealed = True
 
 
 def _subarray_has_objects(target: Object, subarray: Value, size: int) -> bool:
     fits = type(subarray) is tuple and len(subarray) == 2 and isinstance(subarray[0], Object)
     if not fits or not isinstance(subarray[0].facts, DType):
         raise refuse("build", target.origin, "(dtype, shape)", subarray)
+    _hold(target, subarray[0])
     shape = subarray[1] if type(subarray[1]) is tuple else (subarray[1],)
     count = count_of(shape)
     if count is None or count * subarray[0].facts.item_bytes != size:
@@ -300,6 +313,26 @@ def bit_generator(machine: Machine, origin: Global, args: tuple[Value, ...]) -> 
     return Object(origin)
 
 
+POSITIONS = {"pos": 624, "buffer_pos": 4}
+"""Keys of a generator's state → the last place in its buffer; numpy reads there without looking."""
+
+
+def generator_state(machine: Machine, target: Object, state: Value) -> Value:
+    """State of a bit generator: whatever it is made of, its positions lie inside its buffers."""
+    pending = [state]
+    while pending:
+        item = pending.pop()
+        if type(item) is tuple or type(item) is list:
+            pending.extend(item)
+        elif type(item) is Map:
+            for key, value in item.pairs():
+                pending.append(value)
+                limit = POSITIONS.get(key) if type(key) is str else None
+                if limit is not None and not (type(value) is int and 0 <= value <= limit):
+                    raise refuse("build", target.origin, f"{key} up to {limit}", value)
+    return target
+
+
 def seed_sequence(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Value:
     """__pyx_unpickle_SeedSequence(class, checksum, None or state)."""
     fits = len(args) == 3 and isinstance(args[0], Global) and args[0].listed is not None
@@ -311,7 +344,7 @@ def seed_sequence(machine: Machine, origin: Global, args: tuple[Value, ...]) -> 
 NUMPY: dict[str, Kind] = {
     "numpy_array_type": Kind(),
     "numpy_scalar_type": Kind(call=scalar_type, factory=True),
-    "numpy_bit_generator": Kind(call=bit_generator, new=bit_generator, state=any_state),
+    "numpy_bit_generator": Kind(call=bit_generator, new=bit_generator, state=generator_state),
     "numpy_dtype": Kind(call=dtype, state=dtype_state),
     "numpy_dtype_class": Kind(call=lambda machine, origin, args: Object(origin, DType(8)), state=constant_state),
     "numpy_array": Kind(call=array, state=array_state),
@@ -319,7 +352,7 @@ NUMPY: dict[str, Kind] = {
     "joblib_wrapper": Kind(new=bare),
     "numpy_from_buffer": Kind(call=from_buffer),
     "numpy_scalar": Kind(call=scalar),
-    "numpy_random": Kind(call=bit_generator, state=any_state),
+    "numpy_random": Kind(call=bit_generator, state=generator_state),
     "numpy_seed_sequence": Kind(call=seed_sequence, state=any_state),
 }
 """Kinds for numpy."""

@@ -228,8 +228,22 @@ def quantized(machine: Machine, origin: Global, args: tuple[Value, ...]) -> Valu
     check_view(origin, args[0], args[1], args[2], strides, _item_bytes(args[0]))
     if not all(_is_plain(part) for part in args[4]) or type(args[5]) is not bool:
         raise refuse("arguments", origin, "quantizer parameters", args[4])
+    if len(args[4]) == 4:
+        _check_channels(origin, sizes or (), args[4])
     check_hooks(machine, origin, args[6])
     return Object(origin, TENSOR)
+
+
+def _check_channels(origin: Global, sizes: tuple[int, ...], parameters: tuple[Value, ...]) -> None:
+    """(scheme, scales, zero points, axis): one of each for every index of that axis; older torch does not look."""
+    _, scales, points, axis = parameters
+    if type(axis) is not int or not 0 <= axis < len(sizes):
+        raise refuse("geometry", origin, f"an axis of {len(sizes)} dimensions", axis)
+    for part in (scales, points):
+        view = _view_of(part)
+        count = len(part) if type(part) is list else _product(view.sizes) if view else None
+        if count != sizes[axis]:
+            raise refuse("geometry", origin, f"{sizes[axis]} scales and zero points", count)
 
 
 def _product(sizes: tuple[int, ...]) -> int:
