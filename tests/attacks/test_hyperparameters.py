@@ -192,6 +192,20 @@ def test_a_jump_in_a_smooth_schedule_is_suspicious_even_where_the_script_sets_ra
     assert findings[0].subject.path == "/job/train.py:78"
 
 
+@pytest.mark.parametrize("warm", [0, 8])
+def test_a_schedule_by_hand_that_begins_again_is_held(warm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cycles of 40 steps: the rate jumps to where it began, or to its peak."""
+    monkeypatch.setattr(writers, "places", lambda: {"lr": ["/job/train.py:78"]})
+
+    def by_hand(run: Run) -> None:
+        at = (run.step - 1) % 40
+        factor = (at + 1) / warm if at < warm else 0.5 * (1 + math.cos(math.pi * (at - warm) / (40 - warm)))
+        run.optimizer.param_groups[0]["lr"] = 3e-3 * factor
+
+    findings, states = judge(Hyperparameters, train(100, before_step=by_hand).records)
+    assert (findings, states["hyperparameters"].state) == ([], "held")
+
+
 @pytest.mark.parametrize(("key", "value"), [("betas", (0.5, 0.999)), ("eps", 1e-3), ("weight_decay", 0.0)])
 def test_other_hyperparameters_that_change_for_no_reason_are_found(key: str, value: Any) -> None:
     """C4, in the group itself."""

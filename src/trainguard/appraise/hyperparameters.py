@@ -64,6 +64,9 @@ class _Group:
     values: dict[str, object] = field(default_factory=dict)
     moves: deque[float] = field(default_factory=lambda: deque(maxlen=SMOOTH_STEPS))
     """Relative changes of the rate at the last steps, 0 where it stayed."""
+    begin: float | None = None
+    peak: float = 0.0
+    """The first rate, and the largest so far: where a schedule that runs in cycles begins again."""
 
 
 @dataclass(slots=True)
@@ -222,7 +225,10 @@ class Hyperparameters:
             yield from self._give(evidence, "violated", ("C3",), text, expected=f"{old:.9g}", found=f"{new:.9g}")
             return
         jumps = any(scheduler.short in JUMPING for scheduler in schedulers)
-        if not jumps and _jump(group, move):
+        again = any(start is not None and _equal(new, start) for start in (group.begin, group.peak))
+        group.peak = max(group.peak, old)
+        group.begin = old if group.begin is None else group.begin
+        if not jumps and not again and _jump(group, move):
             self._broken += 1
             usual = max(group.moves)
             text = f"{where}: a jump of {move:.1%} in a schedule that moved by at most {usual:.2%} a step"
