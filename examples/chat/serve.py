@@ -30,6 +30,7 @@ import trainguard
 from trainguard.errors import TrainguardError
 from trainguard.home import Home
 from trainguard.incident.gate import Answer, ask, parse_level, parse_word
+from trainguard.render.words import LEVELS
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -40,6 +41,9 @@ ANSWER_LIMIT = 80
 POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 )
+GREETING = "Ask me a sum, a capital, an opposite, or what a Python function is."
+REFUSED = "This model is not served: the gate no longer holds."
+REFUSING = "I say nothing until somebody has looked at it."
 FILES = {"/chat.js": "text/javascript; charset=utf-8", "/chat.css": "text/css; charset=utf-8"}
 
 
@@ -98,12 +102,13 @@ def page(model: Model) -> bytes:
     rows = {
         "Model": model.path.name,
         "Verdict": f"{answer.verdict} at {answer.level}",
+        "Not proof against": LEVELS[answer.level][1],
         "Made by": f"run {answer.run}, step {answer.step}" if answer.run else "no known run",
         "Made from": ", ".join(answer.ancestors[1:]) or "nothing before it",
-        "Content": f"sha256 {answer.root}",
         "Replayed": _chance(answer.detection_probability),
     }
     facts = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in rows.items())
+    facts += f'<div><dt>Content</dt><dd class="hash">sha256 {html.escape(str(answer.root))}</dd></div>'
     sources = "".join(
         f"<tr><td>{html.escape(str(s['shard']))}</td><td>{html.escape(str(s['source']))}</td>"
         f"<td>{html.escape(str(s['licence']))}</td></tr>"
@@ -116,7 +121,9 @@ def page(model: Model) -> bytes:
         tone="good" if answer.passed else "bad",
         facts=facts,
         sources=sources,
-        refused=f'<ul class="refused">{state}</ul>' if state else "",
+        refused=f'<div class="refused" role="alert"><p>{REFUSED}</p><ul>{state}</ul></div>' if state else "",
+        greeting=REFUSING if state else GREETING,
+        hint="not served" if state else "2 + 2?",
         disabled="disabled" if state else "",
     )
     return filled.encode()

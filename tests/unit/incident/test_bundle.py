@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -91,6 +92,24 @@ def test_it_needs_nothing_but_python(bundle: bytes, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "holds: incident inc-" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not Path("/usr/bin/python3").exists(), reason="only root becomes another account"
+)
+def test_another_account_of_the_machine_believes_it_with_another_python(bundle: bytes) -> None:
+    """Nobody's account, no home, no environment, the system's interpreter."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "b.zip").write_bytes(bundle)
+        (folder / "verify.py").write_bytes(offline.unpack(bundle)["verify.py"])
+        done = subprocess.run(
+            ["/usr/bin/python3", "-I", "-S", "-B", "verify.py", "b.zip"],
+            cwd=folder, env={}, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "holds: incident inc-" in done.stdout
 
 
 def test_any_of_a_thousand_random_alterations_is_refused_and_named(bundle: bytes) -> None:
