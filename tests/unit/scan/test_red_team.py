@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from trainguard.scan import ScanPolicy, Verdict
+from trainguard.scan.formats import hdf5
 from trainguard.scan.source import BytesSource
 from trainguard.scan.vet import judge_source
 from trainguard.testing.forge import BENIGN, call, named, stream, text, touch, value, zip_of
@@ -600,3 +601,33 @@ def test_what_mlflow_and_a_router_import_is_not_clean() -> None:
     assert verdict_of(flavour.format("mlflow.sklearn").encode(), "MLmodel") is Verdict.SAFE
     router = {"types": {"0": "evil.Cls"}, "structure": {"query": ["0"]}, "parameters": {}}
     assert verdict_of(json.dumps(router).encode(), "router_config.json") is Verdict.UNKNOWN
+
+
+# HDF5 that opens other files ------------------------------------------------------------------------------------------
+
+HDF5 = Path(__file__).parents[2] / "vectors" / "hdf5"
+
+
+@pytest.mark.parametrize("version", ["earliest", "latest"])
+def test_hdf5_that_makes_a_reader_open_other_files_is_not_clean(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """External links, one and many, and raw data are unsafe, virtual datasets unknown; links inside the file pass."""
+    monkeypatch.setattr(hdf5, "STEP_BYTES", 1024)
+    wanted = {"link": Verdict.UNSAFE, "many": Verdict.UNSAFE, "raw": Verdict.UNSAFE, "vds": Verdict.UNKNOWN}
+    for name, verdict in (wanted | {"plain": Verdict.SAFE}).items():
+        data = (HDF5 / f"{name}_{version}.h5").read_bytes()
+        assert verdict_of(data, "model.h5") is verdict, name
+        # Behind other data, across the end of a step: the bytes that declare it are found wherever they lie.
+        if name in ("link", "many"):
+            for shift in range(0, 160, 7):
+                moved = data[:8] + bytes(1024 - 96 - shift) + data[8:]
+                assert verdict_of(moved, "model.h5") is Verdict.UNSAFE, shift
+
+
+def test_an_hdf5_config_across_the_end_of_a_step_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class whose first bytes end one step and whose last begin the next."""
+    monkeypatch.setattr(hdf5, "STEP_BYTES", 1024)
+    plain = b'{"class_name": "Sequential", "config": {"layers": []}}'
+    for cut in range(1, 24):
+        head = b"\x89HDF\r\n\x1a\nmodel_config\0" + plain + b"\0"
+        data = head + bytes(1024 - cut - len(head)) + b'{"class_name": "Lambda", "config": {}}\0'
+        assert verdict_of(data, "model.h5") is not Verdict.SAFE, cut
