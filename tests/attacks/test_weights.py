@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from trainguard.appraise.gradients import Gradients
 from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.weights import Weights
 from trainguard.policy import Approval, Policy
+from trainguard.watch import writers
 
 pytestmark = pytest.mark.torch
 
@@ -76,6 +78,43 @@ def test_optimizer_state_changed_between_steps_is_named_as_state() -> None:
     assert findings[0].subject.tensor is not None
     assert findings[0].subject.tensor.endswith(".exp_avg_sq")
     assert "multiplied by 4" in findings[0].message
+
+
+KEPT: dict[str, torch.Tensor] = {}
+
+
+def restore(run: Run) -> None:
+    """Goes back to a checkpoint once, as range tests and rollbacks do."""
+    if run.step == 5:
+        KEPT.update({name: value.clone() for name, value in run.net.state_dict().items()})
+    if run.step == 30:
+        run.net.load_state_dict(KEPT)
+
+
+def begin_again(run: Run) -> None:
+    """A layer is begun again, once."""
+    if run.step == 30:
+        run.net[5].reset_parameters()  # type: ignore[index, operator]
+
+
+@pytest.mark.parametrize("act", [restore, begin_again])
+def test_weights_put_back_as_a_whole_are_suspicious_with_the_lines_that_may_have_done_it(act: Any) -> None:
+    """Not proof: restoring and beginning again are honest work. One of the lines can be approved."""
+    records = train(45, after_step=act).records
+    findings, _ = judge(Weights, records)
+    assert [(f.subject.step, f.outcome, f.techniques) for f in findings] == [(31, "suspicious", ("E4", "B7"))]
+    assert "test_weights.py:" in findings[0].message
+    assert 'check = "weights"' in findings[0].message
+    policy = Policy(approve=(Approval(check="weights", place="attacks/test_weights.py"),))
+    findings, states = judge(Weights, records, policy)
+    assert (findings, states["weights"].state) == ([], "explained")
+
+
+def test_without_such_a_line_weights_put_back_are_violated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the job's source does it."""
+    monkeypatch.setattr(writers, "restorers", list)
+    findings, _ = judge(Weights, train(45, after_step=begin_again).records)
+    assert [(f.subject.step, f.outcome) for f in findings] == [(31, "violated")]
 
 
 def clamp(run: Run) -> None:

@@ -2,7 +2,9 @@
 
 Continuity: the sample taken after step t must be the sample found before step t + 1. A departure waits, for at most
 WAIT_STEPS checked steps, for the interval that runs under watch: if the line that writes is named, it is suspicious, or
-explained where the policy approves that line; if nothing is named, it is violated.
+explained where the policy approves that line; if nothing is named, it is violated. One case is open: whole tensors hold
+values that are no multiple or shift of what they were, and the job's source has lines that do that (a checkpoint put
+back, an average, a layer begun again). Then those lines are named, and it is suspicious.
 
 Where there are other ranks, the interval is first compared with theirs (`_together`):
 
@@ -19,6 +21,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -43,6 +46,7 @@ AVERAGES_KNOWN = 2
 Key = tuple[int | None, int]
 Shared = tuple[int, int]
 """Attempt, index of the optimizer."""
+Relation = Literal["multiplied by", "shifted by", "by at most", "not finite"]
 Slot = tuple[str, str, str]
 """Tensor, weight or state key, place."""
 
@@ -60,6 +64,8 @@ class Change:
     """What the change amounts to, in words."""
     bit: bool = False
     """It is one bit of one element of the sample."""
+    other: bool = False
+    """Most of the sample holds other values, which are no multiple or shift of what they were."""
 
     @property
     def tensor(self) -> str:
@@ -139,6 +145,8 @@ class Weights:
         self._given: Counter[tuple[int | None, str]] = Counter()
         self._ranks = Ranks()
         self._jobs: dict[Shared, _Job] = {}
+        self._may: dict[int | None, list[str]] = {}
+        """Process → lines of its source that put other values into weights as a whole."""
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         """Compare one checked interval."""
@@ -188,6 +196,8 @@ class Weights:
             self._blind[str(value["off"])[:200]] += 1
             return
         self._learn(value, track)
+        if isinstance(value.get("may"), list):
+            self._may[evidence.process] = [place for place in _list(value["may"]) if isinstance(place, str)][:16]
         index = evidence.body.get("index")
         if "before" in value:
             yield from self._compare(evidence, value, track)
@@ -355,16 +365,12 @@ class Weights:
         changes: list[Change],
         operations: dict[str, str] | None = None,
     ) -> Iterator[Finding]:
-        approved = [place for place in places if self._context.policy.approves(self.name, place)]
-        if approved:
-            self._broken -= 1
-            self._explained.update(approved)
+        if self._is_approved(places):
             return
         place = places[0]
         by = f", by {(operations or {}).get(place, 'a call')} at {place}"
-        hint = f'; if that is meant, approve it: [[approve]] check = "weights" place = "{_short(place)}"'
         tensor = changes[0].tensor if changes else None
-        yield from self._give(evidence, "suspicious", ("E4", "B7"), text + by + hint, tensor, place)
+        yield from self._give(evidence, "suspicious", ("E4", "B7"), text + by + _hint(place), tensor, place)
 
     def _age(self, track: _Track) -> Iterator[Finding]:
         late: list[_Open] = []
@@ -378,11 +384,33 @@ class Weights:
                 yield from self._violated(each)
 
     def _violated(self, each: _Open) -> Iterator[Finding]:
+        lines = self._may.get(each.evidence.process, [])
+        if lines and each.changes and all(change.what == "weight" and change.other for change in each.changes):
+            yield from self._restored(each, lines)
+            return
         text = f"{_words(each)}, between two steps, by nobody that could be named"
         tensor = each.changes[0].tensor if each.changes else None
         if each.bit:
             text += "; it is one bit of one element: faulty memory does this as well as an act"
         yield from self._give(each.evidence, "suspicious" if each.bit else "violated", ("E4", "B7"), text, tensor)
+
+    def _restored(self, each: _Open, lines: list[str]) -> Iterator[Finding]:
+        """Whole tensors hold other values, once: lines that do so are there, and none was seen."""
+        if self._is_approved(lines):
+            return
+        named = ", ".join(_short(line) for line in lines[:4]) + (" and more" if len(lines) > 4 else "")
+        text = (
+            f"{_words(each)}, between two steps, by nobody that was seen; these lines put values into weights: {named}"
+        )
+        hint = _hint(lines[0]) + " (or whichever it was)" if len(lines) > 1 else _hint(lines[0])
+        yield from self._give(each.evidence, "suspicious", ("E4", "B7"), text + hint, each.changes[0].tensor)
+
+    def _is_approved(self, places: list[str]) -> bool:
+        """Whether the policy approves one of them: then the departure is explained."""
+        approved = [place for place in places if self._context.policy.approves(self.name, place)]
+        self._broken -= bool(approved)
+        self._explained.update(approved)
+        return bool(approved)
 
     def _silence(self, evidence: Evidence) -> Iterator[Finding]:
         """Weights moved with the batches, and no step was reported (watch/silence.py)."""
@@ -502,7 +530,10 @@ def _change(value: object) -> Change:
     if "old" not in entry:
         return Change(name[:512], what[:80], differ, of, "another type")
     old, new = parse_blob(entry["old"]), parse_blob(entry.get("new"))
-    return Change(name[:512], what[:80], differ, of, _amount(old, new), _one_bit(old, new))
+    relation, amount = _relation(old, new)
+    text = relation if math.isnan(amount) else f"{relation} {amount:.6g}"
+    other = relation == "by at most" and 2 <= of <= 2 * differ
+    return Change(name[:512], what[:80], differ, of, text, bit=_one_bit(old, new), other=other)
 
 
 def _one_bit(old: list[float], new: list[float]) -> bool:
@@ -530,19 +561,19 @@ def _one_bit_moved(value: object) -> bool:
     return abs(int(by[0])).bit_count() == 1
 
 
-def _amount(old: list[float], new: list[float]) -> str:
-    """Scaled, shifted, or by how much at most."""
+def _relation(old: list[float], new: list[float]) -> tuple[Relation, float]:
+    """How the new values follow from the old ones, and the number that says it."""
     pairs = [(a, b) for a, b in zip(old, new, strict=False) if math.isfinite(a) and math.isfinite(b)]
     moved = [(a, b) for a, b in pairs if a != b]
     if not moved:
-        return "not finite"
+        return "not finite", math.nan
     ratios = [b / a for a, b in moved if a]
     if ratios and len(ratios) == len(moved) and max(ratios) - min(ratios) <= 1e-4 * max(map(abs, ratios)):
-        return f"multiplied by {sum(ratios) / len(ratios):.6g}"
+        return "multiplied by", sum(ratios) / len(ratios)
     shifts = [b - a for a, b in moved]
     if max(shifts) - min(shifts) <= 1e-3 * max(map(abs, shifts)):
-        return f"shifted by {sum(shifts) / len(shifts):.6g}"
-    return f"by at most {max(map(abs, shifts)):.6g}"
+        return "shifted by", sum(shifts) / len(shifts)
+    return "by at most", max(map(abs, shifts))
 
 
 def _place(stack: list[str]) -> str | None:
@@ -552,6 +583,10 @@ def _place(stack: list[str]) -> str | None:
         if len(parts) == 3:
             return f"{parts[0]}:{parts[1]}"[:1024]
     return None
+
+
+def _hint(place: str) -> str:
+    return f'; if that is meant, approve it: [[approve]] check = "weights" place = "{_short(place)}"'
 
 
 def _short(place: str) -> str:

@@ -12,6 +12,7 @@ Value of the link (spec/evidence.md "weights"):
     {"whole": {"tensors": n, "changed": [names, at most 8], "by": [what their sums moved by, decimal]}}
                                                                               in checked steps, tensors on the CPU
     {"writers": [{"op", "name", "stack": ["file:line:function", …]}]}         after an interval that was watched for
+    {"may": ["file:line", …]}    once, with the first change: lines of the job that put other values into whole weights
     {"ranks": {"world", "was", "now": digests of the sampled weights alone}}  in checked steps, of several ranks
     {"off": reason}                                                           where the relation cannot hold
     {"replaced": true}       the optimizer's state was replaced as a whole (load_state_dict); weights are compared
@@ -35,7 +36,7 @@ import operator
 import sys
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from . import sample
+from . import sample, writers
 from .client import Client
 from .optimizer import SCALARS
 
@@ -133,6 +134,8 @@ class Weights:
         self.client = client
         self.stray: Dict[int, _Watcher] = {}
         """Index of the optimizer → dispatch mode armed for the interval before its next step."""
+        self.told = False
+        """Which lines may have written."""
 
     def before(self, step: Step) -> None:
         """Compare with the sample taken after the last step; name the writers if the interval was watched."""
@@ -145,6 +148,9 @@ class Weights:
         memory["pending"] = None
         if step.full and snapshot is not None:
             self._compare(step, snapshot, value)
+            if value["held"] is False and not self.told:
+                self.told = True
+                value["may"] = writers.restorers()
             sums = memory.get("sums")
             if sums is not None and sums.chosen and sums.signature is step.track.signature:
                 value["whole"] = sums.compare(step.torch)

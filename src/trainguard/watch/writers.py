@@ -1,4 +1,4 @@
-"""Which lines of the job's own source set hyper-parameters, flags and settings: read once, when first needed.
+"""Which lines of the job's own source set hyper-parameters, flags, settings and weights: read once, when first needed.
 
 Only files outside the installed packages and the standard library count, and those whose functions are running the
 step: what a training script does to its own rates is written there. Of an installed package, other than torch, the
@@ -30,6 +30,8 @@ NOT_A_JOBS = frozenset(
 """Top-level modules whose classes and functions are nobody's schedule, or known to the judge by themselves."""
 SETTING = ("set_", "use_", "detect_anomaly")
 """How functions of torch that set a flag begin."""
+RESTORING = frozenset(("load_state_dict", "reset_parameters", "copy_", "vector_to_parameters"))
+"""Calls that put other values into a tensor as a whole."""
 ANY = "*"
 """Name under which stores with a computed key are listed, in files that also speak of `param_groups`."""
 
@@ -40,6 +42,33 @@ def places() -> Dict[str, List[str]]:
     for path in sorted({*own_files()[:FILES_LIMIT], *_running()}):
         _try(path, found)
     return _told(found)
+
+
+def restorers() -> List[str]:
+    """`file:line` of every line that puts other values into weights as a whole: restored, averaged or begun again."""
+    found: Set[str] = set()
+    for path in sorted({*own_files()[:FILES_LIMIT], *_running()}):
+        try:
+            if os.path.getsize(path) <= FILE_LIMIT_BYTES:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    found.update("%s:%d" % (path, line) for line in _restoring(facts.parse(file.read())))
+        except (OSError, SyntaxError, ValueError, RecursionError):
+            continue
+    return sorted(found)[:PLACES_LIMIT]
+
+
+def _restoring(tree: Any) -> List[int]:
+    lines: List[int] = []
+    node: Any
+    for node in ast.walk(tree):
+        called = node.func if isinstance(node, ast.Call) else None
+        name = getattr(called, "attr", getattr(called, "id", ""))
+        holder = getattr(called, "value", None)
+        filled = name.endswith("_") and getattr(holder, "attr", getattr(holder, "id", "")) == "init"
+        stored = any(isinstance(target, ast.Attribute) and target.attr == "data" for target in _targets(node))
+        if name in RESTORING or filled or stored:
+            lines.append(node.lineno)
+    return lines
 
 
 def places_within(kinds: Iterable[type]) -> Dict[str, List[str]]:
