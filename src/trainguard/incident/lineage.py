@@ -11,7 +11,7 @@ what happened after it was saved does not reach it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,13 @@ from trainguard.errors import Misuse, Unavailable, VerificationError
 from trainguard.evidence import Evidence
 from trainguard.finding import Finding
 from trainguard.home import Home
-from trainguard.incident.graph import RANK, Graph, Node, Standing, Standings
+from trainguard.incident.graph import RANK, Graph, Kind, Node, Standing, Standings
 from trainguard.seal.ledger import Ledger, SealLeaf, read_ledger
 from trainguard.seal.manifest import read_manifest, resolve, root_digest
+from trainguard.sources.register import Register, read_register
+
+BASIS: frozenset[Kind] = frozenset({"start", "lock", "data"})
+"""Kinds that hand nothing on and are no results: they are told as what others were made from, and not listed."""
 
 
 @dataclass(slots=True)
@@ -102,6 +106,7 @@ def read_lineage(home: Home, *, judge: Callable[..., Verdict] | None = None, lif
     by_content = _by_content(ledger, key)
     lineage = Lineage(graph=Graph(), verdicts={}, seals=ledger.seals)
     courses: dict[str, _Course] = {}
+    register = read_register(leaves, home)
     for run in leaves.runs:
         lineage.verdicts[run] = judge(home, run, leaves=leaves)
         courses[run] = _course(home, run, leaves, lineage.verdicts[run])
@@ -110,6 +115,7 @@ def read_lineage(home: Home, *, judge: Callable[..., Verdict] | None = None, lif
             same = lineage.trackers.setdefault(named, run_key(run)) == run_key(run)
             lineage.trackers[named] = run_key(run) if same else named  # said by two: it stays a node of its own
         _add_run(lineage, run, lineage.verdicts[run])
+        _add_basis(lineage, run, leaves.runs[run], register)
     for seal in ledger.seals:
         _add_checkpoint(lineage, seal, courses.get(seal.run) if seal.run is not None else None)
     for run, contents in lineage.used.items():
@@ -164,13 +170,18 @@ def family(lineage: Lineage, key: str | None = None) -> Family:
         start = [_start(key.partition(":")[2])] if key.startswith("run:") else []
         near = [key, *graph.ancestors(key), *graph.descendants(key)]
         keys = dict.fromkeys([*near, *(below for at in start for below in graph.descendants(at))])
-    lines = [_line(lineage, key) for key in keys if key in graph.nodes and graph.nodes[key].kind != "start"]
+    lines = [_line(lineage, key) for key in keys if key in graph.nodes and not _is_basis(graph.nodes[key])]
     return Family(
         subject=key,
         affected=tuple(line for line in lines if RANK[line.word] >= RANK["SUSPECT"]),
         unknown=tuple(line for line in lines if line.word == "UNKNOWN"),
         cleared=tuple(line for line in lines if line.word == "VERIFIED"),
     )
+
+
+def _is_basis(node: Node) -> bool:
+    """Whether a node only hands on; data and locks that somebody claims are results of nobody knows what."""
+    return node.kind in BASIS and node.word == "VERIFIED"
 
 
 def _line(lineage: Lineage, key: str) -> Line:
@@ -206,6 +217,25 @@ def _add_run(lineage: Lineage, run: str, verdict: Verdict) -> None:
     whole = Node(key=run_key(run), kind="run", label=f"run {run}", word=verdict.verdict, reason=why(verdict), run=run)
     lineage.graph.add(whole)
     lineage.graph.join(_start(run), run_key(run), witnessed=True)
+
+
+def _add_basis(lineage: Lineage, run: str, begin: Mapping[str, Any], register: Register) -> None:
+    """What a run began from beside checkpoints: its lock, and the registered data that it opened, by content.
+
+    They hand nothing on: whether code, environment and data were the approved ones is in the run's own verdict.
+    """
+    lock = begin.get("lock")
+    if isinstance(lock, str):
+        label = f"lock {lock[:12]} (code, environment, data, command)"
+        lineage.graph.add(Node(key=f"lock:{lock}", kind="lock", label=label))
+        lineage.graph.join(f"lock:{lock}", _start(run), witnessed=True, by=f"leaf {begin.get('leaf')}")
+    for content in lineage.used[run]:
+        for source, shard, entry in register.contents.get(content, ()):
+            terms = entry.licence or entry.terms or "no licence stated"
+            label = f"{shard.name} of {source.name} ({terms}{', withdrawn' if source.withdrawn is not None else ''})"
+            key = f"data:{source.name}/{entry.manifest}"
+            lineage.graph.add(Node(key=key, kind="data", label=label))
+            lineage.graph.join(key, _start(run), witnessed=True, by=f"leaf {entry.leaf}")
 
 
 def _add_checkpoint(lineage: Lineage, seal: SealLeaf, course: _Course | None) -> None:

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 from tests.helpers import told
 from tests.helpers.family import Family, finding, verdict
+from tests.helpers.sourced import shard
 
 from trainguard.archive import RunReader
 from trainguard.cli import main
@@ -20,6 +21,7 @@ from trainguard.incident.graph import Standing
 from trainguard.incident.lineage import Lineage, checkpoint_key, read_lineage, root_of, run_key
 from trainguard.incident.lineage import family as listed
 from trainguard.seal.write import seal_path
+from trainguard.sources.register import withdraw
 
 
 @pytest.fixture
@@ -195,3 +197,23 @@ def test_a_kept_lineage_answers_without_the_log_and_says_how_old_it_is(
             main(["lineage", "--kept", str(path)])
         assert left.value.code == status
         assert said in capsys.readouterr().err
+
+
+def test_what_a_run_was_made_from_is_told_with_lock_data_source_and_licence(made: Family, tmp_path: Path) -> None:
+    """By content, whatever the file is called; nothing of it is listed as a result, or clears or taints."""
+    shard(made.home, tmp_path, "acme/books", "a.bin", b"rows")
+    shard(made.home, tmp_path, "other", "b.bin", b"never read")
+    (base,) = made.run("a", opens=[copied(tmp_path / "elsewhere.bin", b"rows")], saves={10: "a.pt"})
+    told_of = listed(read_lineage(made.home), checkpoint_key(root_of(base)))
+    (line,) = [line for line in told_of.cleared if line.label.startswith("a.pt")]
+    assert "a.bin of acme/books (CC-BY-4.0)" in line.made_from
+    assert not any("other" in source for source in line.made_from)
+    assert {one.kind for one in (*told_of.affected, *told_of.unknown, *told_of.cleared)} <= {"run", "checkpoint"}
+    withdraw(made.home, source="acme/books", reason="the author asked")
+    again = listed(read_lineage(made.home), run_key("a"))
+    assert "a.bin of acme/books (CC-BY-4.0, withdrawn)" in again.cleared[0].made_from
+
+
+def copied(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
