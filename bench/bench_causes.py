@@ -333,7 +333,15 @@ FAULTS: tuple[Fault, ...] = (
         ("dropout", "mode"),
         "plain = F.dropout\n    F.dropout = lambda x, *a, **k: x if now() else plain(x, *a, **k)",
     ),
-    Fault("evaluation mode", ("mode",), more="def between():\n    for m in models(): m.eval()"),
+    Fault(
+        "evaluation mode",
+        ("mode",),
+        more="""
+def between():
+    for m in models(): m.eval()
+    plain = T.nn.Module.train
+    T.nn.Module.train = lambda m, mode=True: m if now() else plain(m, mode)""",
+    ),
     Fault("reseed with 1234", ("reseed",), more="def between():\n    T.manual_seed(1234)"),
     Fault("1000 extra draws", ("extra draws",), more="def between():\n    T.rand(1000)"),
     Fault("one weight +0.05", ("one weight edited",), more="def between():\n    biggest().view(-1)[77] += 0.05"),

@@ -1,26 +1,41 @@
 """What committing to every step costs: CPU time and bytes a step, and what one replay point costs.
 
-    python bench/bench_replay.py [1 10]
+    python bench/bench_replay.py [1 10 100]
+    python bench/bench_replay.py --run 1000        what replaying costs, on a whole run of so many steps
 
-For transformer-like models of about 1 and 10 million parameters, AdamW with clipping, batches of 16 x 64 positions.
+For transformer-like models of about 1, 10, 100 million parameters, AdamW with clipping, batches of 16 x 64 positions.
 Prints the CPU of a bare step, what link *commits* adds when a step commits to everything and when it is lean (CPU time
 of the training thread around the link alone, so a busy machine changes the shares little), the bytes of its value, and
 bytes and CPU of a point.
+
+With --run: tests/scripts/own_batch_gpt.py alone, and recorded with a weight edited once at three quarters; the segment
+in its middle replayed by warp and from the first step; an audit with the default budget; and `audit --bisect`, which
+has to name the exact step. CPU seconds of everything that was started, since wall time says what else the machine does.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from bench_audits import EDIT, SCRIPTS, audit, record
 from torch import nn
 
+from trainguard.home import Home
+from trainguard.replay import plan
+from trainguard.replay.audit import Auditor, Options
+from trainguard.replay.tasks import perform
 from trainguard.watch import commits, engine, points
 
 WIDTHS = {1: (4, 144), 10: (6, 376), 100: (8, 1024)}
@@ -71,7 +86,8 @@ def measure(millions: int) -> str:
     for number in range(2 * STEPS):
         lean = number >= STEPS
         link.thorough = not lean
-        link._share = lambda _number, lean=lean: commits.LEAN if lean else commits.EVERYTHING
+        share = commits.LEAN if lean else commits.EVERYTHING
+        link._share = lambda *_step, share=share: share
         if number == STEPS:
             sink.settings["points_at"] = []
         spent.clear()
@@ -133,9 +149,80 @@ def timed(link: Any) -> list[float]:
 _over = commits._Raw.over
 
 
+POINTS_EVERY = 50
+
+
+def of_a_run(steps: int) -> None:
+    """What replaying costs, beside what the run cost."""
+    source = (SCRIPTS / "own_batch_gpt.py").read_text()
+    at = steps * 3 // 4
+    with tempfile.TemporaryDirectory(prefix="bench-replay-") as top:
+        folder, plant = Path(top) / "work", Path(top) / "plant"
+        folder.mkdir()
+        plant.mkdir()
+        (plant / "sitecustomize.py").write_text(EDIT.replace("== 75", f"== {at}"))
+        (folder / "train.py").write_text(source)
+        words = ("--steps", str(steps))
+        command = [sys.executable, "train.py", *words, "--out", str(Path(top) / "alone")]
+        _, alone = took(lambda: subprocess.run(command, cwd=folder, check=True, capture_output=True))
+        why, recorded = took(lambda: record(folder, source, words, POINTS_EVERY, PYTHONPATH=str(plant)))
+        if why is not None:
+            sys.exit(f"not recorded: {why}")
+        print(f"{steps} steps: alone {alone:.0f} s CPU; recorded with --links none {recorded:.0f} s", flush=True)
+        for way, reached, seconds in replays(folder):
+            print(
+                f"middle segment by {way}: {reached}, {seconds:.1f} s CPU, {seconds / alone:.0%} of the run", flush=True
+            )
+        report, seconds = took(lambda: audit(folder))
+        outcomes = [result["outcome"] for result in report["results"]]
+        print(f"audit, budget 1 %: {len(outcomes)} segments, {outcomes}, {seconds:.1f} s CPU, {seconds / alone:.0%}")
+        began = time.monotonic()
+        report, seconds = took(lambda: audit(folder, "--bisect"))
+        bad = next((each for each in report["results"] if each["outcome"] == "differs"), {})
+        step, cause = bad.get("difference", {}).get("step"), (bad.get("cause") or {}).get("words")
+        print(
+            f"audit --bisect: step {step} (edited after step {at}; seen from {at + 1}), {cause}; {seconds:.1f} s CPU "
+            f"({seconds / alone:.0%} of the run), {time.monotonic() - began:.0f} s on this machine"
+        )
+
+
+def replays(folder: Path) -> list[tuple[str, str, float]]:
+    """(way, what came of it, CPU seconds) of the segment in the middle, replayed in both ways."""
+    auditor = Auditor(Home(folder / ".trainguard"), "r", Options())
+    _, auditor._committed = auditor._read()
+    auditor._command, auditor._numeric = auditor._words(), {}
+    everything = plan.segments(auditor._committed)
+    group = [everything[len(everything) // 2]]
+    told = []
+    for way, task in (
+        ("warp", auditor._task_of(group, points=auditor._points(group[0]))),
+        ("start", auditor._task_of(group)),
+    ):
+        outcome, seconds = took(lambda task=task: perform(task))  # type: ignore[misc]
+        found = outcome.rerun()
+        landed = "landed" if found.landed else f"not warped ({found.unsound or 'from the first step'})"
+        told.append((way, f"steps {group[0].first} to {found.reached}, {landed}", seconds))
+    return told
+
+
+def took(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What it gives, and CPU seconds of the processes that it started."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("millions", type=int, nargs="*", help="of 1, 10, 100")
+    parser.add_argument("--run", type=int, metavar="STEPS", help="measure a whole run of so many steps instead")
+    options = parser.parse_args()
+    if options.run is not None:
+        of_a_run(options.run)
+        return
     torch.set_num_threads(1)
-    for millions in [int(word) for word in sys.argv[1:]] or [1, 10]:
+    for millions in options.millions or [1, 10]:
         print(measure(millions), flush=True)
 
 

@@ -115,8 +115,8 @@ def trainguard(folder: Path, *arguments: str, env: dict[str, str] | None = None)
     )
 
 
-def record(folder: Path, **env: str) -> None:
-    (folder / "train.py").write_text(SCRIPT)
+def record(folder: Path, *, script: str = SCRIPT, **env: str) -> None:
+    (folder / "train.py").write_text(script)
     (folder / "policy.toml").write_text(POLICY)
     command = (
         "run",
@@ -161,6 +161,19 @@ def test_a_clean_run_is_equal_bit_for_bit_from_a_sealed_state(clean: Path) -> No
     assert [(r["way"], r["outcome"]) for r in report["results"]] == [("warp", "equal")]
     assert report["selftest"]["passed"] is True
     assert {path.name: path.read_bytes() for path in (clean / "out").iterdir()} == before
+
+
+@pytest.mark.nightly
+def test_a_script_that_loads_what_it_saved_itself_is_replayed_from_a_sealed_state(tmp_path: Path) -> None:
+    """What it saves while the warp goes forward is there to be loaded; what it holds is overwritten at landing."""
+    loads = "    if step == 11:\n        net.load_state_dict(torch.load(out / '8.pt'))\n"
+    record(tmp_path, script=SCRIPT + loads)
+    status, verdict = audit(tmp_path, "--segments", "2")
+    assert (status, replays(verdict)) == (0, [])
+    home = Home(tmp_path / ".trainguard")
+    (body,) = LogLeaves(home).audits["r"]
+    report = msgspec.json.decode(home.blob(body["report"]))
+    assert [(r["way"], r["outcome"]) for r in report["results"]] == [("warp", "equal")]
 
 
 def test_points_are_sealed_in_the_log_and_the_key_is_the_one_committed_to(clean: Path) -> None:

@@ -30,8 +30,11 @@ SECONDS_LIMIT = 600.0
 ITERATIONS = 4
 CLOSE = 2e-2
 """Part of what differs that may be left over for a number to be worth rounding."""
+SURE_WITHIN = 3.0
+"""Times what is left over: how far from the estimate the number may lie."""
 CONSISTENT = 2e-3
 ROUND_WITHIN = 3e-3
+"""A round number lies so near to an estimate that fits well."""
 ALTERNATIVES = 8
 """Trials after the first that reproduces, to name what else would."""
 
@@ -174,7 +177,7 @@ class Search:
         if estimate is None or left > CLOSE:
             return
         self._close.append((left, hypothesis, estimate))
-        yield from rounded(estimate, scalar)
+        yield from rounded(estimate, scalar, left)
 
     def _attempt(self, bench: Bench, acts: Sequence[Mapping[str, Any]], until: int) -> Tried:
         self.tried += 1
@@ -324,12 +327,17 @@ def _size(values: Sequence[float], weights: Sequence[float]) -> float:
     return math.sqrt(sum((v * w) ** 2 for v, w in zip(values, weights, strict=False)))
 
 
-def rounded(estimate: float, scalar: Scalar) -> list[float]:
-    """Round numbers near an estimate, fewest digits first: itself, its multiple of the clean value, the inverse."""
+def rounded(estimate: float, scalar: Scalar, left: float = 0.0) -> list[float]:
+    """Round numbers near an estimate, fewest digits first: itself, its multiple of the clean value, the inverse.
+
+    left: the part of what differs that the estimate leaves over. In a step computed in 16 bits the values do not follow
+    the number smoothly, and the number itself is then known no better than that.
+    """
     found: list[float] = []
+    within = max(ROUND_WITHIN, SURE_WITHIN * left)
 
     def add(value: float) -> None:
-        near = abs(value - estimate) <= ROUND_WITHIN * max(abs(estimate), 1e-12)
+        near = abs(value - estimate) <= within * max(abs(estimate), 1e-12)
         if near and scalar.low <= value <= scalar.high and value not in found:
             found.append(value)
 

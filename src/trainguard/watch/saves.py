@@ -113,11 +113,15 @@ class Saves:
         """When the last step began."""
         self._owed = False
         """Whether it has not been said yet that the last save was told."""
+        self.muted = False
+        """Whether nothing is told of what is saved: a replay that skips steps has other values (warp.py)."""
 
     # -- torch asks ---------------------------------------------------------------------------------------------
 
     def tag(self, storage: Any) -> None:
         """torch is about to save `storage`."""
+        if self.muted:
+            return
         inside = audit.entered()
         began = time.monotonic()
         try:

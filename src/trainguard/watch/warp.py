@@ -18,7 +18,9 @@ step m the process is over. With k > 0 the script is *warped* to step k:
              modes and streams are not: those come from the script and are compared.
     live     steps k+1 … m run for real.
 
-Nothing is saved while the warp goes forward (an empty file is), and what lies outside `roots` cannot be written.
+What the script saves while the warp goes forward is saved, since it may load it again before step k: streams, counters
+and schedulers in it are right, weights and optimizer state are those of the learning steps and are overwritten at
+landing. Nobody is told of these files, and what lies outside `roots` cannot be written.
 
 Frames: kind "save" as in a run (saves.py); every step as in a run, with less in it while the warp goes forward; kind
 "replay", body one of
@@ -141,21 +143,18 @@ class Warp:
         return None
 
     def _take_over_saves(self, torch: Any) -> None:
-        """While the warp goes forward what would be saved is not what the run had: empty files are written instead.
-
-        Else files are really saved, inside our roots only, and what they are given is told (saves.py).
+        """Files are saved inside our roots only, and what they are given is told (saves.py); but while the warp goes
+        forward they are not what the run had, so nothing is told of them.
         """
         saves.install(self.client, torch)
         real = torch.save
 
         def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
             path = f if isinstance(f, (str, os.PathLike)) else None
-            if self.forward:
-                if path is not None:
-                    _emptied(path)
-                return
             if path is not None:
                 self._inside(path)  # torch's own writer raises no audit event
+            if self.forward:
+                return self._untold(real, obj, f, *args, **kwargs)
             steps = self.engine.tally.steps if self.engine is not None else 0
             aside = self.thread not in (0, threading.get_ident())
             self.client.send("replay", {"saving": steps, "aside": aside})
@@ -163,10 +162,21 @@ class Warp:
             known = saves.current()
             if known is not None:
                 known.flush()
+            return None
 
         torch.save = save
         torch.serialization.save = save
         bootstrap.after_import("safetensors.torch", self._take_over_safetensors)
+
+    def _untold(self, real: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        known = saves.current()
+        if known is not None:
+            known.muted = True
+        try:
+            real(*args, **kwargs)
+        finally:
+            if known is not None:
+                known.muted = False
 
     def _take_over_safetensors(self) -> None:
         """The same for safetensors, which writes natively."""
@@ -174,9 +184,9 @@ class Warp:
         real = module.serialize_file
 
         def serialize_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.forward:
-                return _emptied(filename)
             self._inside(filename)
+            if self.forward:
+                return real(tensors, filename, *args, **kwargs)
             steps = self.engine.tally.steps if self.engine is not None else 0
             path = os.path.realpath(os.fsdecode(filename))
             self.client.send("replay", {"written": path, "steps": steps})
@@ -492,11 +502,6 @@ def _turn(optimizer: Any) -> None:
         for param in group["params"]:
             if param.grad is not None:
                 param.grad.neg_()
-
-
-def _emptied(path: Any) -> None:
-    with open(path, "wb"):
-        pass
 
 
 class _Skipped:

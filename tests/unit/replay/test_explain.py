@@ -141,6 +141,14 @@ def test_round_numbers_near_an_estimate(near: float, base: float | None, wanted:
     assert wanted in rounded(near, Scalar(make=lambda x: [], probes=(0.0, 1.0), base=base))
 
 
+def test_what_an_estimate_leaves_over_widens_the_search_for_a_round_number() -> None:
+    """A step in 16 bits does not follow its number smoothly: 0.2007 with half a percent left over may be 0.2."""
+    smoothing = Scalar(make=lambda x: [], probes=(0.0, 0.1), low=0.0, high=1.0)
+    assert 0.2 not in rounded(0.200706, smoothing)
+    assert rounded(0.200706, smoothing, 0.005)[0] == 0.2
+    assert 0.2 not in rounded(0.21, smoothing, 0.005)
+
+
 @pytest.mark.parametrize("changed", [
     {"lanes": {"raw": "!!!"}}, {"lanes": {"raw": lanes(*range(65))}}, {"edited": [[0, "x", "1", []]]},
     {"edited": [[0, "1" * 30, "1", []]]}, {"places": [[1, 2]]}, {"edited": [[0]]},
