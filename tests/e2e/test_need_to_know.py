@@ -109,6 +109,9 @@ def _asked(site: Site, who: str) -> list[tuple[int, str, str]]:
         site.tg(who, "case", "sign", "--yes", CODE, "1"),
         site.tg(who, "case", "grant", CODE, card, *day),
         site.tg(who, "case", "note", CODE, "hello"),
+        site.tg(who, "case", "suppose", CODE, "hello"),
+        site.tg(who, "case", "weigh", CODE, "3", "against", "hello"),
+        site.tg(who, "case", "settle", CODE, "3", "dropped", "--reason", "x"),
         site.tg(who, "case", "trace", CODE, card),
         site.tg(who, "case", "export", CODE, "--reason", "x"),
         site.tg(who, "case", "hold", CODE, "--reason", "x"),
@@ -134,6 +137,10 @@ def test_the_insider_learns_nothing_and_those_who_look_work_on(site: Site):
     assert site.tg("lead-b", "case", "sign", "--yes", CODE, 0)[0] == 0
     note = "{monday|tuesday|friday}: hosts are imaged, first {node-3|node-9|node-12}; r1 is bad"
     assert site.tg("lead-a", "case", "note", CODE, note)[0] == 0
+    status, _, err = site.tg("inv-c", "case", "suppose", CODE, "the strange process belongs to a tool of node-3")
+    thought = err.split("hypothesis ")[1].strip()
+    words = ("case", "weigh", CODE, thought, "against", "node-3 has no such tool", "--cite", name)
+    assert (status, site.tg("lead-a", *words)[0]) == (0, 0)
     mute = ("--run", "r1", "--reason", "until they are imaged", "--until", "9d")
     status, _, err = site.tg("lead-a", "case", "mute", CODE, *mute)
     number = err.split("act ")[1].split()[0]
@@ -157,7 +164,7 @@ def test_the_insider_learns_nothing_and_those_who_look_work_on(site: Site):
     _, told, _ = site.tg("insider", "show", "r1")
     assert "does not descend" not in told
     assert "under maintenance check" in told
-    for verb in (("runs",), ("explain", "r1"), ("show", "r1"), ("damage",), ("lineage",)):
+    for verb in (("runs",), ("explain", "r1"), ("show", "r1"), ("damage",), ("lineage",), ("diff", "r1", "r1")):
         said = "".join(site.tg("insider", *verb)[1:])
         assert not [word for word in (*names, CODE, str(INSIDER_UID)) if word in said], verb
     # the log: sealed entries are sizes and digests
@@ -174,6 +181,8 @@ def test_the_insider_learns_nothing_and_those_who_look_work_on(site: Site):
     status, out, _ = site.tg("lead-a", "case", "show", CODE, "--json")
     case = json.loads(out)
     assert (status, case["incidents"][0]["id"]) == (0, name)
+    told = [[one["by"], one["worth"], [line["side"] for line in one["weighed"]]] for one in case["hypotheses"]]
+    assert told == [["inv-c", "open", ["against"]]]
     assert ["inv-c", "read (show)"] in [[record["by"], record["said"]] for record in case["record"]]
     assert f"uid {INSIDER_UID}" in [one["value"] for one in case["subjects"]]
 
