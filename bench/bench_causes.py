@@ -492,6 +492,8 @@ class Case:
     note: str = ""
     cpu: float = 0.0
     """CPU seconds of recording and audit together; of all cases under way where several are."""
+    digest: str = ""
+    """Of the final weights, as the script prints it: the same as a clean run's where an act did nothing."""
 
 
 def trainguard(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -533,8 +535,9 @@ def _measured(folder: Path, script: str, fault: Fault, cache: Path, began: float
         )  # fmt: skip
         if done.returncode:
             return _failed(script, fault, began, done.stderr.strip()[-1500:])
+        digest = next((line[7:] for line in done.stdout.splitlines()[::-1] if line.startswith("digest ")), "")
         done = trainguard(work, "audit", "r", "--segments", "all", "--json", TRAINGUARD_CACHE=str(cache))
-        return _judged(script, fault, work, done, began)
+        return replace(_judged(script, fault, work, done, began), digest=digest)
     except (subprocess.TimeoutExpired, OSError) as error:
         return _failed(script, fault, began, str(error)[:300])
 
@@ -582,6 +585,12 @@ def _exact(script: str, fault: Fault, step: int) -> bool:
     return step == (AT - 1 if ahead else AT)
 
 
+def effective(cases: list[Case]) -> list[Case]:
+    """The acts that did something: a limit that a gradient does not reach can be left out without any effect."""
+    clean = {case.script: case.digest for case in cases if case.fault == "clean" and case.digest}
+    return [c for c in cases if c.fault != "clean" and (not c.digest or c.digest != clean.get(c.script))]
+
+
 def table(cases: list[Case]) -> str:
     """The cases as lines, and what they come to."""
     lines = [
@@ -593,7 +602,7 @@ def table(cases: list[Case]) -> str:
             f"{'exact' if c.exact else '-':5} {'yes' if c.right else 'NO':5} "
             f"{c.confidence or '-':11} {c.tried:>6} {c.seconds:>6}  {c.words or c.note[-300:]}"
         )
-    acts = [c for c in cases if c.fault != "clean"]
+    acts = effective(cases)
     if acts:
         exact, right = sum(c.exact for c in acts), sum(c.right for c in acts)
         sure = sum(c.right and c.confidence == "reproduced" for c in acts)
@@ -610,7 +619,7 @@ def markdown(cases: list[Case], possible: int) -> str:
     scripts = [script for script in EVERY if any(c.script == script for c in cases)]
     names = [fault.name for fault in FAULTS if any(c.fault == fault.name for c in cases)]
     known = {(c.fault, c.script): c for c in cases}
-    acts = [c for c in cases if c.fault != "clean"]
+    acts = effective(cases)
     exact, right = sum(c.exact for c in acts), sum(c.right for c in acts)
     sure = sum(c.right and c.confidence == "reproduced" for c in acts)
     lines = [
@@ -633,7 +642,7 @@ def markdown(cases: list[Case], possible: int) -> str:
         "|---" * (1 + len(scripts)) + "|",
     ]
     for name in names:
-        cells = (_cell(known.get((name, script)), name, script) for script in scripts)
+        cells = (_cell(known.get((name, script)), name, acts) for script in scripts)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -650,14 +659,17 @@ audit knows nothing of the file.
 segment: {clean} of {cleans}. Recording and audit of one case: {cpu:.0f} CPU seconds (median).
 
 A cell has the cause that the audit named. **Bold**: wrong, or none was named; *wrong step*: the first bad step was not
-exact; ~: the values fit and no round number gives the bytes (*consistent*). Empty: no such fault in that script, or
-not drawn.
+exact; ~: the values fit and no round number gives the bytes (*consistent*); (did nothing): the weights at the end are
+those of a clean run, so there is nothing to find, and it is in no sum. Empty: no such fault in that script, or not
+drawn.
 """
 
 
-def _cell(case: Case | None, name: str, script: str) -> str:
+def _cell(case: Case | None, name: str, acts: list[Case]) -> str:
     if case is None:
         return ""
+    if name != "clean" and case not in acts:
+        return "(did nothing)"
     if name == "clean":
         return "equal" if case.right else f"**{case.words or case.note[:80]}**"
     words = (case.words or case.note[-80:] or "nothing").replace("|", "/").replace("\n", " ")

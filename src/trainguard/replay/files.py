@@ -29,6 +29,9 @@ FILES_LIMIT = 10_000
 COARSE_NS = 40_000_000
 """Times of files and of steps together are at most this far from one another."""
 
+LATE_NS = 2_000_000_000
+"""On a busy machine steps are told so much later than a file is seen."""
+
 Storage = tuple[int, str, str | None]
 
 
@@ -40,6 +43,8 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """Steps made when it was written, at most."""
     since: int = 0
     """And at least."""
+    until: int = 0
+    """The last step that it can have been written after, where steps were told late; 0 where that is not known."""
     form: str
     storages: dict[str, Storage]
     names: dict[str, str]
@@ -75,7 +80,8 @@ def kept_files(records: Iterable[Evidence], blob: Callable[[str], bytes], walls:
             continue
         citation = Citation(leaf=record.leaf, hash=record.hash) if record.leaf is not None and record.hash else None
         kept = _kept(path, record.step, read, citation)
-        found.append(msgspec.structs.replace(kept, since=_earliest(record.step, walls)))
+        since, until = _earliest(record.step, walls), _latest(record.step, walls)
+        found.append(msgspec.structs.replace(kept, since=since, until=until))
     return tuple(found)
 
 
@@ -154,6 +160,15 @@ def _earliest(step: int, walls: Mapping[int, int]) -> int:
         passed += walls.get(first, 0) or COARSE_NS
         first -= 1
     return first
+
+
+def _latest(step: int, walls: Mapping[int, int]) -> int:
+    """The last step after which a file can have been written that was seen when `step` was the last one told."""
+    passed, last = 0, step
+    while passed < LATE_NS and last < max(walls, default=0):
+        last += 1
+        passed += walls.get(last, 0) or COARSE_NS
+    return last
 
 
 def _unlike(file: Kept, save: Saved) -> list[str]:

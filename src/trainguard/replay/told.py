@@ -127,7 +127,7 @@ def _saves(found: Rerun, cwd: str, files: Sequence[Kept]) -> Iterator[Departure]
         made.setdefault(os.path.realpath(in_the_run(path, found.root, cwd)), []).append(step)
     for file in files:
         steps = made.get(os.path.realpath(file.path))
-        if steps and not any(file.since <= step <= file.step + 1 for step in steps):
+        if steps and not any(file.since <= step <= max(file.until, file.step + 1) for step in steps):
             shown = ", ".join(map(str, sorted(set(steps))[:5]))
             yield Departure(
                 what=f"{file.path} was saved after step {file.step}, and the command saves it at other steps",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from trainguard.finding import Finding
@@ -127,6 +128,13 @@ def test_a_best_checkpoint_of_another_step_is_said() -> None:
     assert judged(folder, replay(saves=(2, 4)), replay(saves=(2, 4)), (kept(4),)) == []
     assert judged(folder, replay(saves=(2, 4)), replay(saves=(3, 6)), (kept(7),)) == []
     assert judged(folder, replay(), replay(), (kept(7),)) == []  # a path that the replay never saves is not judged
+
+
+def test_a_file_seen_before_its_step_was_told_is_not_of_another_step() -> None:
+    """On a busy machine steps are told late: a file seen after step 5 may be that of step 7, not 9."""
+    late = msgspec.structs.replace(kept(5), until=7)
+    assert judged(Path("/run"), replay(saves=(7,)), replay(saves=(7,)), (late,)) == []
+    assert judged(Path("/run"), replay(saves=(9,)), replay(saves=(9,)), (late,))
 
 
 def test_only_small_texts_that_the_replay_wrote_are_taken(tmp_path: Path) -> None:
