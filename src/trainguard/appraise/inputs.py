@@ -74,6 +74,9 @@ class Inputs:
             path = text(line.get("path"), 4096)
             if path is not None:
                 yield from self._file(evidence, path, line)
+        made = text(evidence.body.get("made"), 4096)
+        if made is not None and len(self._made) < PATHS_LIMIT:
+            self._made.add(made)
         outside = evidence.body.get("outside")
         if isinstance(outside, dict):
             yield from self._outside(evidence, outside)
@@ -89,10 +92,6 @@ class Inputs:
             source = text(line.get("of"), 4096)
             if source is not None and len(self._moved) < FOLDERS_LIMIT:
                 self._moved.append((path, source))
-            return
-        if line.get("mode") == "made":
-            if len(self._made) < PATHS_LIMIT:
-                self._made.add(path)
             return
         if line.get("mode") == "w":
             if len(self._outputs) < PATHS_LIMIT:

@@ -8,6 +8,7 @@ changed while the run reads it is named with the step in which the new content c
 Frames (spec/evidence.md, "open"):
 
     kind "open", body {"files": [{"path", "mode", "sha256", "size", "mtime_ns", "ctime_ns", "uid", "place", …}, …]}
+    kind "open", body {"made": path}                  a folder that this process makes
     kind "open", body {"outside": {"way": "connect" | "url" | "dlopen", "what", "place"}}
 
 Not seen: files that native code opens itself (Rust, C++), unless they are still mapped when a step ends.
@@ -33,6 +34,7 @@ IN_LOOP_LIMIT_BYTES = 4 << 20
 BATCH_BYTES = 60_000
 BATCH_SECONDS = 0.25
 FILES_LIMIT = 5_000
+FOLDERS_LIMIT = 1_000
 """Files reported one by one; past it a process only counts them."""
 
 POLLED_STEPS = 3
@@ -83,6 +85,8 @@ class Inputs:
         self._waited = False
         self._reported = 0
         self._skipped = 0
+        self._folders = 0
+        """Folders that were told to be made here."""
         self._outside: Dict[Tuple[str, str, str], int] = {}
         self._alone = True
         self._began = time.monotonic()
@@ -193,9 +197,11 @@ class Inputs:
 
     def on_mkdir(self, args: Tuple[Any, ...]) -> None:
         """Audit event `os.mkdir`: what appears in a folder that we made is ours, whoever of us writes it."""
-        path = _absolute(os.fsdecode(args[0])) if isinstance(args[0], (str, bytes)) else None
-        if path is not None and not self._is_ignored(path) and not os.path.lexists(path):
-            self.report({"path": path, "mode": "made", "place": self.place()[0]})
+        path = _absolute(args[0]) if isinstance(args[0], (str, bytes, os.PathLike)) else None
+        if path is None or self._is_ignored(path) or os.path.lexists(path) or self._folders >= FOLDERS_LIMIT:
+            return
+        self._folders += 1
+        self.client.send("open", {"made": path}, self.step)
 
     def reads(self, path: str, how: str = "r") -> None:
         """This process is about to read `path`: report it the first time, when it changed, and when it is polled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -56,11 +57,13 @@ def locked() -> tuple[dict[str, Any], dict[str, bytes]]:
     return {"blob": made.digest, "lock": "lock", "attempt": 0}, {made.digest: made.encode(), "lock": lock}
 
 
-def of_the_locked_run(*lines: dict[str, Any]) -> list[Finding]:
+def of_the_locked_run(*lines: dict[str, Any], first: Sequence[dict[str, Any]] = ()) -> list[Finding]:
     body, blobs = locked()
     check = Inputs(Context(run="r", policy=Policy(), blob=blobs.__getitem__))
     found = list(check.see(Evidence(n=0, at=0, source="supervisor", kind="start", body={"cwd": "/job", "command": []})))
     found += check.see(Evidence(n=0, at=0, source="supervisor", kind="measurement", body=body))
+    for each in first:
+        found += check.see(Evidence(n=0, at=0, source="process", kind="open", body=each, process=0, uid=1000))
     for n, line in enumerate(lines, 1):
         given = {"sha256": "b" * 64, "size": 9, "place": "/job/train.py:3", "step": None, "uid": 1000} | line
         record = Evidence(n=n, at=n, source="process", kind="open", body={"files": [given]}, process=0, uid=1000)
@@ -96,9 +99,9 @@ def test_what_native_code_wrote_into_a_folder_that_the_job_made_is_its_own(
     made: str | None, other: dict[str, Any], outcomes: list[str]
 ) -> None:
     """Nobody sees such a file being written. One of another account, or from before the run, is no output."""
-    lines = [{"path": made, "mode": "made"}] if made is not None else []
+    folders = [{"made": made}] if made is not None else []
     read = {"path": "/job/tok/words.json", "mode": "r", "mtime_ns": 5, "uid": 1000} | other
-    assert [each.outcome for each in of_the_locked_run(*lines, read)] == outcomes
+    assert [each.outcome for each in of_the_locked_run(read, first=folders)] == outcomes
 
 
 @pytest.mark.parametrize(
