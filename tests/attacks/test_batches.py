@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.helpers.loading import BATCH, ROWS, Table, fit
-from tests.helpers.recorded import judge
+from tests.helpers.recorded import judge, recording
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import collate as collate_module
@@ -275,3 +275,21 @@ def test_plain_labels_hold_from_the_data_set_to_the_loss() -> None:
     assert findings == []
     assert (states["batches"].state, states["batches.labels"].state) == ("held", "held")
     assert states["batches.labels"].held >= 12
+
+
+def test_several_models_that_are_fitted_to_one_batch_by_turns_are_quiet() -> None:
+    """A comparison of optimizers: each has its own model, and all take each batch."""
+    torch.set_num_threads(1)
+    with recording(links="governed", credit_seconds=0.0, budget_percent=100.0) as recorder:
+        nets = [torch.nn.Sequential(torch.nn.Linear(8, 3)) for _ in range(4)]
+        optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+        for _ in range(6):
+            for x, y in DataLoader(Table(), batch_size=BATCH, shuffle=True):
+                for net, optimizer in zip(nets, optimizers, strict=True):
+                    optimizer.zero_grad()
+                    functional.cross_entropy(net(x), y).backward()
+                    optimizer.step()
+    looks = [r.body["batches"]["model"] for r in recorder.records if "model" in r.body.get("batches", ())]
+    assert len(looks) > 50
+    assert all(compared == equal for *_, compared, equal in looks)
+    assert judge(Batches, recorder.records)[0] == []

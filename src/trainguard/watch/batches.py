@@ -80,16 +80,17 @@ class _Watch(armed.Hooks):
 
     def _compare(self, inputs: List[Tuple[str, Any]]) -> None:
         """How much of a delivered tensor arrives at the model as it was: the best of all candidates."""
-        observer = self.link.observer
+        ring = self.link.observer.ring if self.link.observer is not None else ()
+        heard = bool(ring and ring[-1].sampled)  # the batch in use may have been delivered before we listened
         best = -1.0
-        for delivery in reversed(observer.ring if observer is not None else ()):
+        for delivery in reversed(ring):
             for path, numel, at, values in delivery.sampled:
                 for _, tensor in inputs:
                     if tensor.numel() != numel or str(tensor.layout) != "torch.strided":
                         continue
                     found = self.torch.take(tensor.detach(), at.to(tensor.device))
                     equal = float((found == values.to(device=found.device, dtype=found.dtype)).float().mean())
-                    if equal > best:
+                    if equal > best and (heard or equal == 1.0):
                         best = equal
                         self.fed = [*delivery.line, path, int(at.numel()), round(equal * at.numel())]
                     if equal == 1.0 and bool((values != values.flatten()[0]).any()):  # a mask of ones is any batch's
@@ -226,8 +227,8 @@ class Batches(armed.Arms):
         self.observer = loaders.current() or loaders.install(client)
         self.rng = random.Random(bytes.fromhex(client.settings["key"]) + b"batches")
         super().__init__()
-        self.modules: List[Any] = []
-        self.looked = 0
+        self.modules: Dict[int, Tuple[List[Any], int]] = {}
+        """Index of an optimizer → modules at which its loss may begin, and how often they were used."""
         self.since: Optional[int] = None
         """How many batches had been delivered after the one whose labels a loss was last seen to use unchanged."""
 
@@ -267,11 +268,17 @@ class Batches(armed.Arms):
             return
         if _compiled():
             return
-        if not self.modules or self.looked % ROOTS_EVERY == 0:
-            self.modules = _outermost(step)
-        self.looked += 1
-        if self.modules:
-            self.watches[step.opt] = _Watch(self, self.modules)
+        modules, looked = self.modules.get(step.opt, ([], 0))
+        if not modules or looked % ROOTS_EVERY == 0:
+            modules = _outermost(step)
+        self.modules[step.opt] = (modules, looked + 1)
+        if modules:
+            self.watches[step.opt] = _Watch(self, modules)
+
+    def forget(self, opt: int) -> None:
+        """The optimizer is gone, and its modules are not kept alive."""
+        super().forget(opt)
+        self.modules.pop(opt, None)
 
     def forked(self) -> None:
         """The child has loaders of its own, or none."""
