@@ -197,7 +197,7 @@ class Weights:
             return
         self._learn(value, track)
         if isinstance(value.get("may"), list):
-            self._may[evidence.process] = [place for place in _list(value["may"]) if isinstance(place, str)][:16]
+            self._may[evidence.process] = [place for place in _list(value["may"]) if isinstance(place, str)][:64]
         index = evidence.body.get("index")
         if "before" in value:
             yield from self._compare(evidence, value, track)

@@ -20,6 +20,7 @@ from . import facts
 FILE_LIMIT_BYTES = 1 << 20
 FILES_LIMIT = 400
 PLACES_LIMIT = 16
+RESTORERS_LIMIT = 64
 NAMES_LIMIT = 500
 FRAMES_LIMIT = 200
 HOLD_DEPTH, RING_LIMIT, HOLDERS_LIMIT = 3, 256, 64
@@ -45,27 +46,43 @@ def places() -> Dict[str, List[str]]:
 
 
 def restorers() -> List[str]:
-    """`file:line` of every line that puts other values into weights as a whole: restored, averaged or begun again."""
-    found: Set[str] = set()
-    for path in sorted({*own_files()[:FILES_LIMIT], *_running()}):
-        try:
-            if os.path.getsize(path) <= FILE_LIMIT_BYTES:
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    found.update("%s:%d" % (path, line) for line in _restoring(facts.parse(file.read())))
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue
-    return sorted(found)[:PLACES_LIMIT]
+    """`file:line` of every line that puts other values into weights as a whole: restored, averaged or begun again.
+
+    Likeliest first: the job's own files whose functions are running, innermost first, its others, then packages'.
+    """
+    own = set(own_files()[:FILES_LIMIT])
+    running = _running()
+    found: List[str] = []
+    for path in (*(p for p in running if p in own), *sorted(own), *running):
+        if len(found) < RESTORERS_LIMIT:
+            found += (place for place in _restorers_of(path) if place not in found)
+    return found[:RESTORERS_LIMIT]
 
 
-def _restoring(tree: Any) -> List[int]:
+def _restorers_of(path: str) -> List[str]:
+    try:
+        if os.path.getsize(path) > FILE_LIMIT_BYTES:
+            return []
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = _restoring(file.read())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return []
+    return ["%s:%d" % (path, line) for line in sorted(set(lines))]
+
+
+def _restoring(text: str) -> List[int]:
+    """Line numbers; `….data = …` counts where the file speaks of torch: messages and buffers have data as well."""
     lines: List[int] = []
+    tensors = "torch" in text
     node: Any
-    for node in ast.walk(tree):
+    for node in ast.walk(facts.parse(text)):
         called = node.func if isinstance(node, ast.Call) else None
         name = getattr(called, "attr", getattr(called, "id", ""))
         holder = getattr(called, "value", None)
         filled = name.endswith("_") and getattr(holder, "attr", getattr(holder, "id", "")) == "init"
-        stored = any(isinstance(target, ast.Attribute) and target.attr == "data" for target in _targets(node))
+        stored = tensors and any(
+            isinstance(target, ast.Attribute) and target.attr == "data" for target in _targets(node)
+        )
         if name in RESTORING or filled or stored:
             lines.append(node.lineno)
     return lines
@@ -111,17 +128,17 @@ def holders(optimizer: Any) -> List[type]:
 
 
 def _running() -> List[str]:
-    """Files of the functions that are being run, those of torch, the guard and the library left out."""
-    out: Set[str] = set()
+    """Files of the functions being run, innermost first, those of torch, the guard and the library left out."""
+    out: Dict[str, None] = {}
     frame: Optional[Any] = sys._getframe(1)
     for _ in range(FRAMES_LIMIT):
         if frame is None:
             break
         module = str(frame.f_globals.get("__name__"))
         if module.partition(".")[0] not in NOT_A_JOBS and frame.f_code.co_filename.endswith(".py"):
-            out.add(os.path.abspath(frame.f_code.co_filename))
+            out.setdefault(os.path.abspath(frame.f_code.co_filename))
         frame = frame.f_back
-    return sorted(out)
+    return list(out)
 
 
 def _try(path: str, found: Dict[str, Set[str]], names: Optional[Set[str]] = None) -> None:
