@@ -3,8 +3,8 @@
     python bench/bench_causes.py [--script NAME] [--fault TEXT] [--kept FILE.jsonl] [--seed 0] [--minutes 60]
     python bench/bench_causes.py --kept FILE.jsonl --markdown docs/causes.md --minutes 0
 
-Cases are taken in an order drawn from --seed, and each result is added to --kept at once: the same call again goes on
-with the cases that are not there yet, and --minutes stops it early with a part that was chosen by lot.
+Cases are taken by lot (--seed), those first whose fault has the fewest cases yet, and each result is added to --kept at
+once: the same call again goes on with the cases that are not there yet, and --minutes stops it early.
 
 Each case is a run of a script from tests/scripts under `trainguard run --links none`, with a start-up file of an
 insider on PYTHONPATH that does one thing at optimizer step 8 of 12, and then `trainguard audit --segments all` in an
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -681,6 +682,17 @@ def _middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2] if values else 0.0
 
 
+def rarest_first(wanted: list[tuple[str, Fault]], known: set[tuple[str, str]], seed: int) -> list[tuple[str, Fault]]:
+    """Cases by lot, those first whose fault has the fewest: stopped early, the table has as many kinds as it can."""
+    drawn = random.Random(seed).sample(wanted, len(wanted))
+    turns = Counter(fault for _, fault in known)
+    order = []
+    for case in drawn:
+        order.append((turns[case[1].name], case))
+        turns[case[1].name] += 1
+    return [case for _, case in sorted(order, key=lambda each: each[0])]
+
+
 def kept_cases(path: Path | None) -> list[Case]:
     """What earlier calls left."""
     if path is None or not path.exists():
@@ -708,7 +720,7 @@ def main() -> None:
         for script, fault in everything
         if script in (options.script or EVERY) and options.fault in fault.name and (script, fault.name) not in known
     ]
-    random.Random(options.seed).shuffle(wanted)
+    wanted = rarest_first(wanted, known, options.seed)
     until = time.monotonic() + 60 * options.minutes
 
     def one(script: str, fault: Fault) -> Case | None:
