@@ -164,9 +164,11 @@ def test_a_clean_run_is_equal_bit_for_bit_from_a_sealed_state(clean: Path) -> No
 
 
 @pytest.mark.nightly
-def test_a_script_that_loads_what_it_saved_itself_is_replayed_from_a_sealed_state(tmp_path: Path) -> None:
-    """What it saves while the warp goes forward is there to be loaded; what it holds is overwritten at landing."""
-    loads = "    if step == 11:\n        net.load_state_dict(torch.load(out / '8.pt'))\n"
+@pytest.mark.parametrize("when", [11, 20])
+def test_a_script_that_loads_what_it_saved_itself_is_replayed_from_a_sealed_state(tmp_path: Path, when: int) -> None:
+    """What it saves while the warp goes forward is there to be loaded; what it holds is overwritten at landing. Where
+    it is loaded after landing, the warp goes to the state sealed before it was saved."""
+    loads = f"    if step == {when}:\n        net.load_state_dict(torch.load(out / '8.pt'))\n"
     record(tmp_path, script=SCRIPT + loads)
     status, verdict = audit(tmp_path, "--segments", "2")
     assert (status, replays(verdict)) == (0, [])
@@ -439,6 +441,29 @@ def test_what_could_not_be_replayed_is_said_and_is_no_finding(
     assert report.findings == ()
     (result,) = report.results
     assert (result.outcome, why in str(result.reason)) == ("not replayed", True)
+
+
+@pytest.mark.parametrize(("carried", "begins"), [(11, [16, 8]), (8, [16, 8]), (7, [16, 0]), (None, [16, 0])])
+def test_a_warp_that_loads_what_it_saved_on_the_way_is_made_from_an_earlier_state(
+    home: Home, monkeypatch: pytest.MonkeyPatch, carried: int | None, begins: list[int]
+) -> None:
+    """Weights in such a file are not those of its step. From a state sealed before the save they are; where there is
+    none, or nothing of the kind was loaded, replay begins at the first step."""
+    stand = Stand(home, monkeypatch)
+
+    def act(result: Rerun) -> None:
+        if stand.asked[-1][0] == 16:
+            result.carried = carried
+            odd = {**result.account.steps[20].vectors, "before": bytes(4 * len(result.account.tensors[0]))}
+            result.account.steps[20] = msgspec.structs.replace(result.account.steps[20], vectors=odd)
+
+    stand.act = act
+    report = Auditor(home, "r", Options(only=(2,), limit_seconds=70.0 + (carried or 0))).run()
+    (result,) = report.results
+    assert (report.exit_status, result.outcome) == (0, "equal")
+    asked = [begin for begin, _ in stand.asked if begin >= 0]
+    assert list(dict.fromkeys(asked)) == begins
+    assert result.way == ("warp" if begins[-1] else "start")
 
 
 @pytest.mark.parametrize("how", ["gone", "altered", "no folder"])

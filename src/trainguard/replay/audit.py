@@ -484,29 +484,39 @@ class Auditor:
 
     def _warped(self, group: Sequence[plan.Segment]) -> list[Result]:
         """By warp where that can be; else, and to confirm a difference, from the first step."""
-        sealed, last = self._points(group[0]), group[-1].last
-        if not sealed or sealed[0].step < SHORTEST_WARP:
-            return self._from_start(group, None)
-        folders = {rank: self._home.run(self._run) / "points" / point.name for rank, point in enumerate(sealed)}
+        sealed, why, until = self._points(group[0]), None, None
+        while sealed and sealed[0].step >= SHORTEST_WARP:
+            why, until, carried = self._warp_fails(group, sealed)
+            if why is None:
+                return [_equal(segment, "warp") for segment in group]
+            sealed = [] if carried is None else self._points_by(min(carried, sealed[0].step - 1))
+        return self._from_start(group, why, until)
+
+    def _warp_fails(
+        self, group: Sequence[plan.Segment], sealed: Sequence[Point]
+    ) -> tuple[str | None, int | None, int | None]:
+        """Why a group is not equal from these sealed states on, the step at which that shows where it does, and the
+        step by which a state would have to be sealed for a warp to fare better. All None where it is equal."""
         try:
-            for rank, point in enumerate(sealed):
-                points.open_point(folders[rank], point)
+            for point in sealed:
+                points.open_point(self._home.run(self._run) / "points" / point.name, point)
         except TrainguardError as error:
-            return self._from_start(group, str(error))
+            return str(error), None, None
+        last = group[-1].last
         found = self._rerun(self._task_of(group, points=sealed))
         reason = found.unsound or (None if found.landed else _unfinished(found, last, self._ranks) or "it never landed")
         reason = reason or _unfinished(found, last, self._ranks)
         if reason is not None:
-            return self._from_start(group, f"warp: {reason}")
+            return f"warp: {reason}", None, found.carried
         difference = self._compare(found, last)
         if difference is not None:
             until = difference.step if difference.path is None else None
-            return self._from_start(group, f"warp: step {difference.step}: {difference.what} differs", until)
+            return f"warp: step {difference.step}: {difference.what} differs", until, found.carried
         if (odd := self._state_differs(group, found)) is not None:
-            return self._from_start(group, f"warp: {odd[1]} differs in the state after step {odd[0]}")
+            return f"warp: {odd[1]} differs in the state after step {odd[0]}", None, found.carried
         if (altered := self._altered(found)) is not None:
-            return self._from_start(group, f"warp: {altered.path} holds something else")
-        return [_equal(segment, "warp") for segment in group]
+            return f"warp: {altered.path} holds something else", None, found.carried
+        return None, None, None
 
     def _from_start(self, group: Sequence[plan.Segment], why: str | None, until: int | None = None) -> list[Result]:
         """Replay from the first step: needs no sealed state and skips nothing, so it decides. until: a step at which a
@@ -799,6 +809,12 @@ class Auditor:
             next((p for p in rank.points if p.step == segment.first - 1), None) for rank in self._committed.everyone
         )
         return [point for point in found if point is not None]
+
+    def _points_by(self, step: int) -> list[Point]:
+        """The last sealed states of every rank that lie not behind `step`, all after the same step."""
+        ranks = [{p.step: p for p in rank.points} for rank in self._committed.everyone]
+        common = [each for each in ranks[0] if each <= step and all(each in rank for rank in ranks)] if ranks else []
+        return [rank[max(common)] for rank in ranks] if common else []
 
     def _selftest_task(self) -> Task:
         until = min(SELFTEST_STEPS, self._committed.last)

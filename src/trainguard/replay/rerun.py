@@ -131,6 +131,8 @@ class Rerun:
     malformed: str | None = None
     real: int = 0
     """Module calls that a warp could not skip."""
+    carried: int | None = None
+    """The least number of steps after which a warp going forward wrote a file that it read after landing."""
     faults: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Files of the working folder that the sandbox does not have, because they changed since the run began."""
@@ -224,6 +226,9 @@ class _Hearing:
             self.result.unsound = str(body["unsound"])[:1000]
         if "unable" in body:
             self.result.unable = str(body["unable"])[:300]
+        if "carried" in body:
+            steps = int(body["steps"])
+            self.result.carried = steps if self.result.carried is None else min(self.result.carried, steps)
         if "outside" in body and len(self.result.outside) < 20:
             self.result.outside.append(str(body["outside"])[:1000])
         if "newer" in body and len(self.result.newer) < NEWER_KEPT:

@@ -20,7 +20,8 @@ step m the process is over. With k > 0 the script is *warped* to step k:
 
 What the script saves while the warp goes forward is saved, since it may load it again before step k: streams, counters
 and schedulers in it are right, weights and optimizer state are those of the learning steps and are overwritten at
-landing. Nobody is told of these files, and what lies outside `roots` cannot be written.
+landing. Nobody is told of these files, and what lies outside `roots` cannot be written. If the script reads one of them
+after landing, that is said: where the comparison then fails, a warp to a state sealed before that save will do.
 
 Frames: kind "save" as in a run (saves.py); every step as in a run, with less in it while the warp goes forward; kind
 "replay", body one of
@@ -31,6 +32,7 @@ Frames: kind "save" as in a run (saves.py); every step as in a run, with less in
     {"saving": steps made, "aside": bool}          before a frame "save"; aside: by another thread than the steps
     {"read": path}                                 a file that may be a model, or whatever else is no source
     {"written": path, "steps": made}               by safetensors
+    {"carried": path, "steps": made}               read after landing, and saved `made` steps in, while going forward
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ BLOCKS_LIMIT = 20_000
 RULES_LIMIT = 256
 NEWER_LIMIT = 4096
 READ_LIMIT = 200
+CARRIED_LIMIT = 4096
 SOURCES = (".py", ".pyc", ".so", ".pyi", ".pth", ".tmp", ".h", ".cpp")
 OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBRARIES = (
@@ -116,6 +119,8 @@ class Warp:
         """Calls that had to run for real while going forward."""
         self.with_grad: Dict[int, List[int]] = {}
         """Optimizer → positions that had a gradient in the learning steps."""
+        self.carried: Dict[str, int] = {}
+        """Files written while going forward, and the steps made before."""
         self.zeros: Dict[int, Any] = {}
         self.restore: List[Callable[[], None]] = []
         self.thread = 0
@@ -153,6 +158,7 @@ class Warp:
             path = f if isinstance(f, (str, os.PathLike)) else None
             if path is not None:
                 self._inside(path)  # torch's own writer raises no audit event
+                self._carry(path)
             if self.forward:
                 return self._untold(real, obj, f, *args, **kwargs)
             steps = self.engine.tally.steps if self.engine is not None else 0
@@ -185,6 +191,7 @@ class Warp:
 
         def serialize_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
             self._inside(filename)
+            self._carry(filename)
             if self.forward:
                 return real(tensors, filename, *args, **kwargs)
             steps = self.engine.tally.steps if self.engine is not None else 0
@@ -455,13 +462,43 @@ class Warp:
             if not isinstance(path, int):
                 if writes:
                     self._inside(path)
+                    self._carry(path)
                 else:
+                    self._tell_carried(path)
                     self._note(path)
         elif event in ("os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
             self._inside(args[0])
         elif event == "os.rename":
             self._inside(args[0])
             self._inside(args[1])
+            self._rename(args[0], args[1])
+
+    def _carry(self, path: Any) -> None:
+        """A file is written: while the warp goes forward, weights in it are not those of its step."""
+        if not isinstance(path, (str, bytes, os.PathLike)) or not (self.forward or self.carried):
+            return
+        real = os.path.realpath(os.fsdecode(path))
+        if not self.forward:
+            self.carried.pop(real, None)
+        elif len(self.carried) < CARRIED_LIMIT:
+            self.carried[real] = self.engine.tally.steps
+
+    def _rename(self, old: Any, new: Any) -> None:
+        """Files keep what is known of them, also those of a renamed folder."""
+        if not self.carried or not all(isinstance(each, (str, bytes, os.PathLike)) for each in (old, new)):
+            return
+        was, now = (os.path.realpath(os.fsdecode(each)) for each in (old, new))
+        for path in [each for each in self.carried if each == was or each.startswith(was + os.sep)]:
+            self.carried[now + path[len(was) :]] = self.carried.pop(path)
+
+    def _tell_carried(self, path: Any) -> None:
+        """Such a file is read after landing."""
+        if not self.carried or self.forward or not isinstance(path, (str, bytes, os.PathLike)):
+            return
+        real = os.path.realpath(os.fsdecode(path))
+        steps = self.carried.pop(real, None)
+        if steps is not None:
+            self.client.send("replay", {"carried": real[:1000], "steps": steps})
 
     def _note(self, path: Any) -> None:
         """A file is read: say so if it is another one than the run can have read."""
