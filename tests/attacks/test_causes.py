@@ -246,6 +246,62 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...], str]] = [
 ]  # fmt: skip
 
 
+class Micro:
+    """Steps of two micro-batches, of a model that is given its labels with the rows."""
+
+    def __init__(self, act: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.act = act
+
+    def __call__(self, over: Callable[[int], None]) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 4))
+
+            def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                return F.cross_entropy(self.inner(x), y.view(-1))
+
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        self.x, self.y = torch.randn(2 * STEPS, 16, 8), torch.randint(4, (2 * STEPS, 16))
+        for step in range(1, STEPS + 1):
+            optimizer.zero_grad()
+            for micro in (2 * step - 2, 2 * step - 1):
+                x, y = self.x[micro], self.y[micro]
+                if step == AT:
+                    x, y = self.act(micro, x, y)
+                (net(x, y) / 2).backward()
+            optimizer.step()
+            over(step)
+
+
+def honest(_: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, y
+
+
+@pytest.mark.parametrize("act", ["rows turned round", "one before", "one of them twice"])
+def test_a_batch_that_was_moved_or_repeated_is_named_where_a_step_has_several(act: str) -> None:
+    """Labels that the model is given are moved with their rows, once; a micro-batch may come from any turn before."""
+
+    def hand(micro: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if act == "rows turned round":
+            return x.flip(0), y.flip(0)
+        turns = 1 if act == "one before" or micro % 2 else 0
+        return bad_job.x[micro - turns], bad_job.y[micro - turns]
+
+    bad_job = Micro(hand)
+    bad, clean = account(bad_job), account(Micro(honest))
+    cause = Search(bad, clean, IDLE).at(Bench(Micro(honest), AT), AT)
+    assert (cause.kind, cause.confidence) == (
+        "batch reordered" if act == "rows turned round" else "batch repeated",
+        "reproduced",
+    ), cause
+    assert "D2" in cause.techniques
+
+
 QUICK = (0, 1, 3, 8, 12, 17, 18, 23, 27, 29)
 """Cases for every day: each another place in the step. The others are as long, and for the night."""
 

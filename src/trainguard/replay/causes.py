@@ -23,6 +23,7 @@ MOST = 0.7
 """Where more of the tensors differ than this, an act is taken to be on all of them."""
 
 PERMUTED_LIMIT = 40
+TURNS_LIMIT = 8
 SHARES = (0.5, 0.25, 0.2, 0.1, 0.05, 0.01)
 
 
@@ -529,6 +530,7 @@ def _batches(scene: Scene) -> Iterator[Hypothesis]:
             kind="batch repeated", words=f"the batch of {back} steps before once more", techniques=("D2", "D4"),
             acts=[{"at": "enter", "do": "args", **older}, {"at": "loss", "do": "target", **older}],
         )  # fmt: skip
+    yield from _turns(scene)
     if scene.facts.get("loaded"):
         for ahead in (1, 2, 3, -1, -2):
             kind = "batch skipped" if ahead > 0 else "batch repeated"
@@ -538,10 +540,34 @@ def _batches(scene: Scene) -> Iterator[Hypothesis]:
                 acts=[{"at": "enter", "do": "batch", "ahead": ahead}, {"at": "loss", "do": "batch", "ahead": ahead}],
             )  # fmt: skip
     for act in ({"op": "flip"}, {"op": "roll", "by": 1}, {"op": "roll", "by": -1}):
-        yield Hypothesis(
-            kind="batch reordered", words="rows of the batch in another order", techniques=("D2",),
-            acts=[{"at": "enter", "do": "args", **act}, {"at": "loss", "do": "target", **act}],
-        )  # fmt: skip
+        for acts in _with_labels(scene, act):
+            yield Hypothesis(
+                kind="batch reordered", words="rows of the batch in another order", techniques=("D2",), acts=acts
+            )
+
+
+def _turns(scene: Scene) -> Iterator[Hypothesis]:
+    """A step of several micro-batches: those of some turns before, or one of them once more."""
+    calls = min(int(scene.facts.get("calls") or 0), TURNS_LIMIT)
+    if calls < 2:
+        return
+    whole = [(f"the micro-batches of {turns} before once more", {"calls": turns}) for turns in range(1, calls)]
+    single = [
+        (f"the micro-batch before once more, as number {turn + 1} of the step", {"calls": 1, "turn": turn})
+        for turn in range(calls)
+    ]
+    for words, which in (*whole, *single):
+        for acts in _with_labels(scene, {"op": "older", **which}):
+            yield Hypothesis(kind="batch repeated", words=words, acts=acts, techniques=("D2", "D4"))
+
+
+def _with_labels(scene: Scene, act: Mapping[str, Any]) -> Iterator[list[Act]]:
+    """The same with a batch and its labels: labels that the model is given with the rows have been changed with them,
+    those that only the loss is given have to be."""
+    given = {"at": "enter", "do": "args", **act}
+    yield [given, {"at": "loss", "do": "target", **act}]
+    if len(scene.facts.get("leaves") or ()) > 1:
+        yield [given]
 
 
 def _labels(scene: Scene) -> Iterator[Hypothesis]:

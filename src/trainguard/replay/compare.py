@@ -34,7 +34,7 @@ TECHNIQUES: Mapping[str, tuple[str, ...]] = {
     "rng": ("D1",),
     "modes": ("C11",),
     "before": ("E4",),
-    "raw": ("C6", "D4", "C1", "C11"),
+    "raw": ("C6", "D4", "D2", "C1", "C11"),
     "used": ("C1", "C2"),
     "groups": ("C3", "C4"),
     "state": ("C4", "C1", "C9"),

@@ -13,7 +13,7 @@ An act is {"at": place, "do": what, …}. Places, in the order of a step:
 and do: "weights", "grads", "state" (element by element: an *operation*, on positions "only"), "word", "setting",
 "seed", "draw", "mode", "args", "batch", "target", "smooth", "times", "dropout", "autocast", "flag", "clip", "update",
 "count", "no step". Operations: scale, add, divide, negate, zero, fill, round, clamp, flip, roll, sign, noise, top,
-older, shift (labels), swap.
+older ("back" steps, or "calls" turns across steps), shift (labels), swap. "turn" restricts enter and loss to one call.
 
 None of this knows how a sabotage was written: an act says what became other in the step, and equality of the step's
 fingerprints says whether that is what happened.
@@ -152,6 +152,8 @@ class Stage:
         self.calls += 1
         self._remember(self.args, (self._copied(args), self._copied(kwargs)))
         for act in self.active("enter"):
+            if act.get("turn") not in (None, turn):
+                continue
             if act["do"] == "args":
                 args, kwargs = self._changed_args(act, number, turn, args, kwargs)
             elif act["do"] == "batch":
@@ -166,6 +168,15 @@ class Stage:
             for old in [each for each in shelf if each < number - REMEMBERED]:
                 del shelf[old]
         shelf.setdefault(number, []).append(value)
+
+    def _older(self, shelf: Dict[int, List[Any]], act: Dict[str, Any], number: int, turn: int) -> Any:
+        """What was remembered at the same turn "back" steps ago, or "calls" turns before this one, across steps."""
+        if act.get("calls"):
+            known = [each for step in sorted(shelf) for each in shelf[step]]
+            place = len(known) - 1 - int(act["calls"])
+            return known[place] if place >= 0 else None
+        known = shelf.get(number - int(act.get("back", 1)), [])
+        return known[turn] if turn < len(known) else None
 
     def _copied(self, value: Any) -> Any:
         tensor = self.torch.Tensor
@@ -194,9 +205,10 @@ class Stage:
             self._remember(self.targets, target.detach().clone())
             result_by = []
             for act in self.active("loss"):
+                if act.get("turn") not in (None, turn):
+                    continue
                 if act["do"] == "target":
-                    older = self.targets.get(self.step - int(act.get("back", 1)), [])
-                    target = self.apply(act, target, older[turn] if turn < len(older) else None)
+                    target = self.apply(act, target, self._older(self.targets, act, self.step, turn))
                 elif act["do"] == "batch":
                     target = self._from_batch(act, target)
                 elif act["do"] == "smooth" and name == "cross_entropy_loss":
@@ -245,8 +257,8 @@ class Stage:
         """The same operation on the tensors that a model is given; "leaf" chooses one of them."""
         pytree = self.torch.utils._pytree
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        calls = self.args.get(number - int(act.get("back", 1)), [])
-        older = pytree.tree_flatten(calls[turn])[0] if turn < len(calls) else []
+        known = self._older(self.args, act, number, turn)
+        older = pytree.tree_flatten(known)[0] if known is not None else []
         place = 0
         for at, leaf in enumerate(leaves):
             if not isinstance(leaf, self.torch.Tensor):
