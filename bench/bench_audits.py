@@ -5,9 +5,9 @@
 Each training is recorded with every check in its process off, and audited twice with the run's own environment: all
 segments from the first step, and the later half from a sealed state. Prints one line for each audit and the sums.
 
-`--draws N` then records one short run with a weight edited once (E4), audits it N times with a budget of a part of its
-segments, and sets how often the act was found beside the formula. The segment that is always replayed is left out of
-both, since an attacker knows of it.
+`--draws N` then records one short run with a weight edited in three of its twenty segments (E4), audits it N times with
+a budget of three segments, and sets how often an act was found beside the formula. The segment that is always replayed
+is left out of both, since an attacker knows of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainguard.appraise.replay import detection
 from trainguard.home import Home
 from trainguard.replay.audit import Auditor, Options
 from trainguard.replay.tasks import outcome_path, perform, write_outcome
@@ -68,7 +69,7 @@ class Finder:
             made = [0]
             def act(optimizer, args, kwargs):
                 made[0] += 1
-                if made[0] == 75:
+                if made[0] in STEPS:
                     weight = optimizer.param_groups[0]["params"][0]
                     with module.no_grad():
                         weight.view(-1)[5] += 0.05
@@ -77,6 +78,12 @@ class Finder:
         return spec
 sys.meta_path.insert(0, Finder())
 """
+
+
+def edit(*after: int) -> str:
+    """A start-up file that edits one weight after each of these steps."""
+    return EDIT.replace("STEPS", repr(after))
+
 
 SHORT = """
 import torch
@@ -165,36 +172,42 @@ class Once:
             write_outcome(outcome_path(folder, task), self.kept[task.id])
 
 
+EDITED = (34, 63, 89)
+"""Steps at which the acts show."""
+
+
 def draws(count: int) -> None:
-    """How often a drawing finds one bad segment of five. Draw, comparison, confirmation and log are those of any audit;
-    a replay that an earlier audit made already is not made again."""
+    """How often a drawing finds three bad segments of twenty. Draw, comparison, confirmation and log are those of any
+    audit; a replay that an earlier audit made already is not made again."""
     with tempfile.TemporaryDirectory(prefix="bench-audits-") as top:
         folder = Path(top)
         plant = folder / "plant"
         plant.mkdir()
-        (plant / "sitecustomize.py").write_text(EDIT)
-        why = record(folder, SHORT, (), 20, PYTHONPATH=str(plant))
+        (plant / "sitecustomize.py").write_text(edit(*(step - 1 for step in EDITED)))
+        why = record(folder, SHORT, (), 5, PYTHONPATH=str(plant))
         if why is not None:
             print(f"draws: not recorded: {why}")
             return
         os.chdir(folder)
-        executor, found, hits = Once(), 0, 0
+        executor = Once()
+        hits = found = wrong = 0
         for turn in range(count):
-            options = Options(budget=0.4, limit_seconds=3600.0 + turn, explain_seconds=0.0)
-            auditor = Auditor(Home(folder / ".trainguard"), "r", options)
+            auditor = Auditor(Home(folder / ".trainguard"), "r", Options(budget=0.15, explain_seconds=0.0))
             auditor._executor = executor
             report = auditor.run()
             chosen, segments = report.plan.chosen, report.plan.segments
-            bad = next(s.number for s in segments if s.first <= 76 <= s.last)
-            hits += bad in chosen
+            bad = {s.number for s in segments if any(s.first <= step <= s.last for step in EDITED)}
+            hit = bool(bad & set(chosen))
+            hits += hit
             found += report.exit_status == 1
+            wrong += report.exit_status != (1 if hit else 0)
             print(f"draw {turn}: segments {sorted(chosen)} of {len(segments)}, exit {report.exit_status}", flush=True)
-        free, drawn = len(segments) - 1, len(chosen) - 1
-        chance = drawn / free
+        chance = detection(len(segments) - 1, len(chosen) - 1, len(bad) / (len(segments) - 1))
         spread = (count * chance * (1 - chance)) ** 0.5
         print(
-            f"draws: bad segment drawn {hits} of {count} times, found {found}; formula {chance:.2f} each: "
-            f"{count * chance:.1f} +- {spread:.1f}; {len(executor.kept)} replays"
+            f"draws: a bad segment drawn {hits} of {count} times, found {found}; formula {chance:.3f} each: "
+            f"{count * chance:.1f} +- {spread:.1f}; audits whose exit status is not the draw's: {wrong}; "
+            f"{len(executor.kept)} replays"
         )
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_audits import EDIT, SCRIPTS, audit, record
+from bench_audits import SCRIPTS, audit, edit, record
 from torch import nn
 
 from trainguard.home import Home
@@ -40,15 +40,16 @@ from trainguard.watch import commits, engine, points
 
 WIDTHS = {1: (4, 144), 10: (6, 376), 100: (8, 1024)}
 """Millions of parameters → blocks, width."""
-STEPS = 14
+STEPS = {1: 14, 10: 14, 100: 5}
+"""Millions of parameters → steps of each kind."""
 
 
 class Sink:
     """Counts the bytes of link *commits* in frames as the client would send them."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, steps: int) -> None:
         self.settings: dict[str, Any] = {"key": "5a" * 32, "links": "none", "commits": True, "points": folder}
-        self.settings |= {"points_at": [STEPS + 1]}
+        self.settings |= {"points_at": [steps + 1]}
         self.alive = True
         self.sizes: list[int] = []
 
@@ -72,23 +73,23 @@ class Block(nn.Module):
 
 def measure(millions: int) -> str:
     """One line for one size."""
-    blocks, width = WIDTHS[millions]
+    (blocks, width), steps = WIDTHS[millions], STEPS[millions]
     net = nn.Sequential(*(Block(width) for _ in range(blocks)))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
     batch = torch.randn(1024, width)
     folder = tempfile.mkdtemp(prefix="bench-replay-")
-    sink = Sink(folder)
+    sink = Sink(folder, steps)
     engine.attach(sink)  # type: ignore[arg-type]  # the stand-in has what the engine uses
     (link,) = engine.current().links  # type: ignore[union-attr]
     spent = timed(link)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     bare = []
-    for number in range(2 * STEPS):
-        lean = number >= STEPS
+    for number in range(2 * steps):
+        lean = number >= steps
         link.thorough = not lean
         share = commits.LEAN if lean else commits.EVERYTHING
         link._share = lambda *_step, share=share: share
-        if number == STEPS:
+        if number == steps:
             sink.settings["points_at"] = []
         spent.clear()
         began = time.thread_time()
@@ -97,7 +98,7 @@ def measure(millions: int) -> str:
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         whole, own = time.thread_time() - began, sum(spent)
-        if number not in (0, STEPS):
+        if number not in (0, steps):
             seconds[lean].append(own)
             bare.append(whole - own)
     engine.current().flush()  # type: ignore[union-attr]
@@ -108,8 +109,8 @@ def measure(millions: int) -> str:
     shutil.rmtree(folder)
     return (
         f"{parameters / 1e6:5.1f} M in {sum(1 for _ in net.parameters())} tensors: step {1e3 * step:7.1f} ms CPU; "
-        f"everything {1e3 * full:6.2f} ms ({full / step:.2%}), {statistics.median(sink.sizes[1:STEPS]):.0f} bytes; "
-        f"lean {1e3 * lean_s:6.2f} ms ({lean_s / step:.2%}), {statistics.median(sink.sizes[STEPS + 1 :]):.0f} bytes; "
+        f"everything {1e3 * full:6.2f} ms ({full / step:.2%}), {statistics.median(sink.sizes[1:steps]):.0f} bytes; "
+        f"lean {1e3 * lean_s:6.2f} ms ({lean_s / step:.2%}), {statistics.median(sink.sizes[steps + 1 :]):.0f} bytes; "
         f"point {12 * parameters / 1e6:.0f} MB {1e3 * POINT[0]:.0f} ms CPU"
     )
 
@@ -160,7 +161,7 @@ def of_a_run(steps: int) -> None:
         folder, plant = Path(top) / "work", Path(top) / "plant"
         folder.mkdir()
         plant.mkdir()
-        (plant / "sitecustomize.py").write_text(EDIT.replace("== 75", f"== {at}"))
+        (plant / "sitecustomize.py").write_text(edit(at))
         (folder / "train.py").write_text(source)
         words = ("--steps", str(steps))
         command = [sys.executable, "train.py", *words, "--out", str(Path(top) / "alone")]
