@@ -108,11 +108,11 @@ def trainguard(folder: Path, *words: str, **env: str) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-def record(folder: Path, script: str, words: tuple[str, ...], every: int, **env: str) -> str | None:
-    """Record run r; why it could not be, or None."""
+def record(folder: Path, script: str, words: tuple[str, ...], every: int, *, name: str = "r", **env: str) -> str | None:
+    """Record a run; why it could not be, or None."""
     (folder / "policy.toml").write_text(f"points_every = {every}\nkills = 'off'\n")
     (folder / "train.py").write_text(script)
-    options = ("--name", "r", "--links", "none", "--policy", "policy.toml")
+    options = ("--name", name, "--links", "none", "--policy", "policy.toml")
     done = trainguard(folder, "run", *options, "--", sys.executable, "train.py", *words, **env)
     return None if done.returncode == 0 else done.stderr[-400:]
 

@@ -8,9 +8,10 @@ Prints the CPU of a bare step, what link *commits* adds when a step commits to e
 of the training thread around the link alone, so a busy machine changes the shares little), the bytes of its value, and
 bytes and CPU of a point.
 
-With --run: tests/scripts/own_batch_gpt.py alone, and recorded with a weight edited once at three quarters; the segment
-in its middle replayed by warp and from the first step; an audit with the default budget; and `audit --bisect`, which
-has to name the exact step. CPU seconds of everything that was started, since wall time says what else the machine does.
+With --run: tests/scripts/own_batch_gpt.py alone, and recorded, where the first run in a folder makes bytecode of its
+own and measures the environment; then with a weight edited once at three quarters; the segment in its middle replayed
+by warp and from the first step; an audit with the default budget; and `audit --bisect`, which has to name the exact
+step. CPU seconds of everything that was started, since wall time says what else the machine does.
 """
 
 from __future__ import annotations
@@ -166,6 +167,11 @@ def of_a_run(steps: int) -> None:
         words = ("--steps", str(steps))
         command = [sys.executable, "train.py", *words, "--out", str(Path(top) / "alone")]
         _, alone = took(lambda: subprocess.run(command, cwd=folder, check=True, capture_output=True))
+        short = [*command[:3], "20", *command[4:]]
+        _, bare = took(lambda: subprocess.run(short, cwd=folder, check=True, capture_output=True))
+        for name in ("first", "second"):
+            _, spent = took(lambda name=name: record(folder, source, ("--steps", "20"), POINTS_EVERY, name=name))  # type: ignore[misc]
+            print(f"20 steps: alone {bare:.1f} s CPU; recorded, {name} run in this folder {spent:.1f} s", flush=True)
         why, recorded = took(lambda: record(folder, source, words, POINTS_EVERY, PYTHONPATH=str(plant)))
         if why is not None:
             sys.exit(f"not recorded: {why}")
@@ -192,6 +198,7 @@ def replays(folder: Path) -> list[tuple[str, str, float]]:
     auditor = Auditor(Home(folder / ".trainguard"), "r", Options())
     _, auditor._committed = auditor._read()
     auditor._command, auditor._numeric = auditor._words(), {}
+    perform(auditor._selftest_task())  # the first replay in a folder compiles the libraries once
     everything = plan.segments(auditor._committed)
     group = [everything[len(everything) // 2]]
     told = []
