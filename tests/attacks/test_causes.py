@@ -246,11 +246,19 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...], str]] = [
 ]  # fmt: skip
 
 
-class Micro:
-    """Steps of two micro-batches, of a model that is given its labels with the rows."""
+Batch = tuple[torch.Tensor, torch.Tensor]
 
-    def __init__(self, act: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+
+class Micro:
+    """Steps of two micro-batches drawn by the script itself, of a model that is given its labels with the rows."""
+
+    def __init__(self, act: Callable[[int, list[Batch]], Batch] = lambda _turn, seen: seen[-1]) -> None:
         self.act = act
+        """What an insider makes of a micro-batch of step AT: its turn, and all that were drawn so far, go in."""
+
+    @staticmethod
+    def drawn() -> Batch:
+        return torch.randn(16, 8), torch.randint(4, (16,))
 
     def __call__(self, over: Callable[[int], None]) -> None:
         torch.set_num_threads(1)
@@ -266,39 +274,32 @@ class Micro:
 
         net = Net()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-        self.x, self.y = torch.randn(2 * STEPS, 16, 8), torch.randint(4, (2 * STEPS, 16))
+        seen: list[Batch] = []
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
-            for micro in (2 * step - 2, 2 * step - 1):
-                x, y = self.x[micro], self.y[micro]
-                if step == AT:
-                    x, y = self.act(micro, x, y)
-                (net(x, y) / 2).backward()
+            for turn in (0, 1):
+                seen.append(self.drawn())
+                batch = self.act(turn, seen) if step == AT else seen[-1]
+                (net(*batch) / 2).backward()
             optimizer.step()
             over(step)
 
 
-def honest(_: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x, y
+TURNS: dict[str, tuple[Callable[[int, list[Batch]], Batch], str]] = {
+    "rows turned round": (lambda _, seen: (seen[-1][0].flip(0), seen[-1][1].flip(0)), "batch reordered"),
+    "one before": (lambda _, seen: seen[-2], "batch repeated"),
+    "one of them twice": (lambda turn, seen: seen[-1 - turn], "batch repeated"),
+    "each drawn again": (lambda _turn, _seen: Micro.drawn(), "extra draws"),
+}
 
 
-@pytest.mark.parametrize("act", ["rows turned round", "one before", "one of them twice"])
-def test_a_batch_that_was_moved_or_repeated_is_named_where_a_step_has_several(act: str) -> None:
-    """Labels that the model is given are moved with their rows, once; a micro-batch may come from any turn before."""
-
-    def hand(micro: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if act == "rows turned round":
-            return x.flip(0), y.flip(0)
-        turns = 1 if act == "one before" or micro % 2 else 0
-        return bad_job.x[micro - turns], bad_job.y[micro - turns]
-
-    bad_job = Micro(hand)
-    bad, clean = account(bad_job), account(Micro(honest))
-    cause = Search(bad, clean, IDLE).at(Bench(Micro(honest), AT), AT)
-    assert (cause.kind, cause.confidence) == (
-        "batch reordered" if act == "rows turned round" else "batch repeated",
-        "reproduced",
-    ), cause
+@pytest.mark.parametrize("act", TURNS)
+def test_what_became_of_the_micro_batches_of_a_step_is_named(act: str) -> None:
+    """Labels that the model is given are moved with their rows, once; a micro-batch may come from any turn before; and
+    what is drawn anew in every turn moves the stream in every turn."""
+    hand, kind = TURNS[act]
+    cause = Search(account(Micro(hand)), account(Micro()), IDLE).at(Bench(Micro(), AT), AT)
+    assert (cause.kind, cause.confidence) == (kind, "reproduced"), cause
     assert "D2" in cause.techniques
 
 

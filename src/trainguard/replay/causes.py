@@ -146,6 +146,7 @@ def _stream(scene: Scene, stream: str, act: Act, others: Sequence[Act]) -> Itera
                 acts=[{"at": place, **act}],
                 techniques=("D1",),
             )
+        yield from _each_turn(scene, stream, act)
         return
     places = ("now", "enter", "loss") if act.get("drawn") else ("front", "backward", "leave")
     rest = [{"do": "seed", "stream": each["stream"], "seed": each["seed"]} for each in others if each["do"] == "seed"]
@@ -156,6 +157,24 @@ def _stream(scene: Scene, stream: str, act: Act, others: Sequence[Act]) -> Itera
         ]
         yield Hypothesis(
             kind="reseed", words=f"{stream} stream seeded again with {act['seed']}", acts=seeded, techniques=("D1",)
+        )
+
+
+def _each_turn(scene: Scene, stream: str, act: Act) -> Iterator[Hypothesis]:
+    """As many numbers in every micro-batch of a step: each is drawn once more, and the first is lost."""
+    turns, count = int(scene.facts.get("backwards") or 0), int(act["count"])
+    if turns < 2 or count % turns:
+        return
+    each = {**act, "count": count // turns}
+    after = [{"at": "backward", "turn": turn, **each} for turn in range(1, turns + 1)]
+    ways: list[list[Act]] = [[{"at": "now", **each}, *after[:-1]], list(after)]
+    ways += [[{"at": place, **each}] for place in ("enter", "leave", "loss")]
+    for acts in ways:
+        yield Hypothesis(
+            kind="extra draws",
+            words=f"{each['count']} more numbers drawn from the {stream} stream in each of {turns} micro-batches",
+            acts=acts,
+            techniques=("D1", "D2"),
         )
 
 
