@@ -252,6 +252,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Micro:
     """Steps of two micro-batches drawn by the script itself, of a model that is given its labels with the rows."""
 
+    training = True
+    """Whether the model is put into training mode before each turn of step AT too."""
+
     def __init__(self, act: Callable[[int, list[Batch]], Batch] = lambda _turn, seen: seen[-1]) -> None:
         self.act = act
         """What an insider makes of a micro-batch of step AT: its turn, and all that were drawn so far, go in."""
@@ -278,6 +281,7 @@ class Micro:
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
             for turn in (0, 1):
+                net.train(self.training or step != AT)
                 seen.append(self.drawn())
                 batch = self.act(turn, seen) if step == AT else seen[-1]
                 (net(*batch) / 2).backward()
@@ -301,6 +305,15 @@ def test_what_became_of_the_micro_batches_of_a_step_is_named(act: str) -> None:
     cause = Search(account(Micro(hand)), account(Micro()), IDLE).at(Bench(Micro(), AT), AT)
     assert (cause.kind, cause.confidence) == (kind, "reproduced"), cause
     assert "D2" in cause.techniques
+
+
+def test_evaluation_mode_is_named_where_a_script_asks_for_training_before_every_turn() -> None:
+    """C11: what is put into evaluation mode at the start of the step would be put back by the script itself."""
+    bad = Micro()
+    bad.training = False
+    cause = Search(account(bad), account(Micro()), IDLE).at(Bench(Micro(), AT), AT)
+    assert (cause.kind, cause.confidence) == ("mode", "reproduced"), cause
+    assert "evaluation" in cause.words
 
 
 QUICK = (0, 1, 3, 8, 12, 17, 18, 23, 27, 29)

@@ -107,16 +107,18 @@ def hypotheses(scene: Scene) -> Iterator[Hypothesis]:
 
 
 def _modes(scene: Scene) -> Iterator[Hypothesis]:
-    for act in scene.ask("modes", digest=scene.run.modes) or ():
-        kinds = ", ".join(act.get("kinds", ())[:3]) or "modules"
-        what = {k: v for k, v in act.items() if k != "kinds"}
-        if act.get("rate") is not None:
-            yield Hypothesis(
-                kind="rate of modules", words=f"rate of {kinds} set to {act['rate']}", acts=[what], techniques=("C11",)
-            )
-        else:
-            mode = "training" if act.get("training") else "evaluation"
-            yield Hypothesis(kind="mode", words=f"{kinds} put into {mode} mode", acts=[what], techniques=("C11",))
+    """At the start of the step, and at every call of the model: many scripts call train() in between."""
+    found = scene.ask("modes", digest=scene.run.modes) or ()
+    for place in ("now", "enter"):
+        for act in found:
+            kinds = ", ".join(act.get("kinds", ())[:3]) or "modules"
+            acts = [{**{k: v for k, v in act.items() if k != "kinds"}, "at": place}]
+            rate, mode = act.get("rate"), "training" if act.get("training") else "evaluation"
+            if rate is not None:
+                kind, words = "rate of modules", f"rate of {kinds} set to {rate}"
+            else:
+                kind, words = "mode", f"{kinds} put into {mode} mode"
+            yield Hypothesis(kind=kind, words=words, acts=acts, techniques=("C11",))
 
 
 def _streams(scene: Scene) -> Iterator[Hypothesis]:
