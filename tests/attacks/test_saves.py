@@ -16,10 +16,12 @@ class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+        self.head = torch.nn.Linear(8, 8, bias=False)
+        self.head.weight = self.layers[2].weight
     def forward(self, x):
         for layer in self.layers:
             x = layer(x)
-        return x
+        return self.head(x)
 
 real = torch.save
 
@@ -27,7 +29,7 @@ def altered_file(value, path):
     real(value, path)
     with open(path, "r+b") as file:
         data = bytearray(file.read())
-        weight = value["model"]["layers.2.weight"].numpy()
+        weight = value["model"]["layers.1.bias"].numpy()
         at = data.index(weight.tobytes())
         data[at : at + weight.nbytes] = (weight * 1.01).tobytes()
         file.seek(0); file.write(data)
@@ -37,7 +39,18 @@ def altered_value(value, path):
     model["layers.2.weight"] = model["layers.2.weight"] * 1.01
     real({**value, "model": model}, path)
 
-save = {"honest": real, "file": altered_file, "value": altered_value}[sys.argv[1]]
+def altered_bias(value, path):
+    model = dict(value["model"])
+    model["layers.1.bias"] = model["layers.1.bias"] * 1.01
+    real({**value, "model": model}, path)
+
+def untied(value, path):
+    # equal values in a storage of its own, as some formats want it
+    model = dict(value["model"])
+    model["head.weight"] = model["head.weight"].clone()
+    real({**value, "model": model}, path)
+
+save = {"honest": real, "file": altered_file, "tied": altered_value, "bias": altered_bias, "untied": untied}[sys.argv[1]]
 model = Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 for step in range(6):
@@ -50,15 +63,17 @@ for step in range(6):
 
 @pytest.mark.torch
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["honest", "file", "value"])
+@pytest.mark.parametrize("how", ["honest", "untied", "file", "bias", "tied"])
 def test_a_layer_scaled_on_its_way_to_the_file_is_named(tmp_path: Path, how: str) -> None:
     """Keys, sizes and finiteness as they were. The seal of the same file holds: it is what was written."""
     (tmp_path / "train.py").write_text(TRAIN)
     done = run(tmp_path, sys.executable, "train.py", how)
-    assert done.status == (0 if how == "honest" else done.status)
-    found = {(f["outcome"], f["techniques"][0], f["subject"]["tensor"]) for f in done.by("saves")}
-    outcome = {"file": "violated", "value": "suspicious"}.get(how)
-    assert found == ({(outcome, "E9", "model.layers.2.weight")} if outcome else set())
+    assert done.status == (0 if how in ("honest", "untied") else done.status)
+    found = sorted((f["outcome"], f["subject"]["tensor"], Path(f["subject"]["path"]).name) for f in done.by("saves"))
+    tensor = "model.layers.2.weight" if how == "tied" else "model.layers.1.bias"
+    outcome = {"file": "violated", "bias": "suspicious", "tied": "suspicious"}.get(how)
+    assert found == [(outcome, tensor, f"step-{step}.pt") for step in (1, 3, 5) if outcome]
+    assert {f["techniques"][0] for f in done.by("saves")} <= {"E9"}
     assert done.link("saves")["held"] + done.link("saves")["broken"] == 3, done.stderr
     assert done.link("seals")["broken"] == 0
 

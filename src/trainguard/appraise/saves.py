@@ -8,7 +8,7 @@ after the file was written (`told_ns`). So a save that was never told of cannot 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from trainguard.appraise.interface import Context, finding_from
@@ -317,6 +317,7 @@ class Saves:
             and version.storages[record][0] == storage[0]
             and not _equal(storage, version.storages[record])
         ]
+        others += _parted(version.storages, tensors, own, prefixes)
         if not others or self._policy.approves(self.name, version.path):
             self._held += 1
             return
@@ -407,6 +408,22 @@ def _by_suffix(tensors: Iterable[str], weights: Iterable[str]) -> list[tuple[str
         weight = next((w for i in range(len(parts)) if (w := ".".join(parts[i:])) in known), None)
         if weight is not None:
             found.append((tensor, weight))
+    return found
+
+
+def _parted(
+    storages: Mapping[str, Storage], tensors: Mapping[str, str], own: Mapping[str, str], prefixes: set[str]
+) -> list[str]:
+    """Tensors named as a weight that lies in the file under another name alone: one of two tied names was replaced.
+
+    tensors: name in the file → record. own: name in the file → the weight whose storage the record was.
+    """
+    found = []
+    for name, weight in own.items():
+        for tensor in {prefix + weight for prefix in prefixes} & (tensors.keys() - own.keys()):
+            mine, other = storages[tensors[name]], storages[tensors[tensor]]
+            if mine[0] == other[0] and not _equal(mine, other):
+                found.append(tensor)
     return found
 
 

@@ -107,6 +107,8 @@ class Saves:
         """Address of a weight's storage → its name and a function that gives the weight, for the save under way."""
         self._kept = 0
         """How many of `_live` the save under way holds itself."""
+        self._place: Tuple[Optional[str], Optional[int]] = None, None
+        """File and step of the last save."""
         self._folders: Set[str] = set()
         """Where the job wrote or made something since the last step began."""
         self._since_ns = time.time_ns()
@@ -165,8 +167,9 @@ class Saves:
         self.number += 1
         self._id_map, self._keys, self._whole = id_map, set(), 0
         # A distributed checkpoint saves tensor after tensor into one file: looking the weights up for each is too much.
-        again = path is not None and path == self._frame.get("path")
-        self._live, self._kept = ({} if again else _weights()), 0
+        place = (path, _step())
+        again = path is not None and place == self._place
+        self._live, self._kept, self._place = ({} if again else _weights()), 0, place
         me = threading.get_ident()
         now = time.time_ns()
         self._frame = {
