@@ -50,7 +50,8 @@ def untied(value, path):
     model["head.weight"] = model["head.weight"].clone()
     real({**value, "model": model}, path)
 
-save = {"honest": real, "file": altered_file, "tied": altered_value, "bias": altered_bias, "untied": untied}[sys.argv[1]]
+ways = {"honest": real, "file": altered_file, "tied": altered_value, "bias": altered_bias, "untied": untied}
+save = ways[sys.argv[1]]
 model = Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 for step in range(6):
