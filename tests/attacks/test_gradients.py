@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,73 @@ def test_a_tensor_hook_that_comes_later_is_asked_about_where_its_code_is_approve
     path = findings[0].subject.path
     assert path is not None
     assert path.startswith(f"{here}:")
+
+
+@pytest.mark.parametrize("way", ["all", "one tensor", "in place"])
+def test_a_gradient_that_is_not_cleared_now_and_then_is_found(way: str) -> None:
+    """C7: the step before counts twice; loss and optimizer arithmetic are clean."""
+    left = {23, 37, 64}
+
+    def start(run: Run) -> None:
+        clear = run.optimizer.zero_grad
+
+        def patched(set_to_none: bool = True) -> None:
+            spared = run.net[3].weight if way == "one tensor" else None  # type: ignore[index]
+            kept = spared.grad if spared is not None else None
+            if run.step not in left or spared is not None:
+                clear(set_to_none=way != "in place")
+            if run.step in left and spared is not None:
+                spared.grad = kept
+
+        run.optimizer.zero_grad = patched  # type: ignore[method-assign]
+
+    run = train(80, start=start)
+    quiet_controls(run)
+    findings, _ = judge(Gradients, run.records)
+    assert {f.subject.step for f in findings} <= left
+    assert len(findings) == 3 if way != "one tensor" else findings
+    assert {f.outcome for f in findings} == {"suspicious"}
+    assert {f.techniques for f in findings} == {("C7", "C9")}
+
+
+def test_irregular_carrying_from_the_start_is_found_once() -> None:
+    """C7, where there is no clean beginning to compare with."""
+    run = train(60, start=clearing(lambda step: step % 7 in (1, 4) or step % 5 == 2))
+    findings, _ = judge(Gradients, run.records)
+    assert len(findings) == 1
+    assert findings[0].techniques == ("C7", "C9")
+    assert "in no regular turn" in findings[0].message
+
+
+@pytest.mark.parametrize("period", [0, 2, 3, 8])
+def test_a_run_that_never_clears_or_clears_every_kth_step_is_no_departure(period: int) -> None:
+    """Somebody's own accumulation, and a script that forgot to clear."""
+    findings, _ = judge(Gradients, train(60, start=clearing(lambda step: bool(period) and step % period == 0)).records)
+    assert findings == []
+
+
+def test_another_loss_that_adds_to_the_gradients_before_they_are_cleared_is_no_departure() -> None:
+    """As a generator's loss does to its discriminator: here on one step in three, in no regular turn."""
+
+    def start(run: Run) -> None:
+        clear = run.optimizer.zero_grad
+
+        def patched() -> None:
+            if run.step > 25 and run.step * 7 % 11 < 4:
+                run.net(torch.ones(4, 8)).sum().backward()
+            clear()
+
+        run.optimizer.zero_grad = patched  # type: ignore[method-assign,assign]
+
+    findings, _ = judge(Gradients, train(60, start=start).records)
+    assert [f for f in findings if f.techniques == ("C7", "C9")] == []
+
+
+def clearing(when: Callable[[int], bool]) -> Callable[[Run], None]:
+    """A hand that lets gradients be cleared only in the steps that `when` names."""
+
+    def start(run: Run) -> None:
+        clear = run.optimizer.zero_grad
+        run.optimizer.zero_grad = lambda: clear() if when(run.step) else None  # type: ignore[method-assign,assign]
+
+    return start

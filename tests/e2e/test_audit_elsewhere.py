@@ -93,8 +93,9 @@ def test_only_an_environment_that_is_as_the_lock_approves_raises_the_level(tmp_p
     status, verdict, report = audit(job, "--segments", "0,2", "--env", str(clean))
     assert (status, verdict["level"], verdict["coverage"]["replayed_steps"]) == (0, "TIL-3", 16)
     assert report["environment"]["approved"] is True
-    status, _, report = audit(job, "--segments", "0", "--env", str(own))
+    status, verdict, report = audit(job, "--segments", "0,1", "--env", str(own))
     assert (status, report["environment"]["apart"], report["environment"]["approved"]) == (0, False, False)
+    assert (verdict["level"], verdict["coverage"]["replayed_steps"]) == ("TIL-3", 16), "it neither adds nor takes away"
 
 
 SEEDED = """

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.helpers.environments import torch_environment
 from tests.helpers.guarded import run, trainguard
 
 pytest.importorskip("torch")
@@ -23,9 +24,18 @@ MODEL = Path("chat") / "step-000020.pt"
 
 
 @contextmanager
-def served(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def served(folder: Path, level: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """`serve.py` as its own process, and the port it names."""
-    command = [sys.executable, folder / "examples" / "chat" / "serve.py", MODEL, "--port", "0", *options]
+    command = [
+        sys.executable,
+        folder / "examples" / "chat" / "serve.py",
+        MODEL,
+        "--port",
+        "0",
+        "--level",
+        level,
+        *options,
+    ]
     env = os.environ | {"TRAINGUARD_HOME": str(folder / ".trainguard"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -33,7 +43,7 @@ def served(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str],
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
-        told = re.match(r"http://127\.0\.0\.1:(\d+)  VERIFIED at TIL-1$", said)
+        told = re.match(rf"http://127\.0\.0\.1:(\d+)  VERIFIED at {level}$", said)
         assert told is not None, said + process.stdout.read()
         yield process, int(told.group(1))
     finally:
@@ -52,7 +62,8 @@ def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int
 
 
 def test_it_is_served_only_as_long_as_every_byte_of_it_is_vouched_for(tmp_path: Path) -> None:
-    """Its base and itself VERIFIED; a question is answered; one changed weight, and it says no more."""
+    """Its base and itself VERIFIED, replayed apart; a question is answered; one changed weight, and it says no more."""
+    python, clean = str(torch_environment(tmp_path / "own")), str(torch_environment(tmp_path / "clean"))
     shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "chat.lock", "__pycache__"))
     subprocess.run(["git", "init", "-q", tmp_path], check=True)  # the lock covers the work tree: both examples
     made = subprocess.run(
@@ -62,9 +73,9 @@ def test_it_is_served_only_as_long_as_every_byte_of_it_is_vouched_for(tmp_path: 
     base = ("examples/charlm/train.py", *BASE)
     tuned = ("examples/chat/finetune.py", "--base", "out/step-000024.pt", "--steps", "20", "--batch", "8")
     for name, words in (("base", base), ("chat", tuned)):
-        locked = trainguard(tmp_path, "lock", "-o", f"{name}.lock", "--", sys.executable, *words)
+        locked = trainguard(tmp_path, "lock", "-o", f"{name}.lock", "--", python, *words)
         assert locked.returncode == 0, locked.stderr
-        done = run(tmp_path, sys.executable, *words, options=("--name", name, "--lock", f"{name}.lock"))
+        done = run(tmp_path, python, *words, options=("--name", name, "--lock", f"{name}.lock"))
         assert done.status == 0, done.stderr
         assert done.verdict["verdict"] == "VERIFIED", done.stderr
     strict = trainguard(tmp_path, "gate", str(MODEL), "--level", "TIL-3")
@@ -73,10 +84,17 @@ def test_it_is_served_only_as_long_as_every_byte_of_it_is_vouched_for(tmp_path: 
         assert f"run {name}: no segment of it was replayed: trainguard audit {name} --env PYTHON" in strict.stdout
     assert trainguard(tmp_path, "gate", str(MODEL)).returncode == 0
 
-    with served(tmp_path, "--recheck", "0") as (_, port):
+    with served(tmp_path, "TIL-1") as (_, port):
+        assert "VERIFIED at TIL-1" in ask(port, "GET", "/")[1]
+    for name in ("base", "chat"):
+        replayed = trainguard(tmp_path, "audit", name, "--env", clean, "--segments", "0")
+        assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert trainguard(tmp_path, "gate", str(MODEL), "--level", "TIL-3").returncode == 0
+
+    with served(tmp_path, "TIL-3", "--recheck", "0") as (_, port):
         status, page, _ = ask(port, "GET", "/")
         assert status == 200
-        for words in ("VERIFIED at TIL-1", "run chat, step 20", "Apache-2.0", "PSF-2.0"):
+        for words in ("VERIFIED at TIL-3", "run chat, step 20", "Apache-2.0", "PSF-2.0"):
             assert words in page
         status, answer, pieces = ask(port, "POST", "/say", "2 + 2?")
         assert (status, len(answer) <= 80) == (200, True)

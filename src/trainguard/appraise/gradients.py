@@ -10,6 +10,7 @@ Four relations, each over the sampled elements of all sampled tensors of one ste
 3. *hooks*: what hooks of the job on a tensor make of its gradient. From the first steps on it is the script's own
    habit, suspicious until approved, then explained; later, or against the direction, it is a departure.
 4. *presence*: a tensor that had a gradient in every checked step does not lose it for good.
+5. *cleared*: where a run clears its gradients before each step, no step uses the one of the step before once more.
 
 What differs from the first checked steps on (one α per tensor, noise for privacy, gradients of another making) is the
 script's own doing as far as this check can tell: it is reported blind with its reason, or suspicious, never held.
@@ -82,6 +83,8 @@ class Habits:
     lost: set[str] = field(default_factory=set)
     taken: set[str] = field(default_factory=set)
     """Tensors whose gradient was once gone before the update."""
+    kept: dict[int, bool] = field(default_factory=dict)
+    """Step → whether a gradient of the step before was used again in it; the first STEADY_STEPS that tell."""
     hooked: Counter[str] = field(default_factory=Counter)
     """Place of a tensor hook → early checked steps in which it changed a gradient."""
 
@@ -163,6 +166,7 @@ class Gradients:
         yield from self._presence(evidence, value, sample, habits)
         yield from self._taken(evidence, sample, habits)
         yield from self._calls(evidence, value, habits)
+        yield from self._cleared(evidence, value, sample, habits)
         yield from self._hooked(evidence, value, sample, habits)
         tensors = [t for t in sample.tensors if t.local is not None and t.grad is not None]
         if not tensors:
@@ -416,6 +420,30 @@ class Gradients:
             return
         habits.calls[most] += 1
 
+    def _cleared(
+        self, evidence: Evidence, value: dict[str, object], sample: Sample, habits: Habits
+    ) -> Iterator[Finding]:
+        """A gradient of the step before is in this one, in a run that clears them: a step counts twice."""
+        kept = value.get("kept")
+        if not isinstance(kept, list):
+            return
+        names = [sample.tensors[i].name for i in kept if isinstance(i, int) and 0 <= i < len(sample.tensors)]
+        index = _int(evidence, "index")
+        if len(habits.kept) < STEADY_STEPS:
+            habits.kept[index] = bool(names)
+            if len(habits.kept) == STEADY_STEPS and _irregular(habits.kept):
+                self._broken += 1
+                count = sum(habits.kept.values())
+                text = (
+                    f"in {count} of the first {STEADY_STEPS} checked steps, in no regular turn, "
+                    "the gradient of the step before was not cleared and was used again"
+                )
+                yield self._finding(evidence, "suspicious", ("C7", "C9"), text)
+        elif names and not any(habits.kept.values()):
+            self._broken += 1
+            text = "the gradient of the step before was not cleared and was used again; until then it always was"
+            yield self._finding(evidence, "suspicious", ("C7", "C9"), text, names[0])
+
     # -- findings ---------------------------------------------------------------------------------------------
 
     def _finding(
@@ -439,6 +467,16 @@ _HABITS = {
     "other": "gradients are changed element by element after backward",
     "value_clip": "gradients are clipped by varying values",
 }
+
+
+def _irregular(kept: dict[int, bool]) -> bool:
+    """Whether steps of both kinds follow no period that the steps seen could show."""
+    if len(set(kept.values())) < 2:
+        return False
+    return all(
+        len({(index % period, each) for index, each in kept.items()}) > len({index % period for index in kept})
+        for period in range(2, STEADY_STEPS // 2 + 1)
+    )
 
 
 def _hooked_rows(value: object) -> Iterator[tuple[int, list[str], list[float], list[float]]]:

@@ -1,14 +1,16 @@
 """Check *replay*: what the audits in the log say of a run (spec/replay.md, docs/checks/replay.md).
 
 An audit is a signed statement; its report lies among the blobs under the digest that the statement signs. A report that
-is gone or altered counts for nothing and is said. Replayed steps and the chance of detection are counted over all
-audits whose self-test passed; a difference is a finding of whichever audit has it.
+is gone or altered counts for nothing and is said. Replayed steps and the chance of detection are counted over the
+audits whose self-test passed: those in an environment measured apart where there are any, and all others where there
+are none. A difference is a finding of whichever audit has it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -67,22 +69,41 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     """Steps that were replayed and equal."""
     detection: dict[str, float] = {}
     apart: bool = False
-    """Whether all that counts was replayed in an environment that was measured apart and is the approved one."""
+    """Whether what is counted here was replayed in an environment that was measured apart and is the approved one."""
     link: LinkState | None = None
     """None where nobody audited."""
     tolerances: tuple[str, ...] = ()
     """Of what was replayed on another build: the class, and the largest effect that it would hide."""
 
 
+@dataclass(slots=True)
+class _Tally:
+    """What audits in one kind of environment come to together."""
+
+    segments: int = 0
+    """Segments that there were to draw from."""
+    compared: dict[tuple[int, int], int] = field(default_factory=dict)
+    """First and last step of a segment that was equal → steps compared in it."""
+    tolerances: list[str] = field(default_factory=list)
+
+    def take(self, report: _Report) -> None:
+        self.segments = max(self.segments, len(report.plan.segments))
+        equal = [result for result in report.results if result.outcome == "equal"]
+        self.compared.update({(result.first, result.last): result.compared for result in equal})
+        self.tolerances.extend(_tolerance(result) for result in equal if result.reading is not None)
+
+
 def replayed(run: str, audits: Sequence[Mapping[str, Any]], blob: Callable[[str], bytes]) -> Replayed:
-    """audits: bodies of the run's `audit/v1` statements, each with the digest of its report under `report`."""
+    """audits: bodies of the run's `audit/v1` statements, each with the digest of its report under `report`.
+
+    Where an approved environment, measured apart, replayed anything equal, then steps, detection and tolerances are
+    of what was replayed there, and nothing else raises them. Findings and reasons are of all audits.
+    """
     if not audits:
         return Replayed()
     findings: list[Finding] = []
     blind: list[str] = []
-    counted: dict[tuple[int, int], int] = {}
-    tolerances: list[str] = []
-    total, apart = 0, True
+    approved, others = _Tally(), _Tally()
     for audit in audits:
         try:
             report = msgspec.json.decode(blob(str(audit.get("report"))), type=_Report)
@@ -95,14 +116,11 @@ def replayed(run: str, audits: Sequence[Mapping[str, Any]], blob: Callable[[str]
         if report.selftest.get("passed") is not True:
             blind.append(f"an audit counts for nothing: {report.selftest.get('reason') or 'its self-test failed'}")
             continue
-        total = max(total, len(report.plan.segments))
-        apart = apart and report.environment.get("approved") is True
         findings.extend(finding for finding in report.findings if finding.check == "replay")
         blind.extend(f"steps {r.first} to {r.last}: {r.reason}" for r in report.results if r.outcome == "not replayed")
-        within = (r for r in report.results if r.outcome == "equal" and r.reading is not None)
-        tolerances.extend(_tolerance(result) for result in within)
-        counted.update({(r.first, r.last): r.compared for r in report.results if r.outcome == "equal"})
-    steps = sum(counted.values())
+        (approved if report.environment.get("approved") is True else others).take(report)
+    tally = approved if approved.compared else others
+    steps = sum(tally.compared.values())
     unique = tuple({msgspec.json.encode(finding): finding for finding in findings}.values())
     link = LinkState(
         link="replay", held=steps, broken=len(unique), blind=tuple(dict.fromkeys(blind))[:20], required=False
@@ -110,10 +128,10 @@ def replayed(run: str, audits: Sequence[Mapping[str, Any]], blob: Callable[[str]
     return Replayed(
         findings=unique,
         steps=steps,
-        detection={str(share): detection(total, len(counted), share) for share in TAMPERED_FRACTIONS},
-        apart=apart and bool(counted),
+        detection={str(s): detection(tally.segments, len(tally.compared), s) for s in TAMPERED_FRACTIONS},
+        apart=tally is approved,
         link=link,
-        tolerances=tuple(dict.fromkeys(tolerances))[:TOLERANCES_TOLD],
+        tolerances=tuple(dict.fromkeys(tally.tolerances))[:TOLERANCES_TOLD],
     )
 
 

@@ -184,8 +184,8 @@ def _step_for(run: str, verdict: Verdict, level: Level) -> str:
     if not verdict.coverage.replayed_steps:
         return f"no segment of it was replayed: trainguard audit {run} --env PYTHON"
     return (
-        "an audit of it was not made in an environment measured apart and as its lock approves, and every audit "
-        "counts: run it again, and audit that run with --env PYTHON alone"
+        "no audit of it was made in an environment measured apart and as its lock approves: "
+        f"trainguard audit {run} --env PYTHON"
     )
 
 

@@ -11,11 +11,15 @@ Value of the link (only in checked steps; spec/evidence.md "gradients"):
      "norm": total 2-norm of the gradients used, "zero": [names of tensors whose whole gradient is zero, at most 32],
      "sharded": true where the tensors are shards and the norm is of this rank's shards only,
      "hooked": [[tensor i, [file:line of its hooks], sampled gradient before them, and after], …] where hooks of the
-      job on the tensor itself changed it}
+      job on the tensor itself changed it,
+     "kept": [tensors i whose gradient was not cleared since the last step: backward added to the one used there]}
 
 A hook on a tensor (`Tensor.register_hook`) changes its gradient before `.grad` is written, so what is right after
 backward has its mark already. Where a sampled tensor has such hooks, one of ours runs before the first and one after
 the last of them; what they changed is reported. Tensors without hooks cost nothing.
+
+Whether a gradient was cleared is read from where it lies and how often it was written: each run of backward finds it
+as the last one, or the last step, left it, or it does not. No value is read.
 
 Where there are other ranks, `from` says what backward started from (lineage.py): checksums, and `made_of` {checksum:
 [names]} for those not sent before. Ranks that run the same code start from the same.
@@ -57,6 +61,8 @@ class _Watch(armed.Hooks):
         """Where ranks are compared: what backward started from, once a run of backward."""
         self.hooked: Dict[int, List[Any]] = {}
         """Index of a sampled tensor → places of its hooks, sampled gradient before them, and after."""
+        self.left = [_stamp(entry.param.grad) for entry, _ in chosen]
+        """The gradient as last seen, as long as it is the one of the last step with more added; None from then on."""
         for number, (entry, _) in enumerate(chosen):
             self._arm(number, entry)
 
@@ -64,8 +70,14 @@ class _Watch(armed.Hooks):
         if not entry.param.requires_grad or not entry.param.is_leaf:
             return
 
+        def found(_: Any) -> None:
+            if self.left[number] is not None and _stamp(entry.param.grad) != self.left[number]:
+                self.left[number] = None
+
         def copy(param: Any) -> None:
             try:
+                if self.left[number] is not None:
+                    self.left[number] = _stamp(param.grad)
                 self._copy(number, param)
                 if number == 0 and self.tails is not None and len(self.tails) < TAILS_LIMIT:
                     self.tails.append(lineage.tail_of(sys._getframe(1)))
@@ -77,6 +89,8 @@ class _Watch(armed.Hooks):
         put_first(entry.param._post_accumulate_grad_hooks, handle.id)
         if entry.param._backward_hooks:
             self._embrace(number, entry)
+        if self.left[number] is not None:
+            self.handles.append(entry.param.register_hook(found))
 
     def _embrace(self, number: int, entry: Entry) -> None:
         """Take the gradient before the first and after the last hook that the job has put on this tensor."""
@@ -103,6 +117,10 @@ class _Watch(armed.Hooks):
         first = entry.param.register_hook(before)
         self.handles += [first, entry.param.register_hook(after)]
         put_first(entry.param._backward_hooks, first.id)
+
+    def kept(self) -> List[int]:
+        """Tensors whose gradient still has that of the last step in it."""
+        return [i for i, left in enumerate(self.left) if left is not None and self.calls[i]]
 
     def turned(self) -> List[Any]:
         """What hooks on the sampled tensors changed: [tensor, places, before, after], JSON values."""
@@ -175,6 +193,7 @@ class Gradients(armed.Arms):
         value: Dict[str, Any] = {"armed": watch is not None, "world": _world(step.torch)}
         if watch is not None:
             value["calls"] = watch.calls
+            value["kept"] = watch.kept()
             if watch.tails:
                 self._from(watch.tails, value)
             hooked = watch.turned()
@@ -214,6 +233,16 @@ def put_first(hooks: Any, own: int) -> None:
         for key, hook in others:
             del hooks[key]
             hooks[key] = hook
+
+
+def _stamp(grad: Any) -> Optional[Tuple[int, int]]:
+    """Where a gradient lies and how often it was written in place; None where there is none or it cannot be told."""
+    if grad is None or sample.why_not(grad) is not None or hasattr(grad, "to_local"):
+        return None
+    try:
+        return grad.data_ptr(), grad._version
+    except RuntimeError:  # a tensor without memory, or one that inference mode made
+        return None
 
 
 def _place(hook: Any) -> str:

@@ -78,7 +78,7 @@ def test_a_refusal_for_its_level_says_which_run_lacks_which_step(
     assert not any(reason.startswith("run base:") for reason in asked), "it has TIL-3"
     for lock, replayed, words in (
         ("a" * 64, 0, "run early: no segment of it was replayed: trainguard audit early --env PYTHON"),
-        ("a" * 64, 7, "run early: an audit of it was not made in an environment measured apart"),
+        ("a" * 64, 7, "run early: no audit of it was made in an environment measured apart"),
     ):
         known = family.verdicts["early"]
         coverage = replace(known.coverage, replayed_steps=replayed)
