@@ -1,6 +1,8 @@
 """Scripted incidents against what the log is said to show: who stands first, what it cost, what is tainted.
 
 python bench/bench_incidents.py [--seeds 5] [--verbose]
+python bench/bench_incidents.py --calibration    the table of incident/calibration.py again, and whether it is that
+python bench/bench_incidents.py --across         fitted on one set, read on the other
 
 Goals: the right account first in 95 % or more, a framed account never, the loss within 5 % of the truth with the truth
 inside low and high, taint on every descendant and on nothing else, and nobody accused of hardware faults and honest
@@ -15,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from trainguard.incident.calibration import TABLE, Band, calibrated, tally
 from trainguard.testing.casebook import CASEBOOK
 from trainguard.testing.incidents import SCRIPTS, Score, Script, play, score
 
@@ -41,7 +44,13 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--calibration", action="store_true")
+    parser.add_argument("--across", action="store_true")
     options = parser.parse_args()
+    if options.calibration:
+        return calibration()
+    if options.across:
+        return across()
     told = [table(name, scripts, options) for name, scripts in SETS.items()]
     return 0 if all(told) else 1
 
@@ -70,6 +79,45 @@ def table(name: str, scripts: tuple[Script, ...], options: argparse.Namespace) -
         print(f"  {each.group} {each.name}: {each.said} {each.hours} {each.truth_hours} {dict(each.words)}")
     right = sum(e.right for e in found) / len(found)
     return right >= 0.95 and not any(e.framed for e in found)
+
+
+def calibration() -> int:
+    """Print the table; 0 where it is the one that is checked in."""
+    table = tally(seen(SCRIPTS) + seen(CASEBOOK))
+    print(table_of(table))
+    print("as checked in" if table == TABLE else f"checked in is another:\n{table_of(TABLE)}")
+    return 0 if table == TABLE else 1
+
+
+def across() -> int:
+    """What would have been shown for one set, had the table been fitted on the other one only."""
+    accounts = {name: seen(scripts) for name, scripts in SETS.items()}
+    first, second = accounts
+    for fitted, read in ((first, second), (second, first)):
+        table = tally(accounts[fitted])
+        print(f"fitted on {fitted}, read on {read}:")
+        print(f"{'shown':>12}{'n':>7}{'right':>8}")
+        shown = [(calibrated(score, table), right) for score, right in accounts[read]]
+        for value in sorted({value for value, _ in shown}):
+            part = [right for one, right in shown if one == value]
+            print(f"{value:12.0%}{len(part):7}{sum(part) / len(part):8.0%}")
+        plain, brier = (
+            sum((value - right) ** 2 for value, right in each) / len(each) for each in (accounts[read], shown)
+        )
+        print(f"Brier score of scores {plain:.3f}, of what is shown {brier:.3f}")
+    return 0
+
+
+def seen(scripts: tuple[Script, ...]) -> list[tuple[float, bool]]:
+    """Every account among the candidates of every script, once: other seeds are the same constellation."""
+    return [account for each in scores(scripts, 1) for account in each.accounts]
+
+
+def table_of(table: tuple[Band, ...]) -> str:
+    """As it stands in the source, with the shares."""
+    return "\n".join(
+        f"    ({begin}, {right}, {total}),  # {(right + 1) / (total + 2):.0%}" for begin, right, total in table
+    )
 
 
 if __name__ == "__main__":

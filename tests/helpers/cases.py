@@ -108,7 +108,12 @@ def incident(
         message="the file is not what was in memory",
     )
     candidate = Candidate(
-        level="A3", what=f"account {account} (uid {uid})", uid=uid, confidence=0.7, supports=("it owns the file",)
+        level="A3",
+        what=f"account {account} (uid {uid})",
+        uid=uid,
+        score=0.7,
+        confidence=0.7,
+        supports=("it owns the file",),
     )
     return Incident(
         id=name,

@@ -21,12 +21,14 @@ A process of the job acts under the account that started the job, whoever wrote 
 followed to the file that holds the line, never to the job's own account. And a trace that would look the same whoever
 had left it (a file that others may write, a file of root) does not outrank the host.
 
-Confidence is what is left of 1 after every alternative has taken its share, never a feeling: see SHARES.
+A score is what is left of 1 after every alternative has taken its share, never a feeling: see SHARES. The confidence
+that is shown for an account is that score, or how often scripted truth bears such a one out where that is less.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import pwd
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +39,7 @@ import msgspec
 
 from trainguard.evidence import Evidence
 from trainguard.finding import Citation, Finding
+from trainguard.incident.calibration import calibrated
 from trainguard.incident.traces import HERE, Authorship, Inode, Sources
 
 Level = Literal["A0", "A1", "A2", "A3"]
@@ -69,7 +72,7 @@ SHARES: dict[str, float] = {
     "it came with a checkout of a repository": 0.50,
     "what lies there now was not changed at the time": 0.50,
 }
-"""Alternative → share of the confidence it takes; what is left is multiplied, so doubts never add up to certainty.
+"""Alternative → share of the score it takes; what is left is multiplied, so doubts never add up to certainty.
 
 A half is taken by whatever makes a trace worth no more than "somebody on that host": then the host stands first.
 """
@@ -101,7 +104,10 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """`account victim-b (uid 1001)`, `login session 7 of account insider (uid 1002)`, `process 412`, `host node-3`."""
     uid: int | None = None
     """Of the account or login; None for processes and hosts, which are no accounts."""
+    score: float
+    """What is left of 1 after each alternative has taken its share; candidates stand in its order."""
     confidence: float
+    """The score; of an account or login no more than how often such a one was right (calibration.py)."""
     supports: tuple[str, ...]
     against: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
@@ -215,7 +221,7 @@ def attribute(findings: Finding | Sequence[Finding], facts: Facts, *, sources: S
     if facts.host is not None:
         merged.setdefault(("A1", f"host {facts.host}"), _host(group[0], facts))
     # Where two are as likely, the one that claims less stands first.
-    ranked = tuple(sorted(merged.values(), key=lambda one: (-one.confidence, _rung(one.level), one.what)))
+    ranked = tuple(sorted(merged.values(), key=lambda one: (-one.score, _rung(one.level), one.what)))
     ranked = ranked or (_effect_only(group[0]),)
     return Attribution(
         candidates=ranked,
@@ -254,7 +260,7 @@ def _candidates(finding: Finding, facts: Facts, sources: Sources) -> Iterator[Ca
 
 def _stronger(a: Candidate, b: Candidate) -> Candidate:
     """One candidate that two findings lead to: the stronger case, with what supports either."""
-    best, other = (a, b) if a.confidence >= b.confidence else (b, a)
+    best, other = (a, b) if a.score >= b.score else (b, a)
     supports = tuple(dict.fromkeys([*best.supports, *other.supports]))[:SUPPORTS_LIMIT]
     against = tuple(dict.fromkeys([*best.against, *other.against]))[:SUPPORTS_LIMIT]
     evidence = tuple(dict.fromkeys([*best.evidence, *other.evidence]))[:SUPPORTS_LIMIT]
@@ -689,16 +695,13 @@ def _candidate(
     evidence: tuple[Citation, ...],
 ) -> Candidate:
     alternatives = tuple(dict.fromkeys(alternatives))
-    confidence = 1.0
-    for each in alternatives:
-        confidence *= 1 - SHARES[each]
-    if level == "A0":
-        confidence = 0.0
+    score = 0.0 if level == "A0" else round(math.prod(1 - SHARES[each] for each in alternatives), 2)
     return Candidate(
         level=level,
         what=what,
         uid=uid,
-        confidence=round(confidence, 2),
+        score=score,
+        confidence=calibrated(score) if level == "A3" else score,
         supports=tuple(supports)[:SUPPORTS_LIMIT],
         against=against[:SUPPORTS_LIMIT],
         alternatives=alternatives,

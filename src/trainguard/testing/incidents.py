@@ -917,6 +917,8 @@ class Score:
     spread: bool
     """Everything made from the run afterwards carries its word; what has nothing to do with it is VERIFIED."""
     said: str
+    accounts: tuple[tuple[float, bool], ...] = ()
+    """Score of every account or login among the candidates, and whether it is the true one."""
 
     @property
     def loss_is_right(self) -> bool:
@@ -951,6 +953,12 @@ def score(played: Played) -> Score:
         words=words,
         spread=spread,
         said=known[0].attribution.sentence if known else "no incident",
+        accounts=tuple(
+            (candidate.score, candidate.uid == truth.account)
+            for one in known
+            for candidate in one.attribution.candidates
+            if candidate.level == "A3"
+        ),
     )
 
 

@@ -90,11 +90,11 @@ def test_accounts_in_cited_records_are_firm_and_the_owner_of_the_run_is_not(tmp_
 def test_an_account_that_the_session_contradicts_can_be_lifted(tmp_path: Path):
     """That is what framing a colleague looks like (G9)."""
     framed = Candidate(
-        level="A3", what="account victim-b (uid 54300)", uid=54300, confidence=0.3, supports=(),
+        level="A3", what="account victim-b (uid 54300)", uid=54300, score=0.3, confidence=0.3, supports=(),
         alternatives=("session and account contradict each other",),
     )  # fmt: skip
     session = Candidate(
-        level="A3", what="login session 7 of account insider (uid 54242)", uid=54242, confidence=0.8,
+        level="A3", what="login session 7 of account insider (uid 54242)", uid=54242, score=0.8, confidence=0.8,
         supports=("git: the line comes from commit 0123456789ab by A Nother <nother@example.org>, signed",),
     )  # fmt: skip
     told = Attribution(candidates=(session, framed), excluded=("account victim-b (uid 54300): x",), sentence="")

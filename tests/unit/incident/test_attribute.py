@@ -57,7 +57,7 @@ def test_a_framed_account_stands_below_the_session_it_was_used_from() -> None:
         "login session 7 of account insider (uid 1002)",
         "account victim-b (uid 1001)",
     ]
-    assert accounts[0].confidence > accounts[1].confidence
+    assert accounts[0].score > accounts[1].score
     assert any("somebody else's session" in line for line in accounts[1].against)
     assert told.excluded
     assert "victim-b" in told.excluded[0]
@@ -69,7 +69,7 @@ def test_without_a_recorded_login_the_account_is_less_certain() -> None:
     unknown = next(
         one for one in killed_by(uid=1002, loginuid=NO_LOGIN, session=NO_LOGIN).candidates if one.level == "A3"
     )
-    assert unknown.confidence < known.confidence
+    assert unknown.score < known.score
     assert "no login is recorded" in unknown.alternatives
 
 
@@ -94,7 +94,7 @@ def test_a_file_that_others_may_write_weakens_its_owner(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     (shared,) = attribute(file_finding(path), Facts()).candidates
     assert private.uid == shared.uid == os.getuid()
-    assert shared.confidence < private.confidence
+    assert shared.score < private.score
     assert {"others could write it", "written through a shared folder"} <= set(shared.alternatives)
     assert len(shared.against) == 2
 
@@ -112,7 +112,7 @@ def test_where_nothing_says_from_where_only_the_effect_is_left() -> None:
 def test_no_confidence_is_certain_and_every_alternative_has_its_share() -> None:
     assert all(0 < share < 1 for share in SHARES.values())
     for told in (killed_by(uid=1002, loginuid=1002, session=1), killed_by(uid=0, loginuid=None, session=None)):
-        assert all(one.confidence < 1 for one in told.candidates)
+        assert all(one.score < 1 for one in told.candidates)
         assert all(set(one.alternatives) <= SHARES.keys() for one in told.candidates)
 
 

@@ -316,7 +316,7 @@ def test_what_is_not_known_of_a_process_takes_from_how_sure_the_answer_is() -> N
     ):
         told = CONSTELLATIONS[unsure][1]().account
         sure = CONSTELLATIONS["cron of victim-b runs victim-b's private script"][1]().account
-        assert told.confidence < sure.confidence
+        assert told.score < sure.score
         assert any("nobody was there" in line for line in told.against)
 
 

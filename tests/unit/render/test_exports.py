@@ -118,7 +118,7 @@ def test_the_same_finding_has_the_same_identity_and_another_one_another() -> Non
 @TEXTS
 def test_an_incident_is_a_valid_incident_finding(text: str) -> None:
     """OCSF 1.7.0, class 2005; it accuses nobody and is assigned to nobody."""
-    candidate = Candidate(level="A1", what=text, confidence=0.5, supports=(text,))
+    candidate = Candidate(level="A1", what=text, score=0.5, confidence=0.5, supports=(text,))
     event = incident_event(
         Incident(
             id="inc-0123456789",
