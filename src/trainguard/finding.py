@@ -68,6 +68,9 @@ class LinkState(msgspec.Struct, frozen=True, kw_only=True):
     """Why (part of) the link could not be checked; empty when all of it was."""
     explained: tuple[str, ...] = ()
     """Approved `file:line` entries that account for departures; coverage is reduced by them."""
+    installed: tuple[str, ...] = ()
+    """What installed packages put in the place of other code, `name: file:line`. Their files are verified, so this is
+    no departure; it is told so that somebody can look."""
     required: bool = True
     """Whether VERIFIED needs this link to have held at least once (False: extra, or not part of this run)."""
 

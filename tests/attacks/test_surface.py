@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.helpers.watched import Watched, training, watch, write
 
+from trainguard.appraise.origin import Origins
 from trainguard.appraise.surface import Surface
 from trainguard.finding import Finding
 from trainguard.policy import Approval
@@ -272,6 +273,53 @@ def test_counters_and_switches_of_the_job_itself_are_not_told(changed: Watched) 
     """A `nonlocal` counter, an attribute that is added to, an epoch that is set, a switch: none of them is found."""
     told = [f.message for f in changed.judge(Surface)[0] if not any(what in f.message for what in VALUES)]
     assert told == []
+
+
+GUEST = """
+import torch
+
+def guest(real):
+    def planted(*args, **kwargs):
+        return real(*args, **kwargs)
+    return planted
+
+torch.randn = guest(torch.randn)
+torch.Tensor.backward = guest(torch.Tensor.backward)
+torch._C._nn.cross_entropy_loss = guest(torch._C._nn.cross_entropy_loss)
+"""
+NATIVE = {"torch.randn", "torch.Tensor.backward", "torch._C._nn.cross_entropy_loss"}
+
+
+@pytest.fixture(scope="module")
+def visited(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Names of torch that lead to a side file from the very beginning on."""
+    folder = tmp_path_factory.mktemp("guest")
+    write(folder, {"train.py": training(steps=4, top="import helper\n"), "helper.py": GUEST})
+    run = watch(folder)
+    assert (run.status, run.faults()) == (0, []), run.output
+    return run
+
+
+def test_a_function_of_the_jobs_own_under_a_name_of_torch_is_its_own_affair(visited: Watched) -> None:
+    """As with `torch.load = partial(torch.load, weights_only=False)`, which scripts do: the side file is measured."""
+    findings, link = visited.judge(Surface)
+    assert (findings, link.installed) == ([], ())
+
+
+@pytest.mark.parametrize("standing", ["library", "planted"])
+def test_a_function_of_another_package_under_a_name_of_torch_is_told(
+    visited: Watched, monkeypatch: pytest.MonkeyPatch, standing: str
+) -> None:
+    """With its place where an installed package put it there; as a finding where nobody knows the file."""
+    monkeypatch.setattr(Origins, "standing", lambda *_: standing)
+    findings, link = visited.judge(Surface)
+    place = visited.line_of("helper.py", "def planted")
+    if standing == "library":
+        assert {f"{name}: {place}" for name in NATIVE} == set(link.installed)
+        assert (findings, link.state) == ([], "held")
+    else:
+        assert {(f.message.split(" ")[0], f.subject.path) for f in findings} == {(name, place) for name in NATIVE}
+        assert {(f.outcome, f.techniques[0]) for f in findings} == {("violated", "B3")}
 
 
 def test_an_honest_run_has_no_difference(tmp_path: Path) -> None:

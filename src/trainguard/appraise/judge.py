@@ -126,7 +126,9 @@ def _blurred(link: LinkState, shown: set[str]) -> LinkState:
     """A link without what a muted finding counted in it."""
     if not link.broken or link.link in shown:
         return link
-    return LinkState(link=link.link, held=link.held, blind=(MAINTENANCE,), required=link.required)
+    return LinkState(
+        link=link.link, held=link.held, blind=(MAINTENANCE,), installed=link.installed, required=link.required
+    )
 
 
 def with_replay(verdict: Verdict, again: Replayed) -> Verdict:

@@ -2,9 +2,9 @@
 
 A difference is a fact about the running process; whose code stands there decides what it means. Code that is not what
 its own file compiles to, code swapped inside a function, and defaults other than the source's are proof. A function of
-another installed package is explained by that package's hash. The job's own patches are suspicious until approved. A
-variable of a closure that its source binds once, and that holds another object, is proof too; a number that only a
-computed assignment of the job's own sources moves is none.
+another installed package is as good as that package's hash: it is told (`installed`), and is no finding. The job's own
+patches are suspicious until approved. A variable of a closure that its source binds once, and that holds another
+object, is proof too; a number that only a computed assignment of the job's own sources moves is none.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ KINDS = {
     "moved": "another than when the training began",
     "class": "another than when the training began",
     "bases": "a class with other bases than when the training began",
+    "guest": "replaced",
     "added": "a method that was put before that of its base",
 }
 """What a difference is called; see watch/surface.py and watch/steady.py."""
@@ -53,10 +54,16 @@ class Surface(SweepCheck):
         standing = self._origins.standing(place) if place is not None else "generated"
         if kind == "moved" and self._is_at_home(line, place, standing):
             return
+        if kind == "guest" and standing not in ("planted", "foreign"):
+            if standing in ("library", "generated"):
+                self._installed[f"{binding}: {place}"] = None
+            return  # names of torch that no source of torch can be compared with: the job's own code may use them
         function = text(line.get("function")) or "native code"
         claims = line.get("claims") is True
         if standing in ("library", "guard") and not claims and not (kind == "replaced" and _inside_torch(place)):
-            return  # a wrapper that an installed package put there; its file is verified
+            if standing == "library":  # its file is verified
+                self._installed[f"{binding}: {place}"] = None
+            return
         outcome: Outcome = "violated" if claims or kind == "code" or standing == "planted" else "suspicious"
         named = "other code than its file compiles to" if claims else f"{function} in {whose(standing)}"
         yield from self._finding(

@@ -29,6 +29,7 @@ class SweepCheck:
         self._broken = 0
         self._blind: dict[str, None] = {}
         self._explained: dict[str, None] = {}
+        self._installed: dict[str, None] = {}
         self._steps = False
         self._clean: dict[int | None, int | None] = {}
         """Process → step of its last sweep in which nothing was found."""
@@ -72,6 +73,7 @@ class SweepCheck:
             broken=self._broken,
             blind=tuple(self._blind),
             explained=tuple(self._explained),
+            installed=tuple(self._installed)[:LISTED_LIMIT],
         )
 
     def _since(self, evidence: Evidence) -> str:

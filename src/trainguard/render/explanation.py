@@ -126,6 +126,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     blind: tuple[Blindness, ...]
     explained: tuple[str, ...]
     """Approved `file:line` entries that account for departures."""
+    installed: tuple[str, ...]
+    """What installed packages put in the place of other code, `name: file:line`."""
     departures: tuple[Departure, ...]
 
 
@@ -167,6 +169,7 @@ def _link(link: LinkState, verdict: Verdict) -> Link:
         broken=link.broken,
         blind=tuple(Blindness(reason=reason, remedy=remedy(link.link, reason)) for reason in reasons),
         explained=link.explained,
+        installed=link.installed,
         departures=_departures([finding for finding in verdict.findings if finding.check == link.link]),
     )
 
@@ -226,6 +229,11 @@ def _link_view(link: Link, ascii_only: bool) -> RenderableType:
     if len(link.blind) > SHOWN_PER_LINK:
         body.append(Text(f"and {len(link.blind) - SHOWN_PER_LINK} more reasons: --json", style="dim"))
     body += [Text.assemble(("approved: ", GLYPHS["explained"][2]), plain(place)) for place in link.explained]
+    body += [
+        Text.assemble(("by an installed package: ", "dim"), plain(each)) for each in link.installed[:SHOWN_PER_LINK]
+    ]
+    if len(link.installed) > SHOWN_PER_LINK:
+        body.append(Text(f"and {len(link.installed) - SHOWN_PER_LINK} more by installed packages: --json", style="dim"))
     return Group(title, Padding(Group(*body), (0, 0, 0, 4)))
 
 

@@ -13,7 +13,8 @@ Frames (spec/evidence.md, "sweep"):
                         "unread": files whose source could not be had, "differ": [{"binding", "kind", "origin",
                         "function", "claims"}, …]}
 
-kind: replaced, wrapped, code, defaults, constant or removed, and those of steady.py, which compares with what was there
+kind: replaced, wrapped, code, defaults, constant or removed; guest, a function of another package under a name of torch
+itself, whose own names are too many to follow; and those of steady.py, which compares with what was there
 at first: values in closures, in the job's own modules, classes and settings, and what its functions hang on. Only new
 differences are listed. Runs in slices of a few milliseconds after a step, when the budget has room.
 """
@@ -47,6 +48,9 @@ EARLY = 5
 """A sweep begins after each of the first EARLY steps, then after every EVERY-th (with `--links all` EVERY_OF_ALL-th),
 and when the process leaves."""
 
+GUESTS = ("torch", "torch.Tensor", "torch.functional", "torch._C._nn", "torch._C._linalg")
+"""Where a function of another package is told at the first sweep (kind guest): mostly native, without a source."""
+
 REACH_LIMIT = 40
 """Functions followed from one name."""
 
@@ -54,6 +58,7 @@ INSTANCE_NAMES = ("forward", "__call__", "_call_impl", "step", "zero_grad", "tra
 """Methods that may be hidden by an attribute of one object."""
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_STANDARD = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 _Function = type(facts.read)
 _Builtin = type(len)
 _Cached = type(functools.lru_cache(len))
@@ -148,6 +153,7 @@ class Surface:
         self._checked = 0
         self._differ: List[Dict[str, Any]] = []
         self.steady = steady.Steady(self._differs)
+        self._guests_told = False
         self.places: Set[Tuple[str, str]] = set()
         """(module, name) of the job's own functions, ("", label) of those that hang on objects."""
         self.hooked: Set[int] = set()
@@ -262,6 +268,10 @@ class Surface:
                 path = self._is_own(module)
                 if path is not None and not any(vars(module) is table for _, table, _ in self.own):
                     self.own.append((name, vars(module), path))
+        if not self._guests_told and "torch" in sys.modules:
+            self._guests_told = True
+            self._guests()
+            yield
         for kind in _types_in_use(step):
             for base in kind.__mro__:
                 if id(base) not in self.types and base is not object:
@@ -269,6 +279,20 @@ class Surface:
                     yield
         for _ in self._own(step):
             yield
+
+    def _guests(self) -> None:
+        """Functions of other packages under names of torch."""
+        torch = sys.modules["torch"]
+        extensions = getattr(sys.modules.get("typing_extensions"), "__file__", None)  # marks what is deprecated
+        homes = (os.path.dirname(os.path.abspath(torch.__file__ or "")) + os.sep, _HERE, extensions or _HERE)
+        for label in GUESTS:
+            owner: Any = torch
+            for part in label.split(".")[1:]:
+                owner = getattr(owner, part, None)
+            for name, value in list(getattr(owner, "__dict__", {}).items()):
+                function = _guest(value, homes) if _callable(value) and not isinstance(value, type) else None
+                if function is not None:
+                    self._differs(label + "." + name, "guest", *_origin(function))
 
     def _own(self, step: Any) -> Iterator[None]:
         """The job's own modules, and functions that hang on its data sets, transforms and schedules."""
@@ -682,6 +706,16 @@ def _origin(value: Any) -> Tuple[Optional[str], Optional[str]]:
         return "%s:%d" % (place, found.co_firstlineno), function.__qualname__
     kind = value if isinstance(value, type) else type(value)
     return None, "%s.%s" % (kind.__module__, kind.__qualname__)
+
+
+def _guest(value: Any, homes: Tuple[str, ...]) -> Any:
+    """The first function behind a value whose file is neither in `homes` nor in the standard library; None without."""
+    for function in reach(value):
+        path = os.path.abspath(function.__code__.co_filename)
+        standard = path.startswith(_STANDARD) and "-packages" + os.sep not in path[len(_STANDARD) :]
+        if not standard and not path.startswith(homes):
+            return function
+    return None
 
 
 def _copy(keywords: Optional[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
