@@ -2,6 +2,9 @@
 
 The work is done as the run goes on, outside the job: the record `seal` says how a saved checkpoint was sealed, the
 record `opened` what verifying a checkpoint found that the job opened and our log has a seal of.
+
+A version that the job wrote over before it could be read has no seal, and exists no more: it does not count where a
+later version of the same file was sealed.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ class Seals:
         self._run = context.run
         self._held = 0
         self._broken = 0
-        self._unsealed: list[str] = []
+        self._unsealed: dict[str, list[str]] = {}
+        """File → why versions of it have no seal, none of which was followed by one that has."""
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         if evidence.source != "supervisor" or evidence.kind not in ("seal", "opened"):
@@ -35,9 +39,12 @@ class Seals:
         if "left_out" in evidence.body:
             return
         unsealed = evidence.body.get("unsealed")
+        path = str(evidence.body.get("path"))
         if isinstance(unsealed, str):
-            self._unsealed.append(unsealed)
+            self._unsealed.setdefault(path, []).append(unsealed)
             return
+        if evidence.kind == "seal":
+            self._unsealed.pop(path, None)
         findings = [self._own(finding, evidence) for finding in _findings(evidence.body.get("findings"))]
         broken = any(finding.outcome != "not_checked" for finding in findings)
         self._broken += broken
@@ -45,11 +52,12 @@ class Seals:
         yield from findings
 
     def end(self) -> Iterator[LinkState]:
-        more = len(self._unsealed) - PATH_LIMIT
-        blind = [*self._unsealed[:PATH_LIMIT], *([f"and {more} more"] if more > 0 else [])]
+        unsealed = [reason for reasons in self._unsealed.values() for reason in reasons]
+        more = len(unsealed) - PATH_LIMIT
+        blind = [*unsealed[:PATH_LIMIT], *([f"and {more} more"] if more > 0 else [])]
         # A run that saves nothing has nothing to seal, so the link is not asked for.
         yield LinkState(
-            link=self.name, held=self._held, broken=self._broken, blind=tuple(blind), required=bool(self._unsealed)
+            link=self.name, held=self._held, broken=self._broken, blind=tuple(blind), required=bool(unsealed)
         )
 
     def _own(self, finding: Finding, evidence: Evidence) -> Finding:
