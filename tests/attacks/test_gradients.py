@@ -208,6 +208,23 @@ def test_updates_left_out_around_the_optimizer_show_as_a_second_backward() -> No
     assert "backward ran 2 times" in findings[0].message
 
 
+def test_a_schedule_of_accumulation_is_no_update_left_out() -> None:
+    """From step 40 on two batches make one update, as callbacks of libraries do."""
+
+    def start(run: Run) -> None:
+        real, clear = run.optimizer.step, run.optimizer.zero_grad
+
+        def step(*args: object) -> None:
+            if run.step < 40 or run.step % 2:
+                real(*args)  # type: ignore[arg-type]
+
+        run.optimizer.step = step  # type: ignore[method-assign,assignment]
+        run.optimizer.zero_grad = lambda: None if run.step > 40 and run.step % 2 else clear()  # type: ignore
+
+    findings, _ = judge(Gradients, train(100, start=start).records)
+    assert findings == []
+
+
 @pytest.mark.parametrize(
     ("approved", "sign", "outcome"), [(1, 1, "suspicious"), (1, -1, "violated"), (0, 1, "violated")]
 )

@@ -78,6 +78,8 @@ class Habits:
     """Factors seen without a clip, such as 1/scale."""
     value_clip: float | None = None
     calls: Counter[int] = field(default_factory=Counter)
+    more_calls: list[tuple[Evidence, int]] = field(default_factory=list)
+    """Latest steps in a row before which backward ran oftener than usual, and how often."""
     present: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
     lost: set[str] = field(default_factory=set)
@@ -136,6 +138,8 @@ class Gradients:
 
     def end(self) -> Iterator[Finding | LinkState]:
         """The balance."""
+        for habits in self._habits.values():
+            yield from self._limited(list(self._left_out(habits)))
         for waiting in self._pending.values():
             for _ in waiting.values():
                 self._blind["reduced over ranks, and not all ranks recorded the same step"] += 1
@@ -411,14 +415,26 @@ class Gradients:
         usual = habits.calls.most_common(1)[0][0] if habits.calls else most
         steady = len(habits.calls) == 1 and habits.calls[usual] >= STEADY_STEPS
         if steady and most > usual and most % usual == 0 and min(calls) == most and "scale" not in value:
+            if habits.more_calls and habits.more_calls[-1][1] != most:
+                yield from self._left_out(habits)
+            habits.more_calls.append((evidence, most))
+            if len(habits.more_calls) >= LEARN_STEPS:  # from here on: a schedule of accumulation
+                habits.calls, habits.more_calls = Counter({most: LEARN_STEPS}), []
+            return
+        yield from self._left_out(habits)
+        habits.calls[most] += 1
+
+    def _left_out(self, habits: Habits) -> Iterator[Finding]:
+        """What the steps in a row that are over now come to."""
+        usual = habits.calls.most_common(1)[0][0] if habits.calls else 1
+        waiting, habits.more_calls = habits.more_calls, []
+        for evidence, most in waiting:
             self._broken += 1
             text = (
                 f"backward ran {most} times before this step, and {usual} times before every other one: "
                 f"{most // usual - 1} update(s) were left out"
             )
             yield self._finding(evidence, "suspicious", ("C9", "C7"), text)
-            return
-        habits.calls[most] += 1
 
     def _cleared(
         self, evidence: Evidence, value: dict[str, object], sample: Sample, habits: Habits

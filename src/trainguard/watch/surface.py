@@ -42,7 +42,7 @@ FIRST_SLICE_NS = 60_000_000
 LAST_SLICE_NS = 200_000_000
 """Longest stretch at exit, to end a sweep that was begun."""
 
-EVERY = 50
+EVERY = 20
 EVERY_OF_ALL = 10
 EARLY = 5
 """A sweep begins after each of the first EARLY steps, then after every EVERY-th (with `--links all` EVERY_OF_ALL-th),
