@@ -5,7 +5,9 @@ step it says by how much the loss should change by the gradient, and by how much
 it. This check holds both against each other:
 
 1. Slopes along and against the direction that differ mean a kink: nothing can be said.
-2. The mean slope must be ⟨g, d⟩ within TOLERANCE · √tensors.
+2. The mean slope must be ⟨g, d⟩ within TOLERANCE · √tensors. Where the loss has fallen to a small share of what it
+   was, single precision's rounding is that much larger beside its gradient (p - 1 of a softmax, prediction - target):
+   the tolerance grows with it, and where that part has grown past HIDDEN, a disagreement says nothing.
 3. A disagreement counts once a second step, another batch, confirms it.
 4. Where the job's own autograd functions or hooks stand in the graph, their backward need not be a derivative
    (straight-through estimators, reversed gradients). There a disagreement from the first check on is the script's own
@@ -30,6 +32,9 @@ from trainguard.finding import Finding, LinkState, Outcome
 
 TOLERANCE = {False: 1e-2, True: 3e-1}
 """Disagreement over √tensors, by whether less than single precision was used (docs/checks/truth.md)."""
+ROUNDING = 64 * 2.0**-24
+"""Part of the tolerance that grows with largest loss seen / loss now; about 20 · 2**-24 was measured."""
+HIDDEN = 3e-1
 SMOOTH = 0.25
 LOSS_TOLERANCE = {False: 1e-3, True: 5e-2}
 FINDINGS_LIMIT = 8
@@ -55,6 +60,8 @@ class _Track:
     """One optimizer of one process."""
 
     held: int = 0
+    largest: float = 0.0
+    """Largest loss of a step that was put on tape, without its sign."""
     waiting: tuple[Evidence, _Value] | None = None
     """A disagreement that no second step has confirmed yet."""
     seeds: Counter[float] = field(default_factory=Counter)
@@ -120,10 +127,16 @@ class Truth:
         if reason is not None:
             self._blind[reason] += 1
             return
+        track.largest = max(track.largest, abs(value.loss[1]))
+        rounding = rounding_of(value, track.largest)
+        hidden = rounding > HIDDEN
         own = self._own(value)
-        if agrees(value):
+        if agrees(value, 0.0 if hidden else rounding):
             self._held += 1
             track.held += 1
+            return
+        if hidden:
+            self._blind["the loss has become so small that rounding hides what its gradient is"] += 1
             return
         approved = [place for place in own if self._origins.approves(self.name, place)]
         if approved:
@@ -228,9 +241,16 @@ def unusable(value: _Value) -> str | None:
     return None
 
 
-def agrees(value: _Value) -> bool:
+def rounding_of(value: _Value, largest: float) -> float:
+    """What rounding adds to the tolerance, over √tensors; largest: the largest loss seen."""
+    loss = abs(value.loss[1])
+    fallen = largest / loss if loss else math.inf
+    return ROUNDING * fallen if fallen > 1 else 0.0
+
+
+def agrees(value: _Value, rounding: float) -> bool:
     """Whether the loss changes as the gradient says."""
-    return abs(_slope(value) - value.expected) <= TOLERANCE[value.low] * math.sqrt(value.tensors)
+    return abs(_slope(value) - value.expected) <= (TOLERANCE[value.low] + rounding) * math.sqrt(value.tensors)
 
 
 def _slope(value: _Value) -> float:
