@@ -103,6 +103,36 @@ def reporting(
     return 0
 
 
+@command.command("writers")
+@click.option(
+    "--log", "logs", type=click.Path(path_type=Path), multiple=True, required=True, help="A log of the store."
+)
+@click.option(
+    "--map", "maps", metavar="/PREFIX=s3://BUCKET/PREFIX", multiple=True, required=True, help="Where files lie in it."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print them as one document.")
+@click.argument("name")
+def writing(logs: tuple[Path, ...], maps: tuple[str, ...], as_json: bool, name: str) -> int:
+    """Who wrote the objects behind an incident's files, by the object store's own log. Claimed, not witnessed.
+
+    CloudTrail, S3 server access logs, Cloud Audit Logs and Azure Storage resource logs, plain or gzipped. Exit status:
+    0 told, 3 the logs do not cover it.
+    """
+    from trainguard.incident.correlate import find, incidents
+    from trainguard.incident.stores import parse_mapping, writers
+
+    home = Home.find()
+    told = writers(find(incidents(home), name), home, logs, parse_mapping(maps))
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.encode({"gaps": told.gaps, **msgspec.to_builtins(told)}) + b"\n")
+    else:
+        from trainguard.cli._view import show as put
+        from trainguard.render.incident import writers_view
+
+        put(lambda ascii_only: writers_view(told))
+    return 3 if told.gaps else 0
+
+
 @command.command("export")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the bundle here.")
 @click.argument("name")

@@ -11,10 +11,11 @@ from rich.text import Text
 from trainguard.incident.attribute import Candidate
 from trainguard.incident.correlate import Incident
 from trainguard.incident.lineage import Family
+from trainguard.incident.stores import Entry, Writers
 from trainguard.render.html import render_page
 from trainguard.render.line import plain
 from trainguard.render.techniques import GROUPS, labelled
-from trainguard.render.terminal import commands, heading
+from trainguard.render.terminal import commands, heading, moment
 from trainguard.render.words import plural
 
 FINDINGS_SHOWN = 40
@@ -75,6 +76,38 @@ def incident_view(incident: Incident) -> RenderableType:
         )
     )
     return Group(*parts)
+
+
+def writers_view(told: Writers) -> RenderableType:
+    """What an object store's log says of an incident's files; what it cannot say."""
+    parts: list[RenderableType] = [Text(f"{told.incident}  run {told.run}", style="bold")]
+    parts += [Text("By the store's own log: claimed, and no candidate. A principal is no person.", style="dim"), Text()]
+    for file in told.files:
+        parts += [heading(plain(file.path, 200), plain(file.url or "in no store that --map names", 200))]
+        table = Table.grid(padding=(0, 2))
+        for _ in range(3):
+            table.add_column(no_wrap=True)
+        table.add_column(ratio=1, overflow="fold")
+        for entry in file.entries[:FINDINGS_SHOWN]:
+            text = Text(plain(entry.principal, 200), style="bold")
+            text.append(f"\n{plain(', '.join(_details(entry)), 400)}", style="not bold")
+            table.add_row(moment(entry.at_ns), entry.act, told.when(entry), text)
+        more = len(file.entries) - FINDINGS_SHOWN
+        if more > 0:
+            table.add_row("", "", "", f"and {more} more: --json")
+        none = "nothing of it in these logs" if file.url is not None else "not looked for"
+        parts += [table if file.entries else Text(none), Text()]
+    unknown = [*told.gaps, "who used a principal's keys; whether the log was delivered whole; how its clock went"]
+    parts += [heading("Not known"), Text("\n".join(plain(line, 300) for line in unknown))]
+    return Group(*parts)
+
+
+def _details(entry: Entry) -> list[str]:
+    """Kind, session, address, program, version, place in the log."""
+    said = [entry.kind, f"from {entry.address}" if entry.address else "", entry.agent or ""]
+    said += [f"session named {entry.chosen} (by whoever opened it)" if entry.chosen else ""]
+    said += [f"version {entry.version}" if entry.version else "", entry.source]
+    return [each for each in said if each]
 
 
 def _candidates(candidates: Sequence[Candidate]) -> Table:
