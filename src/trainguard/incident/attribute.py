@@ -105,9 +105,10 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     uid: int | None = None
     """Of the account or login; None for processes and hosts, which are no accounts."""
     score: float
-    """What is left of 1 after each alternative has taken its share; candidates stand in its order."""
+    """What is left of 1 after each alternative has taken its share."""
     confidence: float
-    """The score; of an account or login no more than how often such a one was right (calibration.py)."""
+    """The score; of an account or login no more than how often such a one was right (calibration.py). Candidates stand
+    in its order."""
     supports: tuple[str, ...]
     against: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
@@ -221,7 +222,7 @@ def attribute(findings: Finding | Sequence[Finding], facts: Facts, *, sources: S
     if facts.host is not None:
         merged.setdefault(("A1", f"host {facts.host}"), _host(group[0], facts))
     # Where two are as likely, the one that claims less stands first.
-    ranked = tuple(sorted(merged.values(), key=lambda one: (-one.score, _rung(one.level), one.what)))
+    ranked = tuple(sorted(merged.values(), key=lambda one: (-one.confidence, -one.score, _rung(one.level), one.what)))
     ranked = ranked or (_effect_only(group[0]),)
     return Attribution(
         candidates=ranked,

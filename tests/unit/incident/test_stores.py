@@ -254,11 +254,11 @@ def test_a_log_that_does_not_cover_the_run_says_so(
     monkeypatch.setenv("TRAINGUARD_HOME", str(home.root))
     words = ["incident", "writers", incident.id, "--log", str(log), "--map", "/mnt/ckpt=s3://models/team-a"]
     assert main(words) == 3
-    out = capfd.readouterr().out
-    assert "arn:aws:iam::000000000000:user/insider" in out
-    assert "claimed, and no candidate" in out
+    out = "".join(capfd.readouterr().out.split())  # lines are as wide as the terminal
+    assert "claimed,andnocandidate" in out
     assert main([*words, "--json"]) == 3
-    assert json.loads(capfd.readouterr().out)["files"][0]["entries"][0]["act"] == "wrote"
+    (entry,) = json.loads(capfd.readouterr().out)["files"][0]["entries"]
+    assert (entry["act"], entry["principal"]) == ("wrote", "arn:aws:iam::000000000000:user/insider")
 
 
 def test_an_incident_without_a_file_has_no_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
