@@ -71,8 +71,11 @@ class _Watch(armed.Hooks):
             return
 
         def found(_: Any) -> None:
-            if self.left[number] is not None and _stamp(entry.param.grad) != self.left[number]:
-                self.left[number] = None
+            try:
+                if self.left[number] is not None and _stamp(entry.param.grad) != self.left[number]:
+                    self.left[number] = None
+            except Exception as error:
+                self.fault("gradients.found", error)
 
         def copy(param: Any) -> None:
             try:

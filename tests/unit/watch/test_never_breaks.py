@@ -20,7 +20,7 @@ import torch
 from tests.helpers.recorded import Recorder
 from torch import nn
 
-from trainguard.watch import engine, links
+from trainguard.watch import engine, gradients, links
 
 pytestmark = pytest.mark.torch
 
@@ -83,6 +83,36 @@ def test_a_link_that_fails_costs_its_own_value_and_nothing_else(
     assert weights == train()
     assert steps_of(recorder) == 4
     assert {name for name in recorder.faults if name.endswith(phase)} == {f"link.{link.name}.{phase}" for link in hurt}
+
+
+@pytest.mark.parametrize("place", ["_stamp", "sample"])
+def test_a_hook_of_ours_that_fails_inside_backward_costs_that_gradient_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Before and after a gradient is written: counted, and backward goes on."""
+
+    class Failing:
+        """The real thing, until backward runs."""
+
+        def __getattr__(self, name: str) -> Any:
+            self.inside()
+            return getattr(real, name)
+
+        def __call__(self, *given: Any) -> Any:
+            self.inside()
+            return real(*given)
+
+        def inside(self) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                raise TypeError("on purpose")
+
+    real = getattr(gradients, place)
+    monkeypatch.setattr(gradients, place, Failing())
+    with attached() as (_, recorder):
+        weights = train()
+    assert weights == train()
+    assert steps_of(recorder) == 4
+    assert {name for name in recorder.faults if name.startswith("gradients.")}
 
 
 @pytest.mark.parametrize("place", ["track", "plan", "draw_sample", "_refresh", "_collect", "_stack", "_idle"])
