@@ -6,6 +6,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("trainguard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("trainguard")
+"""No test is timed: a busy machine draws slowly."""
 
 
 @pytest.fixture(autouse=True)
