@@ -22,16 +22,20 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from trainguard.archive import RunReader
-from trainguard.errors import MalformedEvidence, Misuse, Unavailable, VerificationError
+from trainguard.errors import Misuse, Unavailable, VerificationError
 from trainguard.home import Home
 from trainguard.incident.correlate import Incident
 
 LIMIT_BYTES = 256 << 20
 """Of a log, unpacked."""
+OBJECTS_LIMIT = 4_000_000
+"""Objects and lists in a document of JSON: counted before it is read, because each takes some hundred bytes then."""
 LINE_LIMIT_BYTES = 1 << 20
 ENTRIES_LIMIT = 1_000_000
 TEXT_LIMIT = 1024
 
+Row = tuple[int, str | None, "Entry | None"]
+"""Time of a record, its bucket as `s3://bucket`, and the act, where it is one."""
 Act = Literal["wrote", "copied", "deleted", "changed access"]
 Store = Literal["s3", "gs", "az"]
 
@@ -48,6 +52,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """As the store names it: an ARN, a service account, an object id; `anonymous` where it let anybody."""
     kind: str
     """IAMUser, AssumedRole, Root, service account, SAS, AccountKey, …"""
+    caller: str | None = None
+    """Who used the principal, where the store tells it too: a service account may be used by others."""
     chosen: str | None = None
     """A name that whoever came in chose for the session: it points at nobody."""
     address: str | None = None
@@ -75,13 +81,20 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     """In the order of the store's clock."""
 
 
+class Cover(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of the first and last record of one bucket in one log, reads and refusals included."""
+
+    log: str
+    bucket: str
+    first_ns: int
+    last_ns: int
+
+
 class Log(msgspec.Struct, frozen=True, kw_only=True):
     """What a log holds, and the time it covers."""
 
     entries: tuple[Entry, ...]
-    first_ns: int | None
-    last_ns: int | None
-    """Of all that it tells, whatever it is about."""
+    covers: tuple[Cover, ...]
 
 
 def writings(paths: Iterable[str], entries: Sequence[Entry], mapping: Mapping[str, str]) -> tuple[Told, ...]:
@@ -124,26 +137,45 @@ class Writers(msgspec.Struct, frozen=True, kw_only=True):
     ended_ns: int | None
     """Of the run, by its host's clock."""
     files: tuple[Told, ...]
-    covers: tuple[tuple[str, int | None, int | None], ...]
-    """Log, and the times of its first and last record."""
+    covers: tuple[Cover, ...]
+    relative: tuple[str, ...] = ()
+    """Paths of findings that are not absolute."""
 
     @property
     def gaps(self) -> list[str]:
         """What the logs cannot tell."""
-        said = [f"{one.path}: no --map covers it" for one in self.files if one.url is None]
-        before = [first for _, first, _ in self.covers if first is not None]
-        after = [last for _, _, last in self.covers if last is not None]
-        if self.began_ns is not None and not any(first <= self.began_ns for first in before):
-            said.append("no log begins before the run did: who wrote an object that the run found is not told")
-        if self.ended_ns is not None and not any(last >= self.ended_ns for last in after):
-            said.append("no log reaches to the run's end: deliveries come late, and may be missing")
+        said = [f"{path}: no absolute path, so it is no object of a store" for path in self.relative]
+        said += [f"{one.path}: no --map covers it" for one in self.files if one.url is None]
+        if self.began_ns is None or self.ended_ns is None:
+            return [*said, "when the run began and ended is not recorded: no log can be said to cover it"]
+        for bucket in dict.fromkeys(bucket_of(one.url) for one in self.files if one.url is not None):
+            said += self._uncovered(bucket, self.began_ns, self.ended_ns)
         return said
+
+    def _uncovered(self, bucket: str, began_ns: int, ended_ns: int) -> Iterator[str]:
+        """The parts of the run's time from which no log has a record of this bucket before and after."""
+        spans = sorted((one.first_ns, one.last_ns) for one in self.covers if one.bucket == bucket)
+        if not spans:
+            yield f"{bucket}: no record of it is in these logs"
+            return
+        told = spans[0][1]
+        if spans[0][0] > began_ns:
+            yield f"{bucket}: the logs begin at {_clock(spans[0][0])}, after the run did ({_clock(began_ns)})"
+        for first, last in spans[1:]:
+            if first > told and began_ns < first and told < ended_ns:
+                yield f"{bucket}: no log covers {_clock(told)} to {_clock(first)}"
+            told = max(told, last)
+        if told < ended_ns:
+            end = _clock(ended_ns)
+            yield f"{bucket}: the logs end at {_clock(told)}, before the run did ({end}); deliveries come late"
 
     def when(self, entry: Entry) -> str:
         """Where an act lies beside the run, by two clocks that may differ."""
-        if self.began_ns is not None and entry.at_ns < self.began_ns:
+        if self.began_ns is None or self.ended_ns is None:
+            return "at some time"
+        if entry.at_ns < self.began_ns:
             return "before the run"
-        return "after the run" if self.ended_ns is not None and entry.at_ns > self.ended_ns else "during the run"
+        return "after the run" if entry.at_ns > self.ended_ns else "during the run"
 
 
 def writers(incident: Incident, home: Home, logs: Sequence[Path], mapping: Mapping[str, str]) -> Writers:
@@ -151,22 +183,25 @@ def writers(incident: Incident, home: Home, logs: Sequence[Path], mapping: Mappi
 
     Raises as `read_store_log` does, and Misuse where no finding of the incident is about a file.
     """
-    named = [re.sub(r":\d+$", "", finding.subject.path) for finding in incident.findings if finding.subject.path]
+    named = [
+        re.sub(r"(\.py):\d+$", r"\1", finding.subject.path) for finding in incident.findings if finding.subject.path
+    ]
     paths = [path for path in named if path.startswith("/")]
-    if not paths:
+    if not named:
         raise Misuse(
             f"incident {incident.id}: none of its findings is about a file",
             next_step=f"trainguard incident show {incident.id}",
         )
-    read = [(path.name, read_store_log(path)) for path in logs]
+    read = [read_store_log(path) for path in logs]
     began, ended = _times(home, incident.run)
     return Writers(
         incident=incident.id,
         run=incident.run,
         began_ns=began,
         ended_ns=ended,
-        files=writings(paths, [entry for _, log in read for entry in log.entries], mapping),
-        covers=tuple((name, log.first_ns, log.last_ns) for name, log in read),
+        files=writings(paths, [entry for log in read for entry in log.entries], mapping),
+        covers=tuple(cover for log in read for cover in log.covers),
+        relative=tuple(dict.fromkeys(path for path in named if not path.startswith("/"))),
     )
 
 
@@ -190,22 +225,27 @@ def _mapped(path: str, mapping: Mapping[str, str]) -> str | None:
 def read_store_log(path: Path) -> Log:
     """The acts on objects in a log; its form is told from its first record.
 
-    Raises Unavailable where it cannot be read, MalformedEvidence where it is none of the forms, or over its limits.
+    Raises Unavailable where it cannot be read, is none of the forms, or is over its limits.
     """
     data = _bytes(path)
     name = path.name
     start = data.lstrip()[:1]
-    found: list[tuple[int | None, Entry | None]] = []
     rows = _json_rows(data, name) if start in (b"{", b"[") else _text_rows(data, name)
-    for row in rows:
-        found.append(row)
-        if len(found) > ENTRIES_LIMIT:
-            raise MalformedEvidence(f"{name}: expected at most {ENTRIES_LIMIT:,} records, found more; split the log")
-    if not found:
-        raise MalformedEvidence(f"{name}: expected a log of an object store, found no record in it")
-    times = [at for at, _ in found if at is not None]
-    entries = {entry: None for _, entry in found if entry is not None}  # deliveries may repeat
-    return Log(entries=tuple(entries), first_ns=min(times, default=None), last_ns=max(times, default=None))
+    spans: dict[str, tuple[int, int]] = {}
+    entries: dict[Entry, Entry] = {}
+    count = 0
+    for count, (at, bucket, entry) in enumerate(rows, 1):
+        if count > ENTRIES_LIMIT:
+            raise Unavailable(f"{name}: expected at most {ENTRIES_LIMIT:,} records, found more; split the log")
+        if bucket is not None:
+            first, last = spans.get(bucket, (at, at))
+            spans[bucket] = (min(first, at), max(last, at))
+        if entry is not None:  # deliveries may repeat
+            entries.setdefault(msgspec.structs.replace(entry, source=""), entry)
+    if not count:
+        raise Unavailable(f"{name}: expected a log of an object store, found no record in it")
+    covers = tuple(Cover(log=name, bucket=one, first_ns=a, last_ns=b) for one, (a, b) in spans.items())
+    return Log(entries=tuple(entries.values()), covers=covers)
 
 
 def _bytes(path: Path) -> bytes:
@@ -218,27 +258,29 @@ def _bytes(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise Unavailable(f"{path}: cannot be read as a log: {error}", next_step="fetch the log again") from error
     if len(data) > LIMIT_BYTES:
-        raise MalformedEvidence(f"{path.name}: expected at most {LIMIT_BYTES:,} bytes, found more; split the log")
+        raise Unavailable(f"{path.name}: expected at most {LIMIT_BYTES:,} bytes, found more; split the log")
     return data
 
 
 # -- forms in JSON ----------------------------------------------------------------------------------------------------
 
 
-def _json_rows(data: bytes, name: str) -> Iterator[tuple[int | None, Entry | None]]:
+def _json_rows(data: bytes, name: str) -> Iterator[Row]:
     """Records of one document (`Records`, `records`, `entries`, a list) or of one a line."""
     for where, record in _records(data, name):
         place = f"{name}:{where}"
         reader = next((reader for fits, reader in FORMS if fits(record)), None)
         if reader is None:
-            raise MalformedEvidence(
+            raise Unavailable(
                 f"{place}: expected a record of CloudTrail, Cloud Audit Logs or Azure Storage, "
-                f"found the fields {', '.join(sorted(map(str, record))[:6])[:120]}"
+                f"found the fields {', '.join(sorted(map(str, record))[:6])[:120]!r}"
             )
         yield reader(record, place)
 
 
 def _records(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    if data.count(b"{") + data.count(b"[") > OBJECTS_LIMIT:
+        raise Unavailable(f"{name}: expected at most {OBJECTS_LIMIT:,} objects and lists, found more; split the log")
     try:
         value = msgspec.json.decode(data)
     except (msgspec.DecodeError, RecursionError):
@@ -247,10 +289,10 @@ def _records(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if isinstance(value, dict):
         value = next((value[key] for key in ("Records", "records", "entries") if key in value), [value])
     if not isinstance(value, list):
-        raise MalformedEvidence(f"{name}: expected a list of records, found {type(value).__name__}")
+        raise Unavailable(f"{name}: expected a list of records, found {type(value).__name__}")
     for number, record in enumerate(value, 1):
         if not isinstance(record, dict):
-            raise MalformedEvidence(f"{name}:{number}: expected a record, found {type(record).__name__}")
+            raise Unavailable(f"{name}:{number}: expected a record, found {type(record).__name__}")
         yield number, record
 
 
@@ -259,13 +301,13 @@ def _lines_of_json(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]
         if not line.strip():
             continue
         if len(line) > LINE_LIMIT_BYTES:
-            raise MalformedEvidence(f"{name}:{number}: expected a line of at most {LINE_LIMIT_BYTES:,} bytes")
+            raise Unavailable(f"{name}:{number}: expected a line of at most {LINE_LIMIT_BYTES:,} bytes")
         try:
             record = msgspec.json.decode(line)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise MalformedEvidence(f"{name}:{number}: expected JSON, one record a line: {error}") from error
+            raise Unavailable(f"{name}:{number}: expected JSON, one record a line: {error}") from error
         if not isinstance(record, dict):
-            raise MalformedEvidence(f"{name}:{number}: expected a record, found {type(record).__name__}")
+            raise Unavailable(f"{name}:{number}: expected a record, found {type(record).__name__}")
         yield number, record
 
 
@@ -273,41 +315,44 @@ CLOUDTRAIL: Mapping[str, Act] = {
     "PutObject": "wrote",
     "CompleteMultipartUpload": "wrote",
     "PostObject": "wrote",
-    "RestoreObject": "wrote",
     "CopyObject": "copied",
     "DeleteObject": "deleted",
     "PutObjectAcl": "changed access",
 }
 
 
-def _cloudtrail(record: dict[str, Any], place: str) -> tuple[int | None, Entry | None]:
+def _cloudtrail(record: dict[str, Any], place: str) -> Row:
     at = _when(record.get("eventTime"), place)
     act = CLOUDTRAIL.get(_text(record.get("eventName")) or "")
     given = _object(record.get("requestParameters"))
     bucket, key = _text(given.get("bucketName")), _text(given.get("key"))
+    place_of = None if bucket is None else f"s3://{bucket}"
     if act is None or record.get("errorCode") is not None or bucket is None or key is None:
-        return at, None
+        return at, place_of, None
     who = _object(record.get("userIdentity"))
-    arn, chosen = _text(who.get("arn")), None
-    issuer = _object(_object(who.get("sessionContext")).get("sessionIssuer"))
-    if who.get("type") == "AssumedRole" and arn is not None:
-        chosen = arn.rpartition("/")[2]
-        arn = _text(issuer.get("arn")) or arn.rpartition("/")[0]
+    arn, chosen = _without_session(_text(who.get("arn")))
+    if chosen is not None:
+        issuer = _object(_object(who.get("sessionContext")).get("sessionIssuer"))
+        arn = _text(issuer.get("arn")) or arn
     answer = _object(record.get("responseElements"))
-    return at, Entry(
-        store="s3",
-        bucket=bucket,
-        key=key,
-        act=act,
-        principal=arn or _text(who.get("invokedBy")) or _text(who.get("principalId")) or "anonymous",
-        kind=_text(who.get("type")) or "unknown",
-        chosen=chosen,
-        address=_text(record.get("sourceIPAddress")),
-        agent=_text(record.get("userAgent")),
-        at_ns=at,
-        request=_text(record.get("requestID")),
-        version=_text(answer.get("x-amz-version-id")),
-        source=place,
+    return (
+        at,
+        place_of,
+        Entry(
+            store="s3",
+            bucket=bucket,
+            key=key,
+            act=act,
+            principal=arn or _text(who.get("invokedBy")) or _text(who.get("principalId")) or "anonymous",
+            kind=_text(who.get("type")) or "unknown",
+            chosen=chosen,
+            address=_text(record.get("sourceIPAddress")),
+            agent=_text(record.get("userAgent")),
+            at_ns=at,
+            request=_text(record.get("requestID")),
+            version=_text(answer.get("x-amz-version-id")),
+            source=place,
+        ),
     )
 
 
@@ -321,30 +366,51 @@ CLOUD_AUDIT: Mapping[str, Act] = {
 OBJECT = re.compile(r"projects/_/buckets/([^/]+)/objects/(.+)", re.DOTALL)
 
 
-def _cloud_audit(record: dict[str, Any], place: str) -> tuple[int | None, Entry | None]:
+def _cloud_audit(record: dict[str, Any], place: str) -> Row:
     at = _when(record.get("timestamp"), place)
     payload = _object(record.get("protoPayload"))
     act = CLOUD_AUDIT.get(_text(payload.get("methodName")) or "")
-    named = OBJECT.fullmatch(_text(payload.get("resourceName")) or "")
+    resource = _text(payload.get("resourceName")) or ""
+    named = OBJECT.fullmatch(resource)
+    bucket = resource.split("/")[3] if resource.startswith("projects/_/buckets/") else None
+    place_of = None if bucket is None else f"gs://{bucket}"
     failed = _object(payload.get("status")).get("code") not in (None, 0)
     if act is None or named is None or failed:
-        return at, None
+        return at, place_of, None
     who, how = _object(payload.get("authenticationInfo")), _object(payload.get("requestMetadata"))
     principal = _text(who.get("principalEmail")) or _text(who.get("principalSubject"))
     service = principal is not None and principal.endswith(".gserviceaccount.com")
-    return at, Entry(
-        store="gs",
-        bucket=named.group(1),
-        key=named.group(2),
-        act=act,
-        principal=principal or "anonymous",
-        kind="service account" if service else "user" if principal else "anonymous",
-        address=_text(how.get("callerIp")),
-        agent=_text(how.get("callerSuppliedUserAgent")),
-        at_ns=at,
-        request=_text(record.get("insertId")),
-        source=place,
+    return (
+        at,
+        place_of,
+        Entry(
+            store="gs",
+            bucket=named.group(1),
+            key=named.group(2),
+            act=act,
+            principal=principal or "anonymous",
+            kind="service account" if service else "user" if principal else "anonymous",
+            caller=_delegated(who.get("serviceAccountDelegationInfo")),
+            address=_text(how.get("callerIp")),
+            agent=_text(how.get("callerSuppliedUserAgent")),
+            at_ns=at,
+            request=_text(record.get("insertId")),
+            source=place,
+        ),
     )
+
+
+def _delegated(chain: object) -> str | None:
+    """Who stands at the end of a chain of accounts that act for each other."""
+    for link in reversed(chain[:100] if isinstance(chain, list) else []):
+        for party in ("firstPartyPrincipal", "thirdPartyPrincipal"):
+            named = _text(_object(_object(link).get(party)).get("principalEmail"))
+            if named is not None:
+                return named
+        subject = _text(_object(link).get("principalSubject"))
+        if subject is not None:
+            return subject
+    return None
 
 
 AZURE: Mapping[str, Act] = {
@@ -359,45 +425,47 @@ AZURE: Mapping[str, Act] = {
     "FlushFile": "wrote",
     "DeleteFile": "deleted",
     "RenamePathFile": "copied",
-    "SetBlobTier": "changed access",
 }
 
 
-def _azure(record: dict[str, Any], place: str) -> tuple[int | None, Entry | None]:
+def _azure(record: dict[str, Any], place: str) -> Row:
     at = _when(record.get("time"), place)
     act = AZURE.get(_text(record.get("operationName")) or "")
     try:
         url = urlsplit(_text(record.get("uri")) or "")
         account = (url.hostname or "").partition(".")[0]
     except ValueError:
-        return at, None
+        return at, None, None
     container, _, key = unquote(url.path).lstrip("/").partition("/")
+    place_of = f"az://{account}/{container}" if account and container else None
     worked = str(record.get("statusCode", "2"))[:1] == "2"
-    if act is None or not worked or not account or not container or not key:
-        return at, None
+    if act is None or not worked or place_of is None or not key:
+        return at, place_of, None
     who = _object(record.get("identity"))
     asked = _object(who.get("requester"))
     named = (_text(asked.get(field)) for field in ("upn", "objectId", "appId"))
     kind = _text(who.get("type")) or "unknown"
     token = _text(who.get("tokenHash"))
-    return at, Entry(
-        store="az",
-        bucket=f"{account}/{container}",
-        key=key,
-        act=act,
-        principal=next(filter(None, named), None) or (f"{kind} {token[:24]}" if token else kind),
-        kind=kind,
-        address=(_text(record.get("callerIpAddress")) or "").rpartition(":")[0] or None,
-        agent=_text(_object(record.get("properties")).get("userAgentHeader")),
-        at_ns=at,
-        request=_text(record.get("correlationId")),
-        source=place,
+    return (
+        at,
+        place_of,
+        Entry(
+            store="az",
+            bucket=f"{account}/{container}",
+            key=key,
+            act=act,
+            principal=next(filter(None, named), None) or (f"{kind} {token[:24]}" if token else kind),
+            kind=kind,
+            address=re.sub(r"^([\d.]+|\[[^\]]*\]):\d+$", r"\1", _text(record.get("callerIpAddress")) or "") or None,
+            agent=_text(_object(record.get("properties")).get("userAgentHeader")),
+            at_ns=at,
+            request=_text(record.get("correlationId")),
+            source=place,
+        ),
     )
 
 
-FORMS: tuple[
-    tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any], str], tuple[int | None, Entry | None]]], ...
-] = (
+FORMS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any], str], Row]], ...] = (
     (lambda record: "eventName" in record and "eventTime" in record, _cloudtrail),
     (lambda record: "protoPayload" in record, _cloud_audit),
     (lambda record: "operationName" in record and "time" in record, _azure),
@@ -406,11 +474,11 @@ FORMS: tuple[
 
 # -- S3 server access logs -------------------------------------------------------------------------------------------
 
-ACCESS = re.compile(
-    r'(\S+) (\S+) \[([^\]]{1,40})\] (\S+) (\S+) (\S+) (\S+) (\S+) (?:"([^"]*)"|-) (\S+) (\S+) (\S+) (\S+) (\S+) (\S+) '
-    r'(?:"([^"]*)"|-) (?:"(.*?)"|-) (\S+)(?: .*)?'
-)
-"""Owner, bucket, time, address, requester, request, operation, key, URI, status, error, …, referrer, agent, version."""
+HEAD = re.compile(r"(\S+) (\S+) \[([^\]]{1,40})\] (\S+) (\S+) (\S+) (\S+) (\S+) (.*)")
+"""Owner, bucket, time, address, requester, request, operation, key, and the rest of a line."""
+REST = re.compile(r'(?:"[^"]*"|-) (\S+)(?: \S+){5} (?:"[^"]*"|-) (?:"([^"]*)"|-) ([^"\s]+)(?: [^"]*)?')
+"""URI, status, five more, referrer, agent, version. Whoever sends a request may write quotes into three of these: then
+the rest says nothing, and the request counts as one that was let in."""
 OPERATIONS: Mapping[str, Act] = {
     "REST.PUT.OBJECT": "wrote",
     "REST.POST.UPLOAD": "wrote",
@@ -424,50 +492,53 @@ OPERATIONS: Mapping[str, Act] = {
 }
 
 
-def _text_rows(data: bytes, name: str) -> Iterator[tuple[int | None, Entry | None]]:
+def _text_rows(data: bytes, name: str) -> Iterator[Row]:
     for number, raw in enumerate(data.splitlines(), 1):
         if not raw.strip():
             continue
         place = f"{name}:{number}"
-        fields = ACCESS.fullmatch(raw.decode("utf-8", "replace")) if len(raw) <= LINE_LIMIT_BYTES else None
+        fields = HEAD.fullmatch(raw.decode("utf-8", "replace")) if len(raw) <= LINE_LIMIT_BYTES else None
         if fields is None:
-            raise MalformedEvidence(
+            raise Unavailable(
                 f"{place}: expected a line of an S3 server access log, or JSON, found {raw[:60]!r}",
             )
         yield _access(fields, place)
 
 
-def _access(fields: re.Match[str], place: str) -> tuple[int, Entry | None]:
-    _, bucket, time, address, requester, request, operation, key, _, status = fields.groups()[:10]
+def _access(fields: re.Match[str], place: str) -> Row:
+    _, bucket, time, address, requester, request, operation, key, rest = fields.groups()
+    more = REST.fullmatch(rest)
+    status, agent, version = more.groups() if more is not None else ("-", None, None)
     try:
         at = int(datetime.datetime.strptime(time, "%d/%b/%Y:%H:%M:%S %z").timestamp()) * 10**9
     except (ValueError, OverflowError) as error:
-        raise MalformedEvidence(
-            f"{place}: expected a time such as 06/Feb/2026:00:00:38 +0000, found {time!r}"
-        ) from error
+        raise Unavailable(f"{place}: expected a time such as 06/Feb/2026:00:00:38 +0000, found {time!r}") from error
     act = OPERATIONS.get(operation)
     worked = status == "-" or status[:1] == "2"
     if act is None or not worked or key == "-":
-        return at, None
-    role, chosen = requester, None
-    if ":assumed-role/" in requester:
-        role, _, chosen = requester.rpartition("/")
-    lifecycle = operation.startswith("S3.")
+        return at, f"s3://{bucket}", None
+    role, chosen = _without_session(requester)
+    rule = operation.startswith("S3.")
     return (
         at,
+        f"s3://{bucket}",
         Entry(
             store="s3",
             bucket=bucket,
-            key=unquote(unquote(key)),  # some characters are written encoded twice
+            key=unquote(unquote(key)) if operation.startswith("REST.") else unquote(key),  # requests are encoded twice
             act=act,
-            principal="the store's own rules" if lifecycle else "anonymous" if role == "-" else role[:TEXT_LIMIT],
-            kind="lifecycle" if lifecycle else "AssumedRole" if chosen else "requester",
+            principal="the store's own rules"
+            if rule
+            else "anonymous"
+            if role in ("-", None)
+            else str(role)[:TEXT_LIMIT],
+            kind="lifecycle" if rule else "session" if chosen else "requester",
             chosen=chosen,
             address=None if address == "-" else address,
-            agent=(fields.group(17) or None) and fields.group(17)[:TEXT_LIMIT],
+            agent=agent[:TEXT_LIMIT] if agent else None,
             at_ns=at,
             request=request,
-            version=None if fields.group(18) == "-" else fields.group(18),
+            version=None if version in ("-", None) else version,
             source=place,
         ),
     )
@@ -484,9 +555,27 @@ def _when(value: object, place: str) -> int:
     except ValueError:
         moment = None
     if moment is None or moment.tzinfo is None:
-        raise MalformedEvidence(f"{place}: expected a time such as 2026-11-22T10:00:00Z, found {text[:40]!r}")
+        raise Unavailable(f"{place}: expected a time such as 2026-11-22T10:00:00Z, found {text[:40]!r}")
     since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
     return (since.days * 86_400 + since.seconds) * 10**9 + since.microseconds * 1000
+
+
+def _without_session(arn: str | None) -> tuple[str | None, str | None]:
+    """An ARN without the name that whoever opened the session chose, and that name."""
+    if arn is None or not re.search(r":(?:assumed-role|federated-user)/", arn):
+        return arn, None
+    role, _, chosen = arn.rpartition("/")
+    return role, chosen
+
+
+def bucket_of(url: str) -> str:
+    """`s3://bucket` of an object; `az://account/container`."""
+    store, _, rest = url.partition("://")
+    return f"{store}://{'/'.join(rest.split('/')[: 2 if store == 'az' else 1])}"
+
+
+def _clock(at_ns: int) -> str:
+    return datetime.datetime.fromtimestamp(at_ns // 10**9, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _object(value: object) -> dict[str, Any]:

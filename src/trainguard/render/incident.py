@@ -105,6 +105,7 @@ def writers_view(told: Writers) -> RenderableType:
 def _details(entry: Entry) -> list[str]:
     """Kind, session, address, program, version, place in the log."""
     said = [entry.kind, f"from {entry.address}" if entry.address else "", entry.agent or ""]
+    said += [f"used by {entry.caller}" if entry.caller else ""]
     said += [f"session named {entry.chosen} (by whoever opened it)" if entry.chosen else ""]
     said += [f"version {entry.version}" if entry.version else "", entry.source]
     return [each for each in said if each]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from tests.helpers.family import Family, finding
 
 from trainguard.cli import main
-from trainguard.errors import MalformedEvidence, Misuse, TrainguardError, Unavailable
+from trainguard.errors import Misuse, TrainguardError, Unavailable
 from trainguard.home import Home
 from trainguard.incident.correlate import Incident, incidents
 from trainguard.incident.stores import (
@@ -124,7 +125,7 @@ def test_reading_an_object_and_what_was_refused_are_no_writing(tmp_path: Path, f
     for data in (make(at(5), event="GetObject"), refused):
         log = read_store_log(written(tmp_path, data))
         assert log.entries == ()
-        assert log.first_ns is not None, "it still tells which time it covers"
+        assert len(log.covers) == 1, "it still tells which time it covers"
 
 
 def test_a_session_name_points_at_nobody(tmp_path: Path) -> None:
@@ -139,6 +140,17 @@ def test_a_session_name_points_at_nobody(tmp_path: Path) -> None:
     line = access(at(5)).replace(b"arn:aws:iam::000000000000:user/insider", identity["arn"].encode())  # type: ignore
     (entry,) = read_store_log(written(tmp_path, line)).entries
     assert (entry.principal, entry.chosen) == ("arn:aws:sts::000000000000:assumed-role/trainer", "victim-a")
+
+
+def test_the_name_of_a_federated_user_points_at_nobody_either(tmp_path: Path) -> None:
+    """The one who asked for the token chose it."""
+    identity = {
+        "type": "FederatedUser",
+        "arn": "arn:aws:sts::000000000000:federated-user/victim-a",
+        "sessionContext": {"sessionIssuer": {"arn": "arn:aws:iam::000000000000:user/insider"}},
+    }
+    (entry,) = read_store_log(written(tmp_path, cloudtrail(at(5), userIdentity=identity))).entries
+    assert (entry.principal, entry.chosen) == ("arn:aws:iam::000000000000:user/insider", "victim-a")
 
 
 def test_only_what_a_mapping_covers_is_linked_and_the_longest_prefix_wins(tmp_path: Path) -> None:
@@ -166,6 +178,8 @@ HOSTILE: dict[str, bytes] = {
     "not a time": b'{"eventTime": "NaN", "eventName": "PutObject"}',
     "a time of another kind": b'{"eventTime": 1e400, "eventName": "PutObject"}',
     "deep": b"[" * 100_000,
+    "many": b"[" + b"{}," * 4_000_001 + b"{}]",
+    "an escape in a field": b'{"\\u001b[31m": 1}',
     "text": b"GET /models HTTP/1.1\n",
     "a wild month": access(at(5)).replace(b"/Nov/", b"/Foo/"),
     "half a line": access(at(5))[:80],
@@ -178,10 +192,12 @@ HOSTILE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))
 def test_what_is_no_log_of_a_store_is_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
-    with pytest.raises((MalformedEvidence, Unavailable)) as told:
+    with pytest.raises(Unavailable) as told:
         read_store_log(written(tmp_path, HOSTILE[name]))
     assert "store.log" in str(told.value)
     assert len(str(told.value)) < 400
+    assert told.value.exit_status == 3
+    assert "\x1b" not in str(told.value)
 
 
 def test_wrong_kinds_of_values_never_raise_anything_else(tmp_path: Path) -> None:
@@ -199,22 +215,52 @@ def test_wrong_kinds_of_values_never_raise_anything_else(tmp_path: Path) -> None
 
 
 def test_a_bomb_is_bounded(tmp_path: Path) -> None:
-    with pytest.raises(MalformedEvidence, match="at most"):
+    with pytest.raises(Unavailable, match="at most"):
         read_store_log(written(tmp_path, gzip.compress(bytes(LIMIT_BYTES + 10), 1)))
 
 
 def test_what_was_delivered_twice_is_told_once(tmp_path: Path) -> None:
-    record = json.loads(cloudtrail(at(5)))["Records"][0]
-    entries = read_store_log(written(tmp_path, json.dumps([record]).encode())).entries
-    again = read_store_log(written(tmp_path, json.dumps([record]).encode())).entries
-    assert len({*entries, *again}) == 1
+    """On two lines of one log; another request is another act."""
+    entries = read_store_log(written(tmp_path, access(at(5)) * 2 + access(at(6)))).entries
+    assert [entry.source for entry in entries] == ["store.log:1", "store.log:3"]
+
+
+def test_quotes_in_a_request_neither_blind_the_reader_nor_forge_what_it_tells(tmp_path: Path) -> None:
+    """Who sends it writes URI, referrer and program name: a status, a version, or a refusal of the whole log."""
+    for old, new in (
+        (b'"client/1" v2', b'"client" forged "1" v2'),
+        (b'"-" "client', b'"a"b" "client'),
+        (b" HTTP/1.1", b'?x=" 403 - HTTP/1.1'),
+    ):
+        (entry,) = read_store_log(written(tmp_path, access(at(5)).replace(old, new))).entries
+        assert (entry.act, entry.version, entry.agent) == ("wrote", None, None)
+    began = time.process_time()
+    read_store_log(written(tmp_path, access(at(5))[:-1] + b'" ' * 200_000))
+    assert time.process_time() - began < 20, "no pattern runs away"
+
+
+def test_a_service_account_used_by_another_is_told_with_who_used_it(tmp_path: Path) -> None:
+    record = json.loads(audit(at(5)))
+    chain = [{"firstPartyPrincipal": {"principalEmail": "somebody@project.example"}}]
+    record["protoPayload"]["authenticationInfo"]["serviceAccountDelegationInfo"] = chain
+    (entry,) = read_store_log(written(tmp_path, json.dumps(record).encode())).entries
+    assert entry.caller == "somebody@project.example"
+
+
+def test_keys_of_requests_are_written_encoded_twice_and_those_of_the_stores_own_work_once(tmp_path: Path) -> None:
+    """Two objects whose names differ in one escape are told apart."""
+    batch = access(at(5)).replace(b"REST.PUT.OBJECT", b"BATCH.DELETE.OBJECT").replace(b"%2010", b"%252010")
+    (entry,) = read_store_log(written(tmp_path, batch)).entries
+    assert entry.key == "team-a/step%2010.pt"
+    (entry,) = read_store_log(written(tmp_path, access(at(5)).replace(b"%2010", b"%252010"))).entries
+    assert entry.key == KEY
 
 
 @pytest.fixture
 def tampered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Incident, Home]:
     """A run, 10 s long, in which a file of a mounted bucket became another."""
     family = Family(Home(tmp_path / "home"), tmp_path)
-    path = f"/mnt/ckpt/{KEY[7:]}:3"
+    path = f"/mnt/ckpt/{KEY[7:]}"
     family.run("bad", finding(3, path=path, techniques=("E3",), message="the checkpoint is not what was sealed"))
     family.judged(monkeypatch)
     (incident,) = incidents(family.home)
@@ -226,8 +272,8 @@ def test_who_wrote_an_incidents_object_is_told_beside_the_runs_times(
 ) -> None:
     """Before, during and after; and the incident itself stays as it is."""
     incident, home = tampered
-    rows = [json.loads(cloudtrail(at(seconds), who))["Records"][0] for seconds, who in
-            ((-60, "victim-a"), (5, "insider"), (5000, "victim-b"))]  # fmt: skip
+    acts = ((-60, "victim-a"), (5, "insider"), (5000, "victim-b"))
+    rows = [json.loads(cloudtrail(at(seconds), who))["Records"][0] for seconds, who in acts]
     log = written(tmp_path, json.dumps(rows).encode())
     told = writers(incident, home, [log], {"/mnt/ckpt/": "s3://models/team-a/"})
     (file,) = told.files
@@ -245,12 +291,16 @@ def test_a_log_that_does_not_cover_the_run_says_so(
 ) -> None:
     """Blind is not clean: exit status 3, with the reason."""
     incident, home = tampered
+    mapping = {"/mnt/ckpt/": "s3://models/team-a/"}
     log = written(tmp_path, cloudtrail(at(5)))
-    told = writers(incident, home, [log], {"/mnt/ckpt/": "s3://models/team-a/"})
-    assert [gap.split(":")[0] for gap in told.gaps] == [
-        "no log begins before the run did",
-        "no log reaches to the run's end",
-    ]
+    gaps = writers(incident, home, [log], mapping).gaps
+    assert ["the logs begin" in gaps[0], "the logs end" in gaps[1], len(gaps)] == [True, True, 2]
+    around = [written(tmp_path, cloudtrail(at(second)), f"{second}.json") for second in (-60, 5000)]
+    (hole,) = writers(incident, home, around, mapping).gaps
+    assert "no log covers" in hole, "one ends before the run, and the other begins after it"
+    of_another = written(tmp_path, cloudtrail(at(-60)).replace(b'"models"', b'"others"'), "others.json")
+    (none,) = writers(incident, home, [of_another], mapping).gaps
+    assert none == "s3://models: no record of it is in these logs"
     monkeypatch.setenv("TRAINGUARD_HOME", str(home.root))
     words = ["incident", "writers", incident.id, "--log", str(log), "--map", "/mnt/ckpt=s3://models/team-a"]
     assert main(words) == 3
