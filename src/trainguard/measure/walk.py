@@ -225,8 +225,8 @@ class Walker:
         """What Python would do with this `.pyc`: live, checked, unchecked, sourceless; None where it never runs it."""
         stem = name[: -len(self._pyc_end)] if cached else name[:-4]
         source = sources.get(stem)
-        if not cached:
-            return "sourceless" if source is None else None
+        if not cached:  # one with a tag in its name is no module: bytecode kept in a folder of its own looks so
+            return "sourceless" if source is None and "." not in stem else None
         if source is None:
             return None
         if value.startswith("unreadable"):

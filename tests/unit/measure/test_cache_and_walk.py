@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,13 @@ def test_bytecode_is_told_apart_by_what_python_would_do_with_it(tmp_path: Path) 
         "__pycache__/unchecked.cpython-311.pyc": f"{digest} unchecked",
         "orphan.pyc": f"{digest} sourceless",
     }
+
+
+def test_bytecode_kept_in_a_folder_of_its_own_is_no_module(tmp_path: Path) -> None:
+    """PYTHONPYCACHEPREFIX, and the guard itself, keep it so; a training may lie above such a folder."""
+    for name in ("kept.cpython-311.pyc", "module.pyc"):
+        (tmp_path / name).write_bytes(bytes(16) + b"code")
+    found = Walker(StatCache(None), tag="cpython-311").tree(tmp_path)
+    importable = {name for name in ("kept", "module") if PathFinder.find_spec(name, [str(tmp_path)]) is not None}
+    assert importable == {"module"}
+    assert set(found.bytecode) == {"module.pyc"}
