@@ -48,6 +48,10 @@ SHARE = 0.0025
 CREDIT_SECONDS = 4.0
 """What the first check may cost by estimate; with larger steps it waits until SHARE has paid for it."""
 
+CREDIT_CHECKS = 3
+"""Checks of an optimizer that need not wait until SHARE has paid for them, while all together cost less than
+CREDIT_SECONDS: with short steps these would else pay for tens of thousands of steps."""
+
 STEPS_PER_CHECK = 4.0
 """Estimated price of a check, in steps, before one was made."""
 
@@ -173,6 +177,8 @@ class Truth:
         self.spent_ns = 0.0
         self.cost_ns = 0.0
         """What the last check cost."""
+        self.dearest_ns = 0.0
+        """What the dearest one cost."""
 
     def before(self, step: Step) -> None:
         """Nothing yet: gradients may still be computed by a closure."""
@@ -196,6 +202,7 @@ class Truth:
             work = max(0.0, cost - step.wall_ns)
             self.cost_ns = max(work, cost / 4)
             self.spent_ns += self.cost_ns
+            self.dearest_ns = max(self.dearest_ns, self.cost_ns)
             memory["next"] = step.index + self.every
 
     def after(self, step: Step) -> Any:
@@ -284,11 +291,11 @@ class Truth:
             return True
         price = self.cost_ns or STEPS_PER_CHECK * max(step.wall_ns, step.engine.governor.wall_ns)
         earned = SHARE * (time.perf_counter_ns() - self.earned_ns)
-        return (
-            self.spent_ns + price <= CREDIT_SECONDS * 1e9 + earned
-            if not self.cost_ns
-            else (self.spent_ns + price <= max(CREDIT_SECONDS * 1e9, 2 * price) + earned)
-        )
+        credit = CREDIT_SECONDS * 1e9
+        if self.cost_ns:
+            checks = CREDIT_CHECKS * len(step.engine.tracks) + self._memory(step)["rechecks"]
+            credit = max(2 * price, min(checks * self.dearest_ns, credit))
+        return self.spent_ns + price <= credit + earned
 
     def _drop(self) -> None:
         watch, self.watch = self.watch, None
