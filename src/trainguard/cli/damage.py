@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from trainguard.cli._progress import working
 from trainguard.cli.verdict import named_run
 from trainguard.errors import Misuse
 from trainguard.home import Home
@@ -58,7 +59,8 @@ def command(
         return 0
     home = Home.find()
     chosen = [named_run(home, run) for run in runs] or None
-    report = damage.assess(home, prices=prices, device=device, runs=chosen)
+    with working("judging runs", shown=not quiet):
+        report = damage.assess(home, prices=prices, device=device, runs=chosen)
     if html_path is not None or pdf_path is not None:
         _write(home, report, html_path, pdf_path, chosen)
     _print(report, list(damage_lines(report)), as_json=as_json, quiet=quiet)

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from trainguard.cli._progress import working
 from trainguard.digest import write_durably
 from trainguard.errors import Misuse
 from trainguard.finding import Finding
@@ -46,17 +47,18 @@ def command(
     approvals = [_approval(text) for text in approve]
     home = Home.find()
     home.prepare()
-    measurement = measure(
-        cmd,
-        cwd=Path.cwd(),
-        env=dict(os.environ),
-        cache=home.cache,
-        data_paths=data,
-        outputs=output,
-        compare_bytecode="all" if deep else "new",
-        read_flags=True,
-        trust_cache=False,
-    )
+    with working("measuring code, packages, environment and data", shown=not quiet):
+        measurement = measure(
+            cmd,
+            cwd=Path.cwd(),
+            env=dict(os.environ),
+            cache=home.cache,
+            data_paths=data,
+            outputs=output,
+            compare_bytecode="all" if deep else "new",
+            read_flags=True,
+            trust_cache=False,
+        )
     oddities = list(intrinsic(measurement))
     refused = [finding for finding in oddities if finding.outcome == "violated"]
     lock = None if refused else _signed(home, measurement, approvals, out)

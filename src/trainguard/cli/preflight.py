@@ -13,6 +13,7 @@ import msgspec
 
 from trainguard.appraise.verdict import Verdict, decide
 from trainguard.cli._lock import with_trust
+from trainguard.cli._progress import working
 from trainguard.errors import Misuse, TrainguardError, Unavailable, VerificationError
 from trainguard.finding import Finding, LinkState, Subject
 from trainguard.home import Home
@@ -93,15 +94,16 @@ def preflight(
             raise Misuse(f"no command given, and {error}", next_step=error.next_step) from error
         findings.append(Finding(check="environment", outcome="not_checked", message=str(error)))
     home.prepare()
-    measurement = measure(
-        command or (lock.measurement.launch.argv if lock else ()),
-        cwd=Path.cwd(),
-        env=dict(os.environ),
-        cache=home.cache,
-        against=lock.measurement if lock else None,
-        compare_bytecode="all" if deep else "new",
-        trust_cache=not deep,
-    )
+    with working("measuring code, packages, environment and data"):
+        measurement = measure(
+            command or (lock.measurement.launch.argv if lock else ()),
+            cwd=Path.cwd(),
+            env=dict(os.environ),
+            cache=home.cache,
+            against=lock.measurement if lock else None,
+            compare_bytecode="all" if deep else "new",
+            trust_cache=not deep,
+        )
     findings += compare(lock, measurement, policy) if lock else intrinsic(measurement)
     links = [_link(findings, measurement, lock)]
     digest = lock.digest if lock else None

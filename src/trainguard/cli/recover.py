@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from trainguard.cli._progress import working
 from trainguard.cli.verdict import named_run
 from trainguard.home import Home
 
@@ -53,7 +54,8 @@ def command(
     home = Home.find()
     if reference is not None:
         return _check(home, named_run(home, run), named_run(home, reference), as_json=as_json, quiet=quiet)
-    plan = recover.plan_recovery(home, named_run(home, run))
+    with working("looking for the last checkpoint that holds", shown=not quiet):
+        plan = recover.plan_recovery(home, named_run(home, run))
     moved = recover.quarantine(plan) if quarantine else ()
     if html_path is not None or pdf_path is not None:
         _certify(home, plan, ends, html_path, pdf_path)
@@ -69,7 +71,8 @@ def command(
 def _check(home: Home, resumed: str, reference: str, *, as_json: bool, quiet: bool) -> int:
     from trainguard.incident.recover import compare_ends
 
-    ends = compare_ends(home, resumed, reference)
+    with working("comparing the last checkpoints, tensor by tensor", shown=not quiet):
+        ends = compare_ends(home, resumed, reference)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(ends) + b"\n")
     elif not quiet:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import msgspec
 
+from trainguard.cli._progress import working
 from trainguard.errors import Misuse, Unavailable
 from trainguard.scan import Report, ScanPolicy, Verdict, parse_trust, vet, worst
 from trainguard.scan.baseline import Known, is_accepted, load_baseline, save_baseline
@@ -64,13 +66,22 @@ def command(
         {"tier": tier, "digest": digest, "trust": _trust_lines(trust) if trust else ()}, ScanPolicy
     )
     known = load_baseline(baseline) if baseline is not None else frozenset()
-    reports = [_vet(path, policy) for path in paths]
+    reports = _all_vetted(paths, policy, shown=not quiet)
     accepted = [file.path for report in reports for file in report.files if is_accepted(file, known)]
     click.echo(_document(reports, accepted, as_json, as_sarif, quiet), nl=not (quiet and not as_json and not as_sarif))
     if write_baseline is not None:
         count = save_baseline(write_baseline, reports)
         click.echo(f"{write_baseline}: {count} unknown files", err=True)
     sys.exit(exit_status(reports, fail_on, known))
+
+
+def _all_vetted(paths: Sequence[str], policy: ScanPolicy, *, shown: bool) -> list[Report]:
+    with working("", shown=shown) as say:
+        reports = []
+        for number, path in enumerate(paths, 1):
+            say(f"vetting {path}" + (f" ({number} of {len(paths)})" if len(paths) > 1 else ""))
+            reports.append(_vet(path, policy))
+        return reports
 
 
 def _vet(path: str, policy: ScanPolicy) -> Report:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from trainguard.cli._progress import working
 from trainguard.digest import file_sha256
 from trainguard.home import Home
 
@@ -37,15 +38,16 @@ def command(
     """
     from trainguard.seal import seal_path
 
-    report = seal_path(
-        Home.find(),
-        path,
-        run=run,
-        step=step,
-        lock=file_sha256(lock) if lock is not None else None,
-        live_digest=live,
-        hash_type=hash_type,
-    )
+    with working(f"sealing {path}", shown=not quiet):
+        report = seal_path(
+            Home.find(),
+            path,
+            run=run,
+            step=step,
+            lock=file_sha256(lock) if lock is not None else None,
+            live_digest=live,
+            hash_type=hash_type,
+        )
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
     elif not quiet:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from trainguard.cli._progress import working
 from trainguard.home import Home
 
 
@@ -40,7 +41,9 @@ def command(
     """
     from trainguard.seal import verify_seal
 
-    report = verify_seal(path, home=Home.find(), key=key, signers=signers, log_key=log_key, run=run, newest=newest)
+    home = Home.find()
+    with working(f"verifying {path}", shown=not quiet):
+        report = verify_seal(path, home=home, key=key, signers=signers, log_key=log_key, run=run, newest=newest)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
     elif not quiet:
