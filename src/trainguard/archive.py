@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -197,21 +198,18 @@ class RunReader:
     @property
     def running(self) -> bool:
         """Whether a supervisor still holds the spool."""
-        try:
-            descriptor = os.open(self._folder / "spool", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_running(self._folder)
 
-    def records(self) -> Iterator[Evidence]:
-        """The records in order. Raises VerificationError at the first segment that is not what the log says."""
+    def records(self, *, since: int = 0) -> Iterator[Evidence]:
+        """The records in order. Raises VerificationError at the first segment that is not what the log says.
+
+        since: leave out this many segments, which the caller has read to their end under an earlier head.
+        """
         expected_segment, first, offset, chain = 0, 0, 0, chain_start(self.run)
+        if since:
+            known = self.segments[since - 1]
+            expected_segment, first, offset = since, known.first + known.count, known.offset + known.bytes
+            chain = bytes.fromhex(known.chain_after)
         try:
             spool = (self._folder / "spool").open("rb")
         except OSError as error:
@@ -220,7 +218,8 @@ class RunReader:
                 f"{error.strerror}"
             ) from error
         with spool:
-            for leaf in self.segments:
+            spool.seek(offset)
+            for leaf in self.segments[since:]:
                 where = f"run {self.run}: segment {leaf.segment} (leaf {leaf.leaf})"
                 if (leaf.segment, leaf.first, leaf.offset) != (expected_segment, first, offset):
                     raise VerificationError(
@@ -250,6 +249,21 @@ class RunReader:
             return 0
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a supervisor still holds the spool of the run whose folder this is."""
+    try:
+        descriptor = os.open(folder / "spool", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class TruncatedRecord(VerificationError):
     """Sealed records are missing from the end of the spool."""
 
@@ -257,7 +271,9 @@ class TruncatedRecord(VerificationError):
 class LogLeaves:
     """All run and segment statements of the log, read once: head and entries verified, signatures checked."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, *, since: LogLeaves | None = None) -> None:
+        """since: what was read before, to be gone on with. Raises VerificationError where the log does not hold that
+        any more, entry for entry."""
         if not home.log.is_dir():
             raise Misuse(f"{home.root}: no log here", next_step="record a run first: trainguard run -- CMD")
         reader = LogReader(home.log, home.keys / "log.vkey")
@@ -275,7 +291,8 @@ class LogLeaves:
         """Entries that say nothing to whoever has no key, by their tags (opaque.py)."""
         self.unreadable: list[int] = []
         """Leaves that are not statements of ours by our key; other kinds of entry may share the log."""
-        for index, entry in enumerate(reader.entries(0, self.head.size)):
+        read = self._go_on(since, reader, home) if since is not None else 0
+        for index, entry in enumerate(reader.entries(read, self.head.size), read):
             if opaque.is_sealed(entry):
                 self.sealed.setdefault(opaque.tag_of(entry), []).append(entry)
                 continue
@@ -283,6 +300,18 @@ class LogLeaves:
                 self._take(index, verify_statement(entry, [key], where=f"leaf {index}"), entry)
             except VerificationError:
                 self.unreadable.append(index)
+
+    def _go_on(self, known: LogLeaves, reader: LogReader, home: Home) -> int:
+        """Take over what was read before; returns how many entries that was."""
+        size = known.head.size
+        if size > self.head.size or reader.root_at(size) != known.head.root:
+            raise VerificationError(f"{home.log}: does not hold the {size} entries any more that were read before")
+        self.runs, self.data, self.waivers = dict(known.runs), list(known.data), list(known.waivers)
+        self.segments = {run: list(leaves) for run, leaves in known.segments.items()}
+        self.audits = {run: list(bodies) for run, bodies in known.audits.items()}
+        self.sealed = {tag: list(entries) for tag, entries in known.sealed.items()}
+        self.unreadable = list(known.unreadable)
+        return size
 
     def _take(self, index: int, value: dict[str, Any], entry: bytes) -> None:
         kind = str(value["predicateType"]).removeprefix(PREDICATE_BASE)

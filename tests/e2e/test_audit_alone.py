@@ -222,6 +222,38 @@ def test_a_run_that_resumes_from_what_was_sealed_is_clean(tmp_path: Path) -> Non
     assert resumed(tmp_path) == (0, [])
 
 
+READER = (
+    COMMON
+    + """
+rows = torch.tensor([[float(n) for n in line.split()] for line in open("rows.txt")])
+for step in range(1, 17):
+    batch = rows[torch.randint(len(rows), (16,))]
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(net(batch), (batch @ teacher).argmax(1)).backward()
+    optimizer.step()
+"""
+)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_data_that_was_changed_between_approval_and_run_is_named(tmp_path: Path, changed: bool) -> None:
+    """D5: every replay reads the same rows, so that no step differs; the lock tells."""
+    rows = tmp_path / "rows.txt"
+    made = torch.randn(64, 8, generator=torch.Generator().manual_seed(3)).tolist()
+    rows.write_text("\n".join(" ".join(map(str, row)) for row in made))
+    (tmp_path / "train.py").write_text(READER)
+    (tmp_path / "policy.toml").write_text(POLICY)
+    done = trainguard(tmp_path, "lock", "-o", "lock.json", "--", sys.executable, "train.py")
+    assert done.returncode == 0, done.stderr
+    if changed:
+        rows.write_text(rows.read_text().replace("1", "2", 1))
+    options = ("--name", "r", "--links", "none", "--policy", "policy.toml", "--lock", "lock.json")
+    trainguard(tmp_path, "run", *options, "--", sys.executable, "train.py")
+    status, verdict = audit(tmp_path, "--segments", "0")
+    found = [(one["techniques"], one["subject"]["path"]) for one in replays(verdict) if one["outcome"] == "violated"]
+    assert (status, found) == ((1, [(["D5", "D6", "D7"], str(rows))]) if changed else (0, []))
+
+
 def test_a_metric_that_was_altered_before_it_was_written_is_suspicious(tmp_path: Path) -> None:
     """C10: times 0.98. No step is another one and the file is what the process wrote, so this is not proved: two clean
     replays write other numbers, with clocks of other speed, and that is said with exit status 3."""

@@ -54,10 +54,10 @@ def _judged(home: Home, run: str, policy: Policy | None, leaves: LogLeaves) -> V
             appraiser.see(evidence)
     except VerificationError as error:
         appraiser.findings.append(_evidence_finding(run, error))
-    if reader.running:
-        return _still_running(appraiser, run)
     again = replayed(run, leaves.audits.get(run, ()), home.blob)
     appraiser.findings.extend(again.findings)
+    if reader.running:
+        return _still_running(appraiser, run)
     return with_replay(appraiser.verdict(), again)
 
 

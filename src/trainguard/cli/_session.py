@@ -30,6 +30,7 @@ from trainguard.appraise.ranks import member_of
 from trainguard.appraise.verdict import Verdict
 from trainguard.archive import LogLeaves, RunWriter
 from trainguard.cli._gate import Gate
+from trainguard.cli._progress import working
 from trainguard.digest import canonical_json
 from trainguard.envelope import load_or_create_key, load_public_key
 from trainguard.errors import TrainguardError
@@ -43,6 +44,7 @@ from trainguard.measure.caches import compiler_caches
 from trainguard.measure.submitter import submitter
 from trainguard.policy import Policy
 from trainguard.replay.audit import key_commitment, named_inputs, settings_of
+from trainguard.replay.keys import drop_key, hold_key
 from trainguard.replay.points import NAME as POINT_NAME
 from trainguard.replay.points import seal_point
 from trainguard.scan import vet
@@ -120,6 +122,8 @@ class Session:
             lock = self._home.store_blob(self._lock.data) if self._lock is not None else None
             start = self._start(policy, lock)
             writer.begin(start)
+            if self._policy.commits:
+                hold_key(self._home, self.run_id, self._key)
             judge = _LiveJudge(Context(run=self.run_id, policy=self._policy, blob=self._home.blob), self._hear)
             sealer = self._sealer = _Sealer(self._home, self.run_id, log, lock, recorder.add)
             restarts = _Restarts(lambda attempt: self._measure(recorder, lock, attempt))
@@ -134,7 +138,8 @@ class Session:
                 restarts.close()
                 sealer.close()
                 judge.close()
-                writer.seal(final=True)
+                if writer.seal(final=True) is not None:
+                    drop_key(self._home, self.run_id)
         finally:
             writer.close()
         log.publish()
@@ -190,13 +195,14 @@ class Session:
     def _measure(self, recorder: _Observed, lock: str | None, attempt: int = 0) -> None:
         """Measure what is about to run. What cannot be measured is a record too, and ends as blind."""
         try:
-            measurement = measure(
-                self._command,
-                cwd=Path.cwd(),
-                env=dict(os.environ),
-                cache=self._home.cache,
-                against=self._lock.measurement if self._lock is not None else None,
-            )
+            with working("measuring what is about to run", shown=attempt == 0):
+                measurement = measure(
+                    self._command,
+                    cwd=Path.cwd(),
+                    env=dict(os.environ),
+                    cache=self._home.cache,
+                    against=self._lock.measurement if self._lock is not None else None,
+                )
             blob = self._home.store_blob(measurement.encode())
         except Exception as error:  # whatever fails in measuring, the command still runs, and the link is blind
             recorder.add("unmeasured", {"reason": f"{type(error).__name__}: {error}"[:1000], "attempt": attempt})

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import click
 import msgspec
 
+from trainguard.archive import is_running
+from trainguard.cli._progress import working
 from trainguard.cli._session import warn
 from trainguard.cli._view import show
 from trainguard.cli.verdict import named_run
@@ -19,6 +23,9 @@ from trainguard.veil import MAINTENANCE
 
 NAMES = ("local", "slurm", "ray", "kubernetes")
 """As in replay.executors, which is imported when it is used."""
+
+BEGIN_SECONDS = 30.0
+"""How long --follow waits for its run to be there."""
 
 
 class _Share(click.ParamType[float]):
@@ -53,6 +60,8 @@ class _Share(click.ParamType[float]):
 @click.option(
     "--limit", type=click.FloatRange(min=1), default=3600.0, show_default=True, help="Seconds for one replay."
 )
+@click.option("--follow", is_flag=True, help="Audit while RUN goes on: each segment is drawn once it is sealed.")
+@click.option("--ranks-in-turn", is_flag=True, help="Replay a job of several ranks with one process at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict document.")
 @click.option("--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 @click.argument("run")
@@ -68,6 +77,8 @@ def command(
     given: tuple[str, ...],
     worker: str | None,
     limit: float,
+    follow: bool,
+    ranks_in_turn: bool,
     as_json: bool,
     quiet: bool,
     run: str,
@@ -77,17 +88,22 @@ def command(
     A difference that two replays from the first step agree on is explained: its step is tried again with what may have
     been done to it, until one gives the recorded bytes.
 
+    With --follow the run is audited while it goes on, by processes that give way to everything else, until it ends or
+    differs; what is drawn is decided when it cannot be changed any more. Causes are then left to an audit afterwards.
+
     Where this machine mutes the run, it is replayed and logged, and only the verdict as it is shown here is told.
 
     Exit status: 0 every drawn segment is equal bit for bit, 1 one differs, 3 something could not be replayed.
     """
     from trainguard.appraise.judge import judge_run
     from trainguard.replay.audit import EXPLAIN_SECONDS, Options, audit
+    from trainguard.replay.follow import follow as follow_run
+    from trainguard.replay.follow import lower
 
     if bisect and segments is not None:
         raise Misuse("--bisect chooses the segments itself: leave out --segments")
     home = Home.find()
-    name = named_run(home, run)
+    name = _begun(home, run) if follow else named_run(home, run)
     options = Options(
         budget=budget,
         confidence=confidence,
@@ -98,11 +114,21 @@ def command(
         worker=tuple(shlex.split(worker)) if worker else (),
         settings=tuple(_setting(word) for word in given),
         limit_seconds=limit,
+        in_turn=ranks_in_turn,
         bisect=bisect,
-        explain_seconds=EXPLAIN_SECONDS if explain else 0.0,
+        explain_seconds=EXPLAIN_SECONDS if explain and not follow else 0.0,
     )
     muted = MAINTENANCE in judge_run(home, name).gaps
-    report = audit(home, name, options, progress=(lambda _text: None) if quiet or as_json or muted else warn)
+    silent = quiet or muted or (as_json and not follow)
+    if follow:
+        lower()
+        signal.signal(signal.SIGTERM, _leave)
+    if follow:
+        report = follow_run(home, name, options, progress=_silence if silent else warn)
+    else:
+        with working("reading the record", shown=not silent) as say:
+            lines = sys.stderr.isatty()
+            report = audit(home, name, options, progress=_silence if silent else say if lines else warn)
     verdict = judge_run(home, name) if muted or as_json else None
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
@@ -113,6 +139,31 @@ def command(
 
         show(lambda ascii_only: audit_view(report, ascii_only=ascii_only))
     return verdict.exit_status if muted and verdict is not None else report.exit_status
+
+
+def _begun(home: Home, run: str) -> str:
+    """The id of a run that was started beside this audit, and may take a moment until it is on record: until then an
+    older one whose name begins alike is not meant."""
+    deadline = time.monotonic() + BEGIN_SECONDS
+    while True:
+        late = time.monotonic() > deadline
+        try:
+            name = named_run(home, run)
+            if late or name == run or is_running(home.run(name)):
+                return name
+        except Misuse:
+            if late:
+                raise
+        time.sleep(0.2)
+
+
+def _silence(_text: str) -> None:
+    """Say nothing."""
+
+
+def _leave(_number: int, _frame: object) -> None:
+    """Leave the rest: what was drawn and replayed is kept, and the same command goes on with it."""
+    sys.exit(3)
 
 
 def _segments(home: Home, run: str, text: str | None) -> tuple[int, ...] | None:

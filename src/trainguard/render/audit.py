@@ -22,8 +22,15 @@ def audit_view(report: Report, *, ascii_only: bool = False) -> RenderableType:
             lines += [Text("  " + text) for text in cause_lines(cause)]
     lines.append(Text("  " + _odds(report)))
     lines.append(Text("  " + _selftest(report)))
-    lines.append(Text(f"  replayed on this host, {_where(report)}; logged as leaf {report.leaf}", style="dim"))
+    lines.append(
+        Text(f"  replayed on this host{_turns(report)}, {_where(report)}; logged as leaf {report.leaf}", style="dim")
+    )
     return Group(*lines)
+
+
+def _turns(report: Report) -> str:
+    ranks = report.environment.get("ranks")
+    return f", its ranks {plain(str(ranks))}" if ranks else ""
 
 
 def _where(report: Report) -> str:

@@ -7,6 +7,7 @@
     rerun       the same command in a clean process, until a step
     compare     two accounts of a step: first step, link and tensor that differ
     audit       all of it, and what may be concluded
+    follow      the same while the run goes on
 
 The one judge whose work needs torch: it runs in processes of its own (watch/warp.py inside them).
 """

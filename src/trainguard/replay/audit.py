@@ -43,9 +43,11 @@ from trainguard.replay.executors import chosen
 from trainguard.replay.executors.local import LocalExecutor
 from trainguard.replay.explain import Cause, Search
 from trainguard.replay.files import first_altered, kept_files
-from trainguard.replay.launch import alone, with_python
+from trainguard.replay.keys import held_key
+from trainguard.replay.launch import alone, of_one_rank, with_python
 from trainguard.replay.measured import really_newer
-from trainguard.replay.opened import opened_findings
+from trainguard.replay.opened import opened_findings, unapproved_findings
+from trainguard.replay.plan import Draw
 from trainguard.replay.ranks import Odd, odd_ranks
 from trainguard.replay.rerun import Ready, Rerun
 from trainguard.replay.tasks import Desk, Executor, NotPerformed, Task, explored, settings
@@ -120,6 +122,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     replayed_steps: int
     began_ns: int
     ended_ns: int
+    draws: tuple[Draw, ...] = ()
+    """Of an audit that followed the run: every segment as it was decided on."""
     calibration: str | None = None
     """Blob of the calibration that tolerance was judged by, where it was."""
     blob: str | None = None
@@ -153,10 +157,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the executor is told, by its own names."""
     limit_seconds: float = 3600.0
     """Time for one replay."""
+    in_turn: bool = False
+    """Replay the ranks of a job one after another, with one process at a time (turns.py)."""
     bisect: bool = False
     """Look for the first segment that differs, instead of drawing segments."""
     explain_seconds: float = EXPLAIN_SECONDS
     """Time for trials of causes, once a difference is confirmed; 0 for none."""
+    follow: bool = False
+    """Draw and replay while the run goes on (follow.py)."""
 
 
 class Auditor:
@@ -183,7 +191,8 @@ class Auditor:
         finally:
             os.close(self._lock)
 
-    def _audited(self, folder: Path, state: dict[str, Any]) -> Report:
+    def _set_up(self, folder: Path) -> None:
+        """Everything that replays need."""
         self._folder = folder
         self._desk = Desk(folder / "tasks", self._executor, self._home.store_blob)
         self._held_against = self._rule() if self._apart else None
@@ -193,6 +202,9 @@ class Auditor:
             task=lambda segment: self._first_task([segment]), rerun=self._rerun,
             unfinished=lambda found, last: _unfinished(found, last, self._ranks), store=self._home.store_blob,
         )  # fmt: skip
+
+    def _audited(self, folder: Path, state: dict[str, Any]) -> Report:
+        self._set_up(folder)
         drawn = plan.draw(
             self._committed,
             state["nonce"],
@@ -211,9 +223,12 @@ class Auditor:
             selftest = self._kept("selftest", self._selftest)
             self._match(selftest)
             results = self._replay_all(drawn, selftest)
-        report = self._report(drawn, state, selftest, results)
+        return self._concluded(self._report(drawn, state, selftest, results))
+
+    def _concluded(self, report: Report) -> Report:
+        """The report, logged and kept."""
         report = self._log(report)
-        write_durably(folder / "report.json", msgspec.json.encode(report))
+        write_durably(self._folder / "report.json", msgspec.json.encode(report))
         return report
 
     # -- 1 and 2: what there is, and what is drawn -------------------------------------------------------------------
@@ -223,10 +238,13 @@ class Auditor:
         reader = RunReader(self._home, self._run, leaves=leaves)
         if reader.begin is None:
             raise Misuse(f"run {self._run}: the log holds no statement of it")
-        if reader.running:
-            raise Misuse(f"run {self._run} is still going on; what is replayed is drawn after its end")
+        if not self._options.follow and reader.running:
+            raise Misuse(
+                f"run {self._run} is still going on; what is replayed is drawn after its end",
+                next_step=f"audit it while it goes on: trainguard audit {self._run} --follow",
+            )
         self._reader = reader
-        found = committed(self._run, reader.records(), reader.begin)
+        found = committed(self._run, reader.records(), reader.begin, held=held_key(self._home, self._run))
         walls = {number: step.wall_ns for number, step in found.steps.items()}
         self._files = kept_files(reader.records(), self._home.blob, walls)
         return {"size": leaves.head.size, "root": leaves.head.root.hex()}, found
@@ -234,13 +252,21 @@ class Auditor:
     def _words(self) -> list[str]:
         """The command to replay, with the interpreter the auditor wants."""
         words = self._committed.start.get("command")
+        if self._options.in_turn and len(self._committed.everyone) < 2:
+            raise Misuse(f"run {self._run}: --ranks-in-turn expects a job of several ranks, found one process")
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
             raise MalformedEvidence(f"run {self._run}: its statement names no command")
         try:
             words = with_python(words, self._wanted.python)
         except Unavailable as error:
             raise Unavailable(f"run {self._run}: {error}") from error
+        if self._options.in_turn:
+            of_one_rank(words)  # Unavailable, before anything is drawn
         return alone(words) if len(self._committed.everyone) > 1 else words
+
+    def _segments(self) -> tuple[plan.Segment, ...]:
+        """Everything that can be drawn."""
+        return plan.segments(self._committed)
 
     def _chosen(self) -> tuple[int, ...] | None:
         """Segments named by the auditor. Raises Misuse for one there is not."""
@@ -287,10 +313,13 @@ class Auditor:
 
     def _rule(self) -> Rule:
         """What every environment that replays is held against."""
-        start = self._committed.start
-        lock = start.get("lock")
-        approved = parse_lock(self._home.blob(lock), where="lock") if isinstance(lock, str) else None
-        return Rule(approved, self._own_prefix(approved), start, self._home.blob)
+        approved = self._approved()
+        return Rule(approved, self._own_prefix(approved), self._committed.start, self._home.blob)
+
+    def _approved(self) -> Lock | None:
+        """The run's lock, where it had one."""
+        lock = self._committed.start.get("lock")
+        return parse_lock(self._home.blob(lock), where="lock") if isinstance(lock, str) else None
 
     def _own_prefix(self, approved: Lock | None) -> str | None:
         """Where the run's own environment lay: as measured when it began, else as in the lock."""
@@ -365,16 +394,24 @@ class Auditor:
         except Unavailable as error:
             return {"passed": None, "reason": str(error)}
         difference = compare.first_of_ranks(accounts, found.accounts, first=until, last=until)
-        start = self._committed.start
-        opened = opened_findings(
-            self._home, self._run, found.read, root=found.root, cwd=str(start.get("cwd")), began_ns=_began(start)
-        )
         return {
             "passed": difference is not None,
-            "opened": msgspec.to_builtins(list(opened)),
+            "opened": msgspec.to_builtins(self._opened(found)),
             "planted": {"step": until, "what": "sign of the gradient"},
             "found": None if difference is None else {"step": difference.step, "link": difference.link},
         }
+
+    def _opened(self, found: Rerun) -> list[Finding]:
+        """What the command begins from that is not what was sealed or approved."""
+        start = self._committed.start
+        where: dict[str, Any] = {"root": found.root, "cwd": str(start.get("cwd")), "began_ns": _began(start)}
+        lock = None
+        with contextlib.suppress(TrainguardError):  # one that cannot be read is a finding of the verdict
+            lock = self._approved()
+        return [
+            *opened_findings(self._home, self._run, found.read, **where),
+            *unapproved_findings(lock, self._measured(), self._run, found.read, **where),
+        ]
 
     def _replay_all(self, drawn: plan.Plan, selftest: Mapping[str, Any]) -> tuple[Result, ...]:
         if selftest.get("passed") is not True:
@@ -579,8 +616,7 @@ class Auditor:
         if reason is not None:
             return [_not_replayed(segment, reason) for segment in group]
         results = [_equal(segment, "start") for segment in group if segment.last < difference.step]
-        everywhere = plan.segments(self._committed)
-        segment = next((s for s in everywhere if difference.step <= s.last), group[-1])
+        segment = next((s for s in self._segments() if difference.step <= s.last), group[-1])
         compared = max(0, difference.step - segment.first)
         bad = Result(
             segment=segment.number,
@@ -866,6 +902,7 @@ class Auditor:
             keep=tuple(p.step for p in self._committed.points if group and first <= p.step <= last),
             plant=plant,
             ranks=self._ranks,
+            in_turn=self._options.in_turn,
             patience_seconds=_patience(self._committed),
             trusted=tuple(str(folder) for folder in trusted),
             limit_seconds=self._options.limit_seconds,
@@ -878,7 +915,10 @@ class Auditor:
         outcome = self._desk.outcome(task)
         if self._held_against is not None:
             self._held_against.admit(*self._desk.places[task.id])
-        return outcome.rerun()
+        found = outcome.rerun()
+        if task.in_turn:
+            found.forget_sums(task.begin)
+        return found
 
     # -- 6: what it means --------------------------------------------------------------------------------------------
 
@@ -897,6 +937,7 @@ class Auditor:
                 "python": self._options.python or self._command[0],
                 "build": self._committed.account.build or {},
                 "executor": self._executor.name,
+                **({"ranks": f"in turn, one process at a time ({self._ranks})"} if self._options.in_turn else {}),
                 **(apart.told if apart is not None else own),
             },
             selftest=selftest,
@@ -1034,7 +1075,7 @@ class Auditor:
                 for cause in (result.cause for result in report.results)
                 if cause is not None
             ],
-        }
+        } | ({"followed": len(report.draws)} if report.draws else {})
         subject = [{"name": f"audits/{report.run}/{report.plan.nonce[:16]}", "digest": {"sha256": blob}}]
         key = load_or_create_key(self._home.keys / "attestation.pem")
         with Log.open(self._home.log, self._home.keys / "log.key") as log:
@@ -1118,6 +1159,10 @@ def _unfinished(found: Rerun, until: int, ranks: int) -> str | None:
         return found.mixed or f"{found.trained} processes made steps in the replay, {ranks} in the run"
     if found.reached >= until and found.trained == ranks:
         return None
+    if found.unsound is not None:
+        return found.unsound
+    if found.waits:
+        return f"at step {found.reached} of {until} every rank waits for another ({found.waits[0]})"
     if found.outside:
         return f"it wants to write outside its own folder, to {found.outside[0]}; a replay must not"
     said = " ".join(found.output.strip().splitlines()[-1:])[:300]

@@ -205,7 +205,8 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     run: str
     start: Mapping[str, Any]
     key: str | None
-    """Secret of the run, said at its end; None when the run has no end, and keyed vectors cannot be compared."""
+    """Secret of the run, said at its end or held until then; None when neither is there: keyed vectors cannot be
+    compared."""
     account: Any
     """Steps of rank 0."""
     points: tuple[Point, ...]
@@ -231,55 +232,81 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-def committed(run: str, records: Iterable[Evidence], begin: Mapping[str, Any]) -> Committed:
-    """Everything replay needs. records: proved ones; begin: the body of the run's `run/v1` statement.
+def committed(run: str, records: Iterable[Evidence], begin: Mapping[str, Any], *, held: str | None = None) -> Committed:
+    """Everything replay needs. records: proved ones; begin: the body of the run's `run/v1` statement; held: the key as
+    the supervisor keeps it (keys.py), for a run that has not said it; another than was committed to counts for none.
 
     Raises Unavailable, naming what is missing, for a run that cannot be replayed by this version.
     """
-    accounts: dict[int, Account] = {}
-    points: list[Point] = []
-    alarms: set[int] = set()
-    key: str | None = None
-    lost: list[str] = []
-    ended: int | None = None
-    for record in (each for folded in records for each in unfold(folded)):
+    found = Gathering(run, begin)
+    found.take(records)
+    return found.committed(held)
+
+
+class Gathering:
+    """What a run commits to, taken record by record: of a run that goes on, as far as it has come."""
+
+    def __init__(self, run: str, begin: Mapping[str, Any]) -> None:
+        self._run = run
+        self._begin = begin
+        self._accounts: dict[int, Account] = {}
+        self._points: list[Point] = []
+        self._alarms: set[int] = set()
+        self._key: str | None = None
+        self._ended: int | None = None
+
+    def take(self, records: Iterable[Evidence]) -> None:
+        """The records that follow on those taken before. After an exception nothing more can be taken."""
+        for record in (each for folded in records for each in unfold(folded)):
+            self._take(record)
+
+    def _take(self, record: Evidence) -> None:
         if record.kind == "step" and record.source == "process" and record.process is not None:
             citation = Citation(leaf=record.leaf, hash=record.hash) if record.leaf is not None and record.hash else None
-            accounts.setdefault(record.process, Account()).take(record.step, record.body, citation)
+            self._accounts.setdefault(record.process, Account()).take(record.step, record.body, citation)
             if _seeded(record):
-                alarms.add(record.step or 1)
+                self._alarms.add(record.step or 1)
         elif record.kind == "point_sealed" and record.source == "supervisor":
-            points.append(_point(record))
-        elif record.kind == "point" and isinstance(record.body.get("none"), str):
-            lost.append(record.body["none"])
+            self._points.append(_point(record))
         elif record.kind == "end" and isinstance(record.body.get("key"), str):
-            key, ended = record.body["key"], record.at if record.body.get("status") == 0 else None
-    if key is not None and not _opens(key, begin):
-        raise MalformedEvidence(f"run {run}: the key said at its end is not the one committed to at its start")
-    trained = _ranks(run, accounts)
-    told = [_rank(run, number, process, account, points, key) for number, (process, account) in enumerate(trained)]
-    common = set.intersection(*({point.step for point in rank.points} for rank in told))
-    ranks = [msgspec.structs.replace(rank, points=tuple(p for p in rank.points if p.step in common)) for rank in told]
-    return Committed(
-        run=run,
-        start=begin,
-        key=key,
-        account=ranks[0].account,
-        points=ranks[0].points,
-        process=ranks[0].process,
-        alarms=tuple(sorted(alarms)),
-        last=ranks[0].last,
-        others=tuple(ranks[1:]),
-        ended_ns=ended,
-    )
+            self._key, self._ended = record.body["key"], record.at if record.body.get("status") == 0 else None
+
+    def committed(self, held: str | None = None) -> Committed:
+        """All of it by now. Raises Unavailable as `committed` does."""
+        run, key = self._run, self._key
+        if key is not None and not _opens(key, self._begin):
+            raise MalformedEvidence(f"run {run}: the key said at its end is not the one committed to at its start")
+        if key is None and held is not None and _opens(held, self._begin):
+            key = held
+        trained = _ranks(run, self._accounts)
+        told = [
+            _rank(run, rank, process, account, self._points, key) for rank, (process, account) in enumerate(trained)
+        ]
+        common = set.intersection(*({point.step for point in rank.points} for rank in told))
+        ranks = [
+            msgspec.structs.replace(rank, points=tuple(p for p in rank.points if p.step in common)) for rank in told
+        ]
+        return Committed(
+            run=run,
+            start=self._begin,
+            key=key,
+            account=ranks[0].account,
+            points=ranks[0].points,
+            process=ranks[0].process,
+            alarms=tuple(sorted(self._alarms)),
+            last=ranks[0].last,
+            others=tuple(ranks[1:]),
+            ended_ns=self._ended,
+        )
 
 
 def _rank(run: str, number: int, process: int, account: Account, points: Iterable[Point], key: str | None) -> Rank:
     """One rank, with the points that its own process wrote."""
-    if key is None:
-        account.drop("weights")
     last = max(account.steps)
     _gaps(run, account, last)
+    if key is None:
+        account = account.branch(last)
+        account.drop("weights")
     own = (p for p in points if p.step <= last and p.name.startswith(f"p{process}-"))
     return Rank(rank=number, process=process, account=account, points=tuple(sorted(own, key=lambda p: p.step)))
 

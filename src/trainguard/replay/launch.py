@@ -4,6 +4,8 @@
         ["/clean/bin/python", "-m", "torch.distributed.run", "--nproc-per-node", "4", "train.py"]
     alone([… "torch.distributed.run", "--nnodes", "1", "--rdzv-endpoint", "node7:29500", …])
         without what says where ranks of several hosts meet, and with --standalone: a free port of this host
+    of_one_rank([…, "-m", "torch.distributed.run", "--nproc-per-node", "4", "train.py", "--lr", "1"])
+        [python, "train.py", "--lr", "1"]: one rank by itself; the variables that tell it which are the caller's
 
 Ranks and their number are what they were in the run: the launcher counts them as it did.
 """
@@ -73,6 +75,24 @@ def alone(words: Sequence[str]) -> list[str]:
             break  # the next word is the module
         place = end
     return [*kept[:start], "--standalone", *kept[start:], *words[place:]]
+
+
+def of_one_rank(words: Sequence[str]) -> list[str]:
+    """What the launcher starts for each rank. Raises Unavailable where it is no torchrun."""
+    start = _options_of_torchrun(words)
+    if start is None:
+        raise Unavailable(f"its ranks are started by {words[0]!r}; ranks in turn expect `torchrun …`")
+    place, module = start, False
+    while place < len(words) and words[place].startswith("-"):
+        name, sign, _ = words[place].lstrip("-").partition("=")
+        if name in ("no-python", "no_python", "run-path", "run_path"):
+            raise Unavailable(f"torchrun {words[place]}: ranks in turn expect a script or a module")
+        module = module or name in ("m", "module")
+        place += 1 if sign or name in FLAGS else 2
+    if place >= len(words):
+        raise Unavailable("its command names no script behind torchrun")
+    python = words[0] if Path(words[0]).name != "torchrun" else str(Path(words[0]).parent / "python")
+    return [python, *(["-m"] if module else []), *words[place:]]
 
 
 def _options_of_torchrun(words: Sequence[str]) -> int | None:

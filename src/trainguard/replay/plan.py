@@ -44,6 +44,20 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Of these, the ones chosen for a reason and not by lot."""
 
 
+class Draw(msgspec.Struct, frozen=True, kw_only=True):
+    """One segment of a run that was followed, decided on while the run went on (follow.py)."""
+
+    segment: int
+    first: int
+    last: int
+    size: int
+    """Of the first tree head seen that held every rank's sealed state after step `last`."""
+    root: str
+    """Of that head, hex."""
+    why: str
+    """`first`, `lot` or `unusual` where it is replayed; empty where it is not."""
+
+
 def segments(run: Committed, *, longest: int | None = None) -> tuple[Segment, ...]:
     """The segments of a run. longest: leave out points so that none gets shorter than needed; None takes all."""
     ends = [point.step for point in run.points if 0 < point.step < run.last]
@@ -59,6 +73,11 @@ def make_nonce(run: str, root: str, size: int, drawn: str) -> str:
     """The nonce. root, size: of the signed tree head; drawn: the auditor's own random number, hex."""
     text = f"trainguard/audit/v1\n{run}\n{size}\n{root}\n{drawn}\n"
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def lot(nonce: str, number: int) -> float:
+    """Where segment `number` falls by this nonce, 0 to 1."""
+    return int.from_bytes(hashlib.sha256(f"{nonce}/{number}".encode()).digest()[:8], "big") / 2.0**64
 
 
 def draw(

@@ -10,6 +10,7 @@ process is ended when it has said what was asked for, or when its time is up. No
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+import msgspec
 
 from trainguard.errors import MalformedEvidence, Misuse
 from trainguard.evidence import Evidence, unfold
@@ -84,6 +87,41 @@ class Job:
 
 Frame = tuple[int, str, int | None, dict[str, Any]]
 """What a replayed process said: its number, kind, step, body."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Which rank of how many is run alone, and where ranks leave for each other what they give to collectives."""
+
+    rank: int
+    ranks: int
+    folder: Path
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """As the process is told."""
+        return {"rank": self.rank, "ranks": self.ranks, "folder": str(self.folder)}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a launcher with all ranks on one host sets for this one."""
+        rank, ranks = str(self.rank), str(self.ranks)
+        return {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "ROLE_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "ROLE_WORLD_SIZE": ranks,
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "ROLE_NAME": "default",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0",
+            "TORCHELASTIC_RUN_ID": "none",
+        }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,11 +198,21 @@ class Rerun:
     """Why its steps could not be tried again."""
     mixed: str | None = None
     """Why the processes that made steps are no ranks of one job."""
+    waits: list[str] = field(default_factory=list)
+    """What other ranks have to give before this one can go on, where ranks are replayed in turn (turns.py)."""
 
     @property
     def reached(self) -> int:
         """The last step that every rank came to."""
         return min((max(account.steps, default=0) for account in self.accounts.values()), default=0)
+
+    def forget_sums(self, until: int) -> None:
+        """Leave of the steps up to there what a rank alone can tell: streams, modes and settings. Before a warp by
+        turns lands, what it reduces is not what the ranks reduced."""
+        for account in self.accounts.values():
+            for number, step in account.steps.items():
+                if number <= until:
+                    account.steps[number] = msgspec.structs.replace(step, vectors={}, own=b"", got=b"")
 
 
 class _Hearing:
@@ -239,7 +287,9 @@ class _Hearing:
             self._saving[process] = (int(body["saving"]), body.get("aside") is not False)
         if "written" in body and len(self.result.written) < SAVES_LIMIT:
             self.result.written.append((str(body["written"]), int(body["steps"])))
-        if "stopped" in body:
+        if "waits" in body:
+            self.result.waits = [str(name) for name in body["waits"]]
+        if "stopped" in body or "waits" in body:
             self.over.add(process)
 
     def conclude(self) -> None:
@@ -338,8 +388,9 @@ class _Host:
     """Accepts the processes of one replay."""
 
     def __init__(
-        self, path: str, welcome: Mapping[str, Any], result: Rerun, ranks: int = 1, patience_seconds: float = math.inf
-    ) -> None:
+        self, path: str, welcome: Mapping[str, Any], result: Rerun, ranks: int = 1, patience_seconds: float = math.inf,
+        numbers: Iterator[int] | None = None,
+    ) -> None:  # fmt: skip
         self.result = result
         self.hearing = _Hearing(result)
         self.ready: tuple[Any, int] | None = None
@@ -355,7 +406,8 @@ class _Host:
         self._listener.bind(path)
         self._listener.listen(128)
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._processes = 0
+        self._numbers = numbers or itertools.count()
+        """What processes are called, as they come."""
         self.alone = ranks == 1
         self.patience_seconds = patience_seconds
         """How long ranks that have begun to make steps may be silent: where one waits for another in vain, all do."""
@@ -391,10 +443,10 @@ class _Host:
     def _accept(self) -> None:
         link, _ = self._listener.accept()
         pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        number = next(self._numbers)
         with contextlib.suppress(OSError):
-            self._pids[self._processes] = (pid, os.pidfd_open(pid))
-        self._selector.register(link, selectors.EVENT_READ, self._processes)
-        self._processes += 1
+            self._pids[number] = (pid, os.pidfd_open(pid))
+        self._selector.register(link, selectors.EVENT_READ, number)
 
     def _read(self, link: Any, process: int) -> None:
         try:
@@ -431,7 +483,7 @@ def rerun(
     job: Job, *, until: int, begin: int = 0, points: Mapping[int, Path] | None = None, plant: int | None = None,
     keep: Sequence[int] = (), limit_seconds: float = 600.0, ranks: int = 1,
     patience_seconds: float = math.inf, window: tuple[int, int] | None = None,
-    explore: Callable[[Ready], bool] | None = None, clock: float = 1.0,
+    explore: Callable[[Ready], bool] | None = None, clock: float = 1.0, turn: Turn | None = None,
 ) -> Rerun:  # fmt: skip
     """Run the command until step `until`; with begin > 0 warped to the states `points`, by rank, after that step.
 
@@ -440,6 +492,7 @@ def rerun(
     plant: turn the gradient's sign in this step, on our own side: a verifier that does not see it is broken.
     clock: how much faster than ours the command's clock runs.
     window, explore: before each of these steps, explore(ready) may try the step; it returns whether to go on.
+    turn: run one rank alone; what the others gave lies in a folder (turns.py).
     Raises Misuse when the command cannot be started.
     """
     result = Rerun(account=Account())
@@ -453,6 +506,7 @@ def rerun(
         "began_ns": job.began_ns,
         "trusted": [str(folder) for folder in job.trusted],
         "roots": [str(job.root), str(job.cache), "/dev", "/proc/self"],
+        "turn": turn.plan if turn is not None else None,
     }
     welcome = {
         "links": "none",
@@ -468,11 +522,12 @@ def rerun(
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="trainguard-") as folder, tempfile.TemporaryFile() as output:
         path = str(Path(folder) / "s")
-        host = _Host(path, welcome, result, ranks, patience_seconds)
+        numbers = itertools.count(turn.rank, turn.ranks) if turn is not None else None
+        host = _Host(path, welcome, result, ranks, patience_seconds, numbers)
         try:
             child = subprocess.Popen(
-                list(job.command), cwd=job.cwd, env=_environment(job, path), stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                list(job.command), cwd=job.cwd, env=_environment(job, path, turn), stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             host.close()
@@ -530,9 +585,9 @@ def variables(settings: Mapping[str, str]) -> dict[str, str]:
     return env | {name: value for name, value in settings.items() if name in INHERITED}
 
 
-def _environment(job: Job, path: str) -> dict[str, str]:
-    """As `variables` gives it, with our boot folder first and a private tmp."""
-    env = variables(job.environment)
+def _environment(job: Job, path: str, turn: Turn | None) -> dict[str, str]:
+    """As `variables` gives it, with our boot folder first, a private tmp, and who it is where it is one rank alone."""
+    env = variables(job.environment) | (turn.environment if turn is not None else {})
     inherited = env.get("PYTHONPATH")
     env["PYTHONPATH"] = f"{BOOT}{os.pathsep}{inherited}" if inherited else str(BOOT)
     env["TRAINGUARD_SOCKET"] = path

@@ -38,6 +38,7 @@ from trainguard.replay.rerun import Frame, Job, Ready, Rerun, heard, rerun, vari
 from trainguard.replay.sandbox import Sandbox
 from trainguard.replay.scratch import scratch
 from trainguard.replay.told import told_by, written_texts
+from trainguard.replay.turns import in_turn
 
 TASK_LIMIT_BYTES = 4 << 20
 OUTCOME_LIMIT_BYTES = 1 << 30
@@ -72,6 +73,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The sealed states to begin at, by rank."""
     ranks: int = 1
     """Processes that make steps, all of them on the machine that performs the task."""
+    in_turn: bool = False
+    """Whether they run one after another, never two at a time (turns.py)."""
     patience_seconds: float = 300.0
     """How long ranks may be silent once they make steps."""
     keep: tuple[int, ...] = ()
@@ -205,16 +208,18 @@ def _replayed(
     sandbox.prepare(skip=[home])
     sealed = _points(task, home)
     cache = private(_own_cache() if task.apart else home / "cache" / "replayed")
-    found = rerun(
-        Job(
-            command=sandbox.command(task.command), cwd=sandbox.work, root=sandbox.root,
-            environment=task.environment | task.numeric, key=task.key, began_ns=int(task.began),
-            trusted=[Path(each) for each in task.trusted], cache=cache,
-        ),
-        until=task.until, begin=task.begin, points=sealed, plant=task.plant, keep=task.keep,
-        limit_seconds=task.limit_seconds, ranks=task.ranks, patience_seconds=task.patience_seconds,
-        window=window, explore=explore, clock=task.clock,
+    job = Job(
+        command=sandbox.command(task.command), cwd=sandbox.work, root=sandbox.root,
+        environment=task.environment | task.numeric, key=task.key, began_ns=int(task.began),
+        trusted=[Path(each) for each in task.trusted], cache=cache,
     )  # fmt: skip
+    what: dict[str, Any] = {
+        "until": task.until, "begin": task.begin, "points": sealed, "plant": task.plant, "keep": task.keep,
+        "limit_seconds": task.limit_seconds, "ranks": task.ranks, "clock": task.clock,
+    }  # fmt: skip
+    if task.in_turn:
+        return in_turn(job, **what), sandbox, sealed
+    found = rerun(job, **what, patience_seconds=task.patience_seconds, window=window, explore=explore)
     return found, sandbox, sealed
 
 

@@ -248,10 +248,10 @@ class Probe:
             kwargs.pop("backend", None)
             return group(*args, **kwargs)
 
-        _replace(original, init_process_group, "torch")
-        _replace(group, new_group, "torch")
+        replace(original, init_process_group, "torch")
+        replace(group, new_group, "torch")
         if hasattr(distributed, "monitored_barrier"):
-            _replace(distributed.monitored_barrier, lambda *args, **kwargs: None, "torch")
+            replace(distributed.monitored_barrier, lambda *args, **kwargs: None, "torch")
 
     def _hold_share(self, torch: Any) -> None:
         """DistributedSampler deals out the small job's share: the same samples at every probed size."""
@@ -288,7 +288,7 @@ class Probe:
         parallel.register_comm_hook = register_comm_hook
 
 
-def _replace(old: Any, new: Any, root: str) -> None:
+def replace(old: Any, new: Any, root: str) -> None:
     """Put `new` wherever a module of package `root` has `old` under its name."""
     name = old.__name__
     for module in list(sys.modules.values()):

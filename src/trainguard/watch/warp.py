@@ -3,7 +3,8 @@
 Runs only where the welcome carries a plan (`trainguard audit`): never in a real training. It does what a guard must
 not: it replaces functions. Plan: {"from": k, "until": m, "points": {rank: folder}, "plant": step | null,
 "roots": [folders that may be written], "window": [step, step] to be tried again (reenact.py) | null,
-"began_ns": when the run began, "trusted": [folders that may be newer]}.
+"began_ns": when the run began, "trusted": [folders that may be newer],
+"turn": {"rank", "ranks", "folder"} where ranks are replayed one after another (turns.py)}.
 
 From the start (k = 0) nothing of the computation is touched: the script runs, link *commits* says every step, and after
 step m the process is over. With k > 0 the script is *warped* to step k:
@@ -47,7 +48,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-from . import bootstrap, commits, points, reenact, sample, saves, shares
+from . import bootstrap, commits, points, reenact, sample, saves, shares, turns
 from .client import Client
 
 LEARNING_STEPS = 3
@@ -128,6 +129,14 @@ class Warp:
         self.window: Optional[List[int]] = plan.get("window")
         self.explorer: Optional[reenact.Explorer] = None
         """Where steps are to be tried again with something done to them."""
+        turn = plan.get("turn")
+        self.turn = turns.Turn(self, turn) if isinstance(turn, dict) else None
+        """Where ranks are replayed one after another."""
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the sealed state is not in place yet: what is computed until then counts for nothing."""
+        return self.learning or self.forward
 
     # -- getting in -------------------------------------------------------------------------------------------------
 
@@ -135,6 +144,8 @@ class Warp:
         """torch has been imported and the engine listens."""
         self.torch, self.engine = torch, engine
         self._take_over_saves(torch)
+        if self.turn is not None:
+            self.turn.attach(torch)
         optimizer = sys.modules["torch.optim.optimizer"]
         if self.window:
             self.explorer = reenact.Explorer(self, int(self.window[0]), int(self.window[1]))
@@ -433,6 +444,10 @@ class Warp:
             self.engine.flush()
         self.client.send("replay", {"stopped": self.engine.tally.steps if self.engine is not None else 0})
         self._wait_for_others()
+        self.leave()
+
+    def leave(self) -> None:
+        """End this process, with all that was said sent."""
         self.client.close()
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -444,7 +459,7 @@ class Warp:
     def _wait_for_others(self) -> None:
         """Where there are other ranks: keep our ends of their connections until all have come as far, or are over."""
         link = self.client.socket
-        if link is None or self.torch is None or shares.world(self.torch)[1] == 1:
+        if self.turn is not None or link is None or self.torch is None or shares.world(self.torch)[1] == 1:
             return
         try:
             link.settimeout(OTHERS_SECONDS)
@@ -456,6 +471,8 @@ class Warp:
 
     def guard(self, event: str, args: Tuple[Any, ...]) -> None:
         """Audit hook: nothing outside our roots is written, so that the run's own files stay as they are."""
+        if self.turn is not None and self.turn.owns(args[0] if args else None):
+            return
         if event == "open":
             path, mode, flags = args
             writes = (isinstance(flags, int) and flags & WRITES) or (isinstance(mode, str) and set(mode) & set("wax+"))

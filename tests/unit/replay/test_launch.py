@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainguard.errors import Unavailable
-from trainguard.replay.launch import alone, with_python
+from trainguard.replay.launch import alone, of_one_rank, with_python
 
 RUN = ["python", "-m", "torch.distributed.run"]
 
@@ -39,3 +39,30 @@ def test_another_python_starts_the_same_launcher() -> None:
     assert with_python(["python3.11", "t.py"], "/c/python") == ["/c/python", "t.py"]
     with pytest.raises(Unavailable, match="expected `python …`"):
         with_python(["sh", "run.sh"], None)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([*RUN, "--nproc-per-node", "4", "t.py", "--nnodes", "3"], [RUN[0], "t.py", "--nnodes", "3"]),
+        ([*RUN, "--standalone", "--nproc_per_node=2", "-m", "pkg.train", "-v"], [RUN[0], "-m", "pkg.train", "-v"]),
+        (["/r/bin/torchrun", "--nproc-per-node", "2", "t.py"], ["/r/bin/python", "t.py"]),
+    ],
+)
+def test_one_rank_alone_is_started_as_the_launcher_starts_it(given: list[str], expected: list[str]) -> None:
+    """What belongs to the script is the script's, even where the launcher has options of that name."""
+    assert of_one_rank(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["python", "-m", "accelerate.commands.accelerate_cli", "launch", "t.py"], "expect `torchrun"),
+        (["python", "t.py"], "expect `torchrun"),
+        ([*RUN, "--no-python", "train.sh"], "expect a script or a module"),
+        ([*RUN, "--nproc-per-node", "2"], "names no script"),
+    ],
+)
+def test_a_launcher_whose_ranks_cannot_be_started_one_by_one_is_refused(given: list[str], why: str) -> None:
+    with pytest.raises(Unavailable, match=why):
+        of_one_rank(given)
