@@ -13,7 +13,9 @@ Every string of a record passes `plain` and Jinja's autoescape, and is cut so th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -383,6 +385,18 @@ def write_pdf(path: Path, page: str, *, identity: str) -> None:
     write_durably(path, pdf_of(page, identity=identity))
 
 
+@contextlib.contextmanager
+def _no_clock() -> Iterator[None]:
+    """Without HarfBuzz-Subset fontTools cuts the fonts, and writes the time into them unless it is told one."""
+    told = os.environ.get("SOURCE_DATE_EPOCH")
+    os.environ["SOURCE_DATE_EPOCH"] = told or "0"
+    try:
+        yield
+    finally:
+        if told is None:
+            del os.environ["SOURCE_DATE_EPOCH"]
+
+
 def pdf_of(page: str, *, identity: str) -> bytes:
     """As `write_pdf`, in memory. identity: names the document; nothing outside the page is ever fetched."""
     try:
@@ -393,7 +407,7 @@ def pdf_of(page: str, *, identity: str) -> bytes:
             f"PDF needs WeasyPrint 70 or newer: {error}", next_step='pip install "trainguard[report]", or use --html'
         ) from None
     identifier = hashlib.sha256(identity.encode()).digest()[:16]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_clock():
         # WeasyPrint 70 leaves its own colour profile open for the garbage collector.
         warnings.filterwarnings("ignore", message="unclosed file", category=ResourceWarning)
         document = HTML(string=page, url_fetcher=URLFetcher(allowed_protocols=()))
