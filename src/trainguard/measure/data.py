@@ -166,6 +166,7 @@ def valued(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             option = name.lstrip("-").lower()
             if equals and value:
                 yield option, value
+            option = "" if equals else option
         elif equals and re.fullmatch(r"[\w.]+", name):
             yield name.lower(), value  # Hydra and OmegaConf: data.path=…
             option = ""

@@ -292,6 +292,7 @@ def test_git_runs_nothing_the_repository_configures(tmp_path: Path) -> None:
         (["--ckpt-dir", "weights"], [], ["weights"]),
         (["--model_name_or_path", "weights"], [("weights", "weights")], []),
         (["--save", "rows.csv"], [], ["rows.csv"]),
+        (["--out=results", "rows.csv"], [("data", "rows.csv")], ["results"]),
         (["--log-config", "conf.yaml"], [("data", "conf.yaml")], []),
         (["--lr", "0.1", "--name", "absent.csv", "."], [], []),
     ],
