@@ -238,10 +238,26 @@ class Measurement(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return hashlib.sha256(self.encode()).hexdigest()
 
 
+class Plan(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What approved runs of the command had in common (docs/checks/plan.md)."""
+
+    runs: tuple[str, ...]
+    """Their ids."""
+    worlds: tuple[int, ...]
+    """Ranks that they had; ascending, each once."""
+    steps: int
+    """Optimizer steps that each rank of each of them made, at least."""
+    values: dict[str, str]
+    """What → its value, JSON. `rank N: …` where it is one rank's own, else of every rank."""
+    varied: tuple[str, ...] = ()
+    """What differs between them, and is held to nothing."""
+
+
 class Lock(msgspec.Struct, frozen=True, kw_only=True):
     """A measurement that somebody approved."""
 
     measurement: Measurement
+    plan: Plan | None = None
     approvals: tuple[Approval, ...] = ()
     made: str = ""
     """UTC time of making, RFC 3339; the signer's claim."""
@@ -267,7 +283,8 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def predicate(self) -> dict[str, Any]:
         """What the signed statement must say for this lock."""
-        return {
+        planned = {} if self.plan is None else {"plan": sha256_hex(msgspec.json.encode(self.plan, order="sorted"))}
+        return planned | {
             "schema": LOCK_SCHEMA,
             "measurement": self.measurement.digest,
             "approvals": sha256_hex(msgspec.json.encode(self.approvals, order="sorted")),
@@ -280,7 +297,7 @@ class _Schema(msgspec.Struct):
     schema: str = ""
 
 
-class _File(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _File(Part, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The file as it lies on disk."""
 
     schema: str
@@ -289,6 +306,7 @@ class _File(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
     approvals: tuple[Approval, ...]
     envelope: dict[str, Any]
     measurement: Measurement
+    plan: Plan | None = None
 
 
 def parse_measurement(data: bytes, *, where: str) -> Measurement:
@@ -311,11 +329,13 @@ def make_lock(
     made: str,
     approvals: Sequence[Approval] = (),
     contents: str | None = None,
+    plan: Plan | None = None,
 ) -> Lock:
     """A lock over `measurement`, signed with `key`. made: UTC time, RFC 3339."""
     from trainguard.envelope import sign_statement, statement
 
-    unsigned = Lock(measurement=measurement, approvals=tuple(approvals), made=made, contents=contents, envelope={})
+    approved = tuple(approvals)
+    unsigned = Lock(measurement=measurement, plan=plan, approvals=approved, made=made, contents=contents, envelope={})
     subject = [{"name": "measurement", "digest": {"sha256": measurement.digest}}]
     envelope = msgspec.json.decode(sign_statement(statement(PREDICATE, unsigned.predicate, subject), key))
     file = _File(
@@ -325,6 +345,7 @@ def make_lock(
         approvals=unsigned.approvals,
         envelope=envelope,
         measurement=measurement,
+        plan=plan,
     )
     data = msgspec.json.format(msgspec.json.encode(file, order="sorted"), indent=1) + b"\n"
     return msgspec.structs.replace(unsigned, envelope=envelope, data=data)
@@ -342,8 +363,11 @@ def parse_lock(data: bytes, *, where: str) -> Lock:
     file: _File = _decoded(data, _File, where)
     if file.contents is not None:
         parse_sha256(file.contents, where=f"{where}: contents")
+    if file.plan is not None:
+        _readable(file.plan, where)
     lock = Lock(
         measurement=file.measurement,
+        plan=file.plan,
         approvals=file.approvals,
         made=file.made,
         contents=file.contents,
@@ -417,6 +441,19 @@ def _decoded(data: bytes, kind: Any, where: str) -> Any:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedEvidence(f"{where}: {error}") from error
+
+
+def _readable(plan: Plan, where: str) -> None:
+    """Raises MalformedEvidence unless every value of the plan is JSON and it is of some run and some world."""
+    if not plan.runs or not plan.worlds:
+        raise MalformedEvidence(
+            f"{where}: plan: expected the runs it was made of and their number of ranks, found none"
+        )
+    for key, value in plan.values.items():
+        try:
+            msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise MalformedEvidence(f"{where}: plan: {key[:200]}: expected JSON: {error}") from error
 
 
 def _claimed(envelope: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from trainguard.appraise.loss import Loss
 from trainguard.appraise.modules import Modules
 from trainguard.appraise.optimizer import Optimizer
 from trainguard.appraise.order import Order
+from trainguard.appraise.plan import Plan
 from trainguard.appraise.processes import Processes
 from trainguard.appraise.replicas import Replicas
 from trainguard.appraise.rng import Rng
@@ -50,6 +51,7 @@ CHECKS: tuple[type[Check], ...] = (
     Inputs,
     Loads,
     Saves,
+    Plan,
     Rng,
     Order,
     Batches,

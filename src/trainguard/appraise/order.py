@@ -148,7 +148,7 @@ class Order:
 
     def _planned(self, evidence: Evidence, loader: int, epoch: int, samplers: dict[str, Any]) -> Iterator[Finding]:
         """A loader's samplers are put together when it is made; what they draw does not change from pass to pass."""
-        plan = tuple(_plan(samplers))
+        plan = tuple(plan_of(samplers))
         first = self._plans.get((evidence.process, loader))
         if first is None:
             if len(self._plans) < LOADERS_LIMIT:
@@ -454,7 +454,7 @@ def _stream(state: object, whole: object) -> Twister:
     return stream
 
 
-def _plan(samplers: Any) -> Iterator[tuple[str, object]]:
+def plan_of(samplers: Any) -> Iterator[tuple[str, object]]:
     """What decides a loader's order and does not move by itself, sampler by sampler from the outermost."""
     for _ in range(6):
         if not isinstance(samplers, dict):

@@ -29,7 +29,7 @@ from trainguard.appraise.interface import Context
 from trainguard.digest import HEX_SHA256_LENGTH, file_sha256
 from trainguard.errors import TrainguardError
 from trainguard.evidence import Evidence
-from trainguard.lockfile import Measurement, parse_lock, parse_measurement
+from trainguard.lockfile import Measurement, Plan, parse_lock, parse_measurement
 from trainguard.policy import Policy
 
 Standing = Literal["library", "approved", "own", "guard", "cache", "foreign", "planted", "generated"]
@@ -111,9 +111,9 @@ class Origins:
         blob, lock = body.get("blob"), body.get("lock")
         try:
             if isinstance(blob, str):
-                self.measured, self._taken, _ = _reference(blob, self._context, locked=False)
+                self.measured, self._taken, *_ = _reference(blob, self._context, locked=False)
             if isinstance(lock, str):
-                self.lock, self._locked, self._approved = _reference(lock, self._context, locked=True)
+                self.lock, self._locked, self._approved, _ = _reference(lock, self._context, locked=True)
         except TrainguardError as error:
             self.problems.append(str(error))
             return
@@ -302,21 +302,31 @@ def text(value: object, limit: int = 500) -> str | None:
     return value[:limit] if isinstance(value, str) else None
 
 
-Reference = tuple[Measurement, dict[str, Mapping[str, str]], Policy]
+def locked_plan(digest: str, context: Context) -> Plan | None:
+    """The plan in the lock with this digest. Raises TrainguardError where it cannot be read."""
+    return _reference(digest, context, locked=True)[3]
+
+
+Reference = tuple[Measurement, dict[str, Mapping[str, str]], Policy, Plan | None]
 _references: dict[str, Reference] = {}
 """The last few locks and measurements, by digest: every check of a run reads the same ones."""
 
 
 def _reference(digest: str, context: Context, *, locked: bool) -> Reference:
-    """A measurement, alone or in a lock, with its merged contents and the lock's approvals."""
+    """A measurement, alone or in a lock, with its merged contents and the lock's approvals and plan."""
     if digest not in _references:
         data = context.blob(digest)
         if locked:
             lock = parse_lock(data, where="lock")
-            known = (lock.measurement, _contents(lock.measurement), Policy(approve=lock.approvals))
+            known: Reference = (
+                lock.measurement,
+                _contents(lock.measurement),
+                Policy(approve=lock.approvals),
+                lock.plan,
+            )
         else:
             measurement = parse_measurement(data, where="measurement")
-            known = (measurement, _contents(measurement), Policy())
+            known = (measurement, _contents(measurement), Policy(), None)
         while len(_references) >= REFERENCES_LIMIT:
             _references.pop(next(iter(_references)))
         _references[digest] = known

@@ -15,7 +15,7 @@ from trainguard.digest import write_durably
 from trainguard.errors import Misuse
 from trainguard.finding import Finding
 from trainguard.home import Home
-from trainguard.lockfile import LOCK_NAME, Lock, Measurement, make_lock
+from trainguard.lockfile import LOCK_NAME, Lock, Measurement, Plan, make_lock
 from trainguard.policy import Approval
 
 
@@ -26,6 +26,13 @@ from trainguard.policy import Approval
 )
 @click.option("--data", multiple=True, metavar="PATH", help="Data the job reads that CMD does not name.")
 @click.option("--output", multiple=True, metavar="PATH", help="File or folder the job writes: never compared.")
+@click.option(
+    "--plan",
+    "references",
+    multiple=True,
+    metavar="RUN",
+    help="An approved run of CMD, at least two: seeds, order, optimizer and rates that they agree in are held, too.",
+)
 @click.option("--deep", is_flag=True, help="Compile every installed source again and compare its bytecode (minutes).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document about the lock.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -35,6 +42,7 @@ def command(
     approve: tuple[str, ...],
     data: tuple[str, ...],
     output: tuple[str, ...],
+    references: tuple[str, ...],
     deep: bool,
     as_json: bool,
     quiet: bool,
@@ -61,7 +69,8 @@ def command(
         )
     oddities = list(intrinsic(measurement))
     refused = [finding for finding in oddities if finding.outcome == "violated"]
-    lock = None if refused else _signed(home, measurement, approvals, out)
+    plan = _planned(home, references, measurement, shown=not quiet) if references else None
+    lock = None if refused else _signed(home, measurement, approvals, plan, out)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(_document(out, lock, measurement, oddities)) + b"\n")
     elif not quiet or refused:
@@ -78,14 +87,22 @@ def _approval(text: str) -> Approval:
     return Approval(check=check, place=place)
 
 
-def _signed(home: Home, measurement: Measurement, approvals: list[Approval], out: Path) -> Lock:
+def _planned(home: Home, references: tuple[str, ...], measurement: Measurement, *, shown: bool) -> Plan:
+    from trainguard.appraise.references import plan_from
+    from trainguard.cli.verdict import named_run
+
+    with working("reading what the reference runs have in common", shown=shown):
+        return plan_from(home, [named_run(home, run) for run in references], measurement)
+
+
+def _signed(home: Home, measurement: Measurement, approvals: list[Approval], plan: Plan | None, out: Path) -> Lock:
     from trainguard.envelope import load_or_create_key
     from trainguard.measure.contents import pack_sources
 
     key = load_or_create_key(home.keys / "attestation.pem")
     contents = home.store_blob(pack_sources(measurement))
     made = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    lock = make_lock(measurement, key, made=made, approvals=approvals, contents=contents)
+    lock = make_lock(measurement, key, made=made, approvals=approvals, contents=contents, plan=plan)
     write_durably(out.absolute(), lock.data)
     return lock
 
@@ -101,4 +118,5 @@ def _document(out: Path, lock: Lock | None, measurement: Measurement, oddities: 
         "files": measurement.file_count,
         "findings": oddities,
         "notes": measurement.notes,
+        "plan": lock.plan if lock else None,
     }

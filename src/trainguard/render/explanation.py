@@ -27,6 +27,8 @@ ASKS: dict[str, str] = {
     "code": "Were exactly the approved bytes compiled, and did nothing else run?",
     "inputs": "Did the job read approved files, and did they stay the same while it ran?",
     "loads": "Were model files vetted before they were read, and did no pickle name what runs code?",
+    "plan": "Does it begin as the approved runs did: seeds, loaders, optimizers, flags?",
+    "plan.course": "Does it go on as they did: streams, order, rates?",
     "rng": "Do the random streams go on from step to step, unseeded in between?",
     "loss": "Is the loss what the calling lines ask for, recomputed from its inputs in double precision?",
     "truth": "Is the gradient the derivative of the loss, by moving the weights in a replay of the step?",
@@ -57,6 +59,9 @@ ASKS: dict[str, str] = {
 
 REMEDIES: tuple[tuple[str, str], ...] = (
     (r"^no lock|\bno lock:", "approve what runs, then run again: trainguard lock -- CMD"),
+    (r"holds no plan", "make one of approved runs: trainguard lock --plan RUN --plan RUN -- CMD"),
+    (r"make it of two sizes", "record runs with other numbers of ranks and name them too: trainguard lock --plan RUN"),
+    (r"it was started again;|it goes on from saved state", "replay covers it: trainguard audit"),
     (r"not measured|nothing was measured|no measurement", "find out why measuring failed: trainguard preflight -- CMD"),
     (r"switched off|--links none", "run again without --links none"),
     (

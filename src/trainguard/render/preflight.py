@@ -9,13 +9,15 @@ from pathlib import Path
 
 from trainguard.appraise.verdict import Verdict
 from trainguard.finding import Finding
-from trainguard.lockfile import Lock, Measurement
+from trainguard.lockfile import Lock, Measurement, Plan
 from trainguard.render.line import plain
 
 DIFF_LINES = 40
 """Lines of one difference that are shown."""
 DIFFS = 20
 """Files whose difference is shown as text."""
+VARIED = 8
+"""Names of what reference runs differ in that are shown."""
 NOW_LIMIT_BYTES = 1 << 20
 
 COLOURS = {"violated": "31", "suspicious": "33", "not_checked": "36", "+": "32", "-": "31", "VERIFIED": "32"}
@@ -35,10 +37,22 @@ def lock_text(out: str, lock: Lock | None, measurement: Measurement, oddities: S
         lines.append(
             f"  torch {flags.get('version', '?')}: {len(flags)} numeric flags and the dispatch table read back"
         )
+    if lock is not None and lock.plan is not None:
+        lines += _plan_lines(lock.plan)
     lines += [f"  {_word(finding)} {' '.join(finding.techniques)}  {plain(finding.message)}" for finding in oddities]
     if lock is not None and any(finding.outcome == "suspicious" for finding in oddities):
         lines.append("  the lock approves what is marked suspicious above; look at it before you rely on this lock")
     return "\n".join(lines) + "\n"
+
+
+def _plan_lines(plan: Plan) -> Iterator[str]:
+    """What approved runs agree in, and what not."""
+    ranks = " and ".join(f"{world}" for world in plan.worlds)
+    agreed = f"{_number(len(plan.values), 'value')} in which {len(plan.runs)} runs with {ranks} rank"
+    yield f"  plan: {agreed}{'s' if plan.worlds[-1] > 1 else ''} agree, over {_number(plan.steps, 'step')}"
+    if plan.varied:
+        more = f" and {len(plan.varied) - VARIED} more" if len(plan.varied) > VARIED else ""
+        yield f"  not in the plan, for they differ: {plain(', '.join(plan.varied[:VARIED]), 1000)}{more}"
 
 
 def preflight_text(
