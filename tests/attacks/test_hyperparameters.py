@@ -206,6 +206,33 @@ def test_a_schedule_by_hand_that_begins_again_is_held(warm: int, monkeypatch: py
     assert (findings, states["hyperparameters"].state) == ([], "held")
 
 
+@pytest.mark.parametrize("period", [25, 60])
+def test_a_cosine_that_goes_on_past_its_period_rises_again_and_is_held(period: int) -> None:
+    """From a rate of nothing every rise is infinite."""
+
+    def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, period)
+
+    findings, states = judge(Hyperparameters, train(130, schedule=cosine).records)
+    assert (findings, states["hyperparameters"].state) == ([], "held")
+
+
+@pytest.mark.parametrize("least", [0.0, 0.1])
+def test_restarts_that_fall_between_two_steps_are_held(least: float) -> None:
+    """Cosine with hard restarts as a lambda, as libraries have it: a cycle of 36.7 steps begins just below the peak."""
+
+    def restarting(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        def factor(step: int) -> float:
+            if step < 10:
+                return step / 10
+            return least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * (((step - 10) / 36.7) % 1.0)))
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    findings, states = judge(Hyperparameters, train(130, schedule=restarting).records)
+    assert (findings, states["hyperparameters"].state) == ([], "held")
+
+
 @pytest.mark.parametrize(("key", "value"), [("betas", (0.5, 0.999)), ("eps", 1e-3), ("weight_decay", 0.0)])
 def test_other_hyperparameters_that_change_for_no_reason_are_found(key: str, value: Any) -> None:
     """C4, in the group itself."""

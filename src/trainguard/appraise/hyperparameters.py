@@ -10,7 +10,6 @@ parameter may drop out for good.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from trainguard.finding import Finding, LinkState, Outcome
 FINDINGS_PER_KIND = 5
 SMOOTH_STEPS = 20
 JUMP_LEAST = 0.02
-"""Relative change of a rate below which nothing counts as a jump."""
+"""Change of a rate, as a part of the larger one, below which nothing counts as a jump."""
 JUMP_TIMES = 5.0
 """A jump is this many times the largest change among the last SMOOTH_STEPS."""
 STEADY_STEPS = 20
@@ -209,7 +208,7 @@ class Hyperparameters:
         if old == new:
             group.moves.append(0.0)
             return
-        move = abs(new - old) / abs(old) if old else math.inf
+        move = abs(new - old) / max(abs(new), abs(old))  # of the larger: a schedule that ends at nothing may rise again
         where = f"group {index}: learning rate went from {old:.9g} to {new:.9g}"
         if schedulers and says and not any(_equal(new, each) for each in says):
             if not places:
@@ -225,7 +224,7 @@ class Hyperparameters:
             yield from self._give(evidence, "violated", ("C3",), text, expected=f"{old:.9g}", found=f"{new:.9g}")
             return
         jumps = any(scheduler.short in JUMPING for scheduler in schedulers)
-        again = any(start is not None and _equal(new, start) for start in (group.begin, group.peak))
+        again = any(start is not None and _near(new, start) for start in (group.begin, group.peak))
         group.peak = max(group.peak, old)
         group.begin = old if group.begin is None else group.begin
         if not jumps and not again and _jump(group, move):
@@ -233,7 +232,7 @@ class Hyperparameters:
             usual = max(group.moves)
             text = f"{where}: a jump of {move:.1%} in a schedule that moved by at most {usual:.2%} a step"
             yield from self._give(evidence, "suspicious", ("C3",), text, path=places[0] if places else None)
-        group.moves.append(min(move, 1e9))
+        group.moves.append(move)
 
     def _other(
         self,
@@ -369,6 +368,11 @@ def _techniques(name: str) -> tuple[str, ...]:
 
 def _equal(a: float, b: float) -> bool:
     return a == b or abs(a - b) <= 1e-6 * max(abs(a), abs(b))  # a tensor rate is float32, a scheduler's is not
+
+
+def _near(rate: float, start: float) -> bool:
+    """Whether a rate is where a cycle begins, or a step's move below it: cycles need not be whole numbers of steps."""
+    return abs(rate - start) <= JUMP_LEAST * abs(start)
 
 
 def _schedulers(value: object) -> list[_Scheduler]:

@@ -65,6 +65,8 @@ FULL_LEVEL_LIMIT, LEAN_LEVEL_LIMIT = 9, 6
 ASKED = 3
 """A step that commits is not taken at a glance, nor is the one before it: that costs about three times what asking the
 links before the update does, and is counted as a cost of committing."""
+PRESSED = 0.5
+"""Part of their budget that commits keep while the governor is pressed."""
 CPUINFO_BYTES = 16_384
 """More than one processor's part of /proc/cpuinfo; machines have hundreds of them."""
 
@@ -404,7 +406,8 @@ class Commits:
         if step.wall_ns and step.number > 2:  # the first ones load and warm up
             wall_ns = min(step.wall_ns, 4 * self.wall_ns) if self.wall_ns else step.wall_ns  # not an evaluation between
             self.wall_ns += (wall_ns - self.wall_ns) * (0.1 if self.wall_ns else 1.0)
-        spare = max(self.percent / 200.0 * self.wall_ns, 1.0)  # half of the budget for each kind of step
+        percent = self.percent * PRESSED if step.engine.governor.pressed else self.percent
+        spare = max(percent / 200.0 * self.wall_ns, 1.0)  # half of the budget for each kind of step
         lean_ns = self.lean_ns or self.full_ns / 3
         self.full_level = _level(self.full_ns, spare, FULL_LEVEL_LIMIT)
         self.lean_level = min(_level(lean_ns, spare, LEAN_LEVEL_LIMIT), self.full_level)

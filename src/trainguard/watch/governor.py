@@ -57,6 +57,11 @@ class Governor:
         if wall_ns:
             self.wall_ns += (wall_ns - self.wall_ns) * (0.1 if self.wall_ns else 1.0)
 
+    @property
+    def pressed(self) -> bool:
+        """Whether even one step in 64 costs more than the budget: what is not owed so often then gives way."""
+        return self.in_debt and self.level == TOP_LEVEL
+
     def balance_ns(self, now_ns: int) -> float:
         """What may still be spent; negative when overdrawn."""
         return self.credit_ns + self.share * (now_ns - self.began_ns) - self.own_ns

@@ -45,6 +45,9 @@ FIRST_WITHIN = 10
 SHARE = 0.0025
 """Of the wall time, at most, over the long run."""
 
+PRESSED_SHARE = 0.001
+"""The same while the governor is pressed: steps so short that looking at one in 64 is more than the budget."""
+
 CREDIT_SECONDS = 4.0
 """What the first check may cost by estimate; with larger steps it waits until SHARE has paid for it."""
 
@@ -173,7 +176,9 @@ class Truth:
         self.left: List[tape.Tape] = []
         """Tapes whose mode has not been left yet."""
         self.kinds: Dict[Any, Any] = {}
-        self.earned_ns = time.perf_counter_ns()
+        self.earned_ns = 0.0
+        """What the share of the time has paid for so far."""
+        self.paid_until_ns = time.perf_counter_ns()
         self.spent_ns = 0.0
         self.cost_ns = 0.0
         """What the last check cost."""
@@ -289,13 +294,16 @@ class Truth:
     def _affordable(self, step: Step) -> bool:
         if self.everything:
             return True
-        price = self.cost_ns or STEPS_PER_CHECK * max(step.wall_ns, step.engine.governor.wall_ns)
-        earned = SHARE * (time.perf_counter_ns() - self.earned_ns)
+        governor = step.engine.governor
+        price = self.cost_ns or STEPS_PER_CHECK * max(step.wall_ns, governor.wall_ns)
+        now = time.perf_counter_ns()
+        self.earned_ns += (PRESSED_SHARE if governor.pressed else SHARE) * (now - self.paid_until_ns)
+        self.paid_until_ns = now
         credit = CREDIT_SECONDS * 1e9
         if self.cost_ns:
             checks = CREDIT_CHECKS * len(step.engine.tracks) + self._memory(step)["rechecks"]
             credit = max(2 * price, min(checks * self.dearest_ns, credit))
-        return self.spent_ns + price <= credit + earned
+        return self.spent_ns + price <= credit + self.earned_ns
 
     def _drop(self) -> None:
         watch, self.watch = self.watch, None

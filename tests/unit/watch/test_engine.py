@@ -72,6 +72,15 @@ def test_own_time_stays_within_the_budget_in_the_long_run() -> None:
         assert len(checked) > 20_000 / 64
 
 
+def test_an_account_that_one_step_in_sixty_four_overdraws_is_pressed() -> None:
+    """At 20 ms steps it is not, at 5 ms it is, and not before the credit is gone."""
+    for step_ns, pressed in ((20_000_000, False), (5_000_000, True)):
+        governor = Governor({**SETTINGS, "links": "governed", "credit_seconds": 0.1}, 0)
+        assert not governor.pressed
+        spent(governor, count=20_000, step_ns=step_ns, full_ns=2_000_000, idle_ns=40_000)
+        assert governor.pressed is pressed
+
+
 def test_at_least_one_step_in_sixty_four_is_checked_and_its_place_is_secret() -> None:
     """Even where that costs more than the budget; another key, other places."""
 

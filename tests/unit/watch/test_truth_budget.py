@@ -14,14 +14,20 @@ CHECK_NS = 60e6
 
 
 def looks(
-    monkeypatch: pytest.MonkeyPatch, *, cost_ns: float, step_ns: float, steps: int, rechecks: int = 0
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cost_ns: float,
+    step_ns: float,
+    steps: int,
+    rechecks: int = 0,
+    pressed: bool = False,
 ) -> list[int]:
     """Steps before which a check is affordable, looked for every EVERY steps."""
     now = [0.0]
     monkeypatch.setattr(truth.time, "perf_counter_ns", lambda: now[0])
     link = truth.Truth(SimpleNamespace(settings={}))
     memory: dict[str, Any] = {truth.Truth.name: {"next": 1, "rechecks": rechecks, "said": None}}
-    governor = SimpleNamespace(wall_ns=step_ns)
+    governor = SimpleNamespace(wall_ns=step_ns, pressed=pressed)
     step: Any = SimpleNamespace(
         wall_ns=step_ns,
         engine=SimpleNamespace(tracks={1: None}, governor=governor),
@@ -43,6 +49,14 @@ def test_three_looks_come_at_once_and_then_one_as_the_share_pays(monkeypatch: py
     later = found[3:]
     assert len(later) * CHECK_NS <= truth.SHARE * 40_000 * 12e6
     assert len(later) >= 0.8 * truth.SHARE * 40_000 * 12e6 / CHECK_NS, "what is paid for is made"
+
+
+def test_where_the_budget_is_overdrawn_for_good_it_looks_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    often = looks(monkeypatch, cost_ns=CHECK_NS, step_ns=12e6, steps=40_000)
+    rarely = looks(monkeypatch, cost_ns=CHECK_NS, step_ns=12e6, steps=40_000, pressed=True)
+    assert rarely[:3] == often[:3]
+    assert len(rarely[3:]) * CHECK_NS <= truth.PRESSED_SHARE * 40_000 * 12e6
+    assert len(rarely) > 6
 
 
 def test_what_did_not_agree_is_looked_at_again_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
