@@ -43,6 +43,12 @@ OVERWRITING = frozenset(
 )
 """Random operators whose result does not pass a gradient on to their input."""
 
+ESTIMATING = ("aten::fake_quantize_", "aten::_fake_quantize_", "aten::fused_moving_avg_", "aten::_fused_moving_avg_")
+"""Operators whose backward is an estimator by design, and no derivative."""
+
+EMBEDDING = "aten::embedding"
+EMBEDDINGS = (EMBEDDING, "aten::embedding_bag", "aten::_embedding_bag", "aten::_embedding_bag_forward_only")
+
 RESHAPING = ("aten::set_", "aten::resize_", "aten::resize_as_")
 
 
@@ -155,6 +161,7 @@ class Tape:
         self.weak = sys.modules["torch.utils.weak"].TensorWeakRef
         self.plain = {torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor)}
         self.task = torch._C._current_graph_task_id
+        self.forward = torch.autograd.forward_ad
         self.mode = _mode(torch, self)
 
     # -- the mode ---------------------------------------------------------------------------------------------
@@ -191,6 +198,9 @@ class Tape:
             return None
         if self.task() != -1:
             self._backward()
+            return None
+        if getattr(self.forward, "_current_level", -1) >= 0:
+            self.fail("forward-mode derivatives")
             return None
         kind = self.kinds.get(func)
         if kind is None:
@@ -260,10 +270,13 @@ class Tape:
             if carries or kind.writes:
                 self.fail("%s is no operator of torch's own" % kind.name)
             return False
+        if carries and self._estimates(node):
+            self.fail("the backward of %s is an estimator, not a derivative" % kind.name)
+            return False
         if kind.random and not kind.attention and kind.name not in OVERWRITING and kind.name != "aten::native_dropout":
             self.fail("%s draws random numbers" % kind.name)
             return False
-        if kind.attention and float(self._named(node, "dropout_p", 0.0) or 0.0) > 0.0:
+        if kind.attention and float(self.named(node, "dropout_p", 0.0) or 0.0) > 0.0:
             self.fail("%s draws random numbers" % kind.name)
             return False
         for value in self._written(kind, args, kwargs):
@@ -275,6 +288,13 @@ class Tape:
             if constant is not None and constant.value is None:
                 constant.value = constant.tensor.detach().clone()
         return True
+
+    def _estimates(self, node: Node) -> bool:
+        """Whether what this operator hands back is by design another gradient than its derivative."""
+        name = node.kind.name
+        return name.startswith(ESTIMATING) or (
+            name in EMBEDDINGS and bool(self.named(node, "scale_grad_by_freq", False))
+        )
 
     def _updated(self, kind: _Kind, args: Any, kwargs: Any) -> bool:
         """Whether only weights are written to: another optimizer's update. New constants then."""
@@ -290,7 +310,7 @@ class Tape:
                 del self.known[id(value)]
         return True
 
-    def _named(self, node: Node, name: str, default: Any) -> Any:
+    def named(self, node: Node, name: str, default: Any) -> Any:
         if name in node.kwargs:
             return node.kwargs[name]
         position = node.kind.names.index(name) if name in node.kind.names else len(node.args)
@@ -473,6 +493,8 @@ class Replay:
         self.converted: Dict[int, Any] = {}
         self.frozen: Dict[Tuple[int, int], Any] = {}
         """(node, number of its input) → value that autograd cut off, from the unshifted run."""
+        self.padding: Dict[int, Any] = {}
+        """Number of an embedding among the nodes → its padding row in the unshifted run."""
         self.base = True
         self.wanted: Dict[int, Any] = {}
         """Slot → None: what the unshifted run is to keep; filled by it."""
@@ -554,11 +576,23 @@ class Replay:
 
         args = tuple(fill(value) for value in node.args)
         kwargs = {key: fill(value) for key, value in node.kwargs.items() if key not in ("pin_memory", "generator")}
-        for slot, value in zip(node.outputs, self._call(node, args, kwargs)):
+        results = self._call(node, args, kwargs)
+        if node.kind.name == EMBEDDING:
+            self._keep_padding(number, node, args, results[0])
+        for slot, value in zip(node.outputs, results):
             if slot is not None:
                 env[slot] = value
                 if self.base and slot in self.wanted:
                     self.wanted[slot] = value.detach().clone()
+
+    def _keep_padding(self, number: int, node: Node, args: Tuple[Any, ...], result: Any) -> None:
+        """The padding row of an embedding gets no gradient: what was looked up there is not shifted."""
+        row = self.tape.named(node, "padding_idx", -1)
+        if row < 0:
+            return
+        if self.base:
+            self.padding[number] = args[0][row].clone()
+        result[args[1] == row] = self.padding[number]
 
     def _argument(
         self, number: int, position: int, ref: Ref, node: Node, env: Dict[int, Any], shifts: Dict[int, Any]
