@@ -52,6 +52,35 @@ def test_weights_edited_between_save_and_resume_are_named_by_tensor(tmp_path: Pa
     assert "1.weight" in finding["message"] or finding["subject"]["tensor"] == "model.1.weight"
 
 
+RESUMING = SAVE.replace('sys.argv[1:] == ["resume"]', '__import__("os").path.exists("out.pt")')
+FOREIGN = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+torch.save({"model": model.state_dict(), "optimizer": torch.optim.AdamW(model.parameters()).state_dict()}, "out.pt")
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_a_locked_run_goes_on_from_what_a_run_under_the_same_lock_saved(tmp_path: Path) -> None:
+    """The command that was approved resumes by itself: its own checkpoint need not be declared, another one is told."""
+    (tmp_path / "train.py").write_text(RESUMING)
+    assert trainguard(tmp_path, "lock", "--", PYTHON, "train.py").returncode == 0
+    assert run(tmp_path, PYTHON, "train.py").verdict["verdict"] == "VERIFIED"
+    resumed = run(tmp_path, PYTHON, "train.py")
+    assert (resumed.verdict["verdict"], resumed.by("inputs")) == ("VERIFIED", [])
+    (tmp_path / ".trainguard" / "keys").rename(tmp_path / "kept")
+    (tmp_path / ".trainguard").rename(tmp_path / "gone")
+    (tmp_path / ".trainguard").mkdir()
+    (tmp_path / "kept").rename(tmp_path / ".trainguard" / "keys")
+    exec(FOREIGN.replace('"out.pt"', repr(str(tmp_path / "out.pt"))), {})
+    told = run(tmp_path, PYTHON, "train.py")
+    assert told.verdict["verdict"] == "SUSPECT"
+    (finding,) = told.by("inputs")
+    assert (finding["outcome"], finding["techniques"][0]) == ("suspicious", "E3")
+    assert "not among the inputs of the lock" in finding["message"]
+
+
 @pytest.mark.torch
 @pytest.mark.slow
 def test_a_checkpoint_with_code_that_the_job_opens_is_named(tmp_path: Path) -> None:

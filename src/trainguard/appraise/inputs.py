@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -29,10 +30,24 @@ READER_FILES = 8
 """A line that opens more different files than this reads data."""
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+SEALABLE = (*CHECKPOINTS, ".pkl", ".pickle", ".tar")
+"""What a run seals where it saves it, and another may go on from."""
+SETTLE_NS = 2_000_000_000
+"""The supervisor has looked at a file within this time after the job read it."""
 DATA = (".npy", ".npz", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".jsonl", ".idx", ".mds", ".tar", ".h5", ".pkl")
 PATHS_LIMIT = 100_000
 FOLDERS_LIMIT = 1000
 FINDING_LIMIT = 500
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsettled:
+    """A model file that the lock does not list, until the supervisor may have said what it is."""
+
+    evidence: Evidence
+    path: str
+    place: str | None
+    line: dict[str, Any]
 
 
 class Inputs:
@@ -61,11 +76,17 @@ class Inputs:
         self._told: set[tuple[str, str]] = set()
         self._changed: set[str] = set()
         self._spoke = False
+        self._lock: str | None = None
+        self._continued: set[str] = set()
+        """Files that are what runs under the same lock saved, by their seals."""
+        self._unsettled: list[_Unsettled] = []
 
     def see(self, evidence: Evidence) -> Iterator[Finding]:
         self._origins.see(evidence)
+        if self._unsettled:
+            yield from self._settle(evidence.at)
         if evidence.source != "process":
-            self._began = evidence.at if evidence.kind == "start" else self._began
+            self._supervised(evidence)
             return
         self._spoke = self._spoke or evidence.kind == "code"
         if evidence.kind != "open":
@@ -82,6 +103,16 @@ class Inputs:
             yield from self._outside(evidence, outside)
         if isinstance(evidence.body.get("skipped"), int):
             self._blind[f"process {evidence.pid} opened more files than are listed one by one"] = None
+
+    def _supervised(self, evidence: Evidence) -> None:
+        """When the run began and under what, and which files are what was sealed."""
+        if evidence.kind == "start":
+            self._began, self._lock = evidence.at, text(evidence.body.get("lock"))
+        path, sealed = text(evidence.body.get("path"), 4096), evidence.body.get("sealed")
+        if evidence.kind != "opened" or path is None or not isinstance(sealed, dict):
+            return
+        if self._lock is not None and sealed.get("lock") == self._lock and len(self._continued) < PATHS_LIMIT:
+            self._continued.add(path)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -134,18 +165,37 @@ class Inputs:
                 expected=f"sha256 {locked}",
                 found=f"sha256 {found}",
             )
-        elif not self._is_output(path, line, evidence.uid) and not _is_metadata(path):
-            yield from self._tell(
-                evidence,
-                "suspicious",
-                f"{path}, read by {place}, is not among the inputs of the lock",
-                path,
-                place,
-                line,
-                techniques=("E3", "B2") if path.endswith(CHECKPOINTS) else ("B2",),
-                expected="an input that the lock lists",
-                found=f"sha256 {found}",
-            )
+        elif self._is_output(path, line, evidence.uid) or _is_metadata(path):
+            return
+        elif path.endswith(SEALABLE):
+            self._unsettled.append(_Unsettled(evidence, path, place, line))
+        else:
+            yield from self._unlisted(evidence, path, place, line)
+
+    def _settle(self, now: int | None) -> Iterator[Finding]:
+        """Model files that are not in the lock: held where this lock's runs saved them, told where nobody says so."""
+        waiting, self._unsettled = self._unsettled, []
+        for each in waiting:
+            if each.path in self._continued:
+                self._held += 1
+            elif now is not None and now - each.evidence.at < SETTLE_NS:
+                self._unsettled.append(each)
+            else:
+                yield from self._unlisted(each.evidence, each.path, each.place, each.line)
+
+    def _unlisted(self, evidence: Evidence, path: str, place: str | None, line: dict[str, Any]) -> Iterator[Finding]:
+        found = line.get("sha256")
+        yield from self._tell(
+            evidence,
+            "suspicious",
+            f"{path}, read by {place}, is not among the inputs of the lock",
+            path,
+            place,
+            line,
+            techniques=("E3", "B2") if path.endswith(CHECKPOINTS) else ("B2",),
+            expected="an input that the lock lists",
+            found=f"sha256 {found}",
+        )
 
     def _cached(self, evidence: Evidence, path: str, place: str | None, line: dict[str, Any]) -> Iterator[Finding]:
         """What compilers and packages keep between runs: whoever can write it reaches into the job."""
@@ -292,6 +342,7 @@ class Inputs:
     # -- the balance ----------------------------------------------------------------------------------------------
 
     def end(self) -> Iterator[Finding | LinkState]:
+        yield from self._settle(None)
         yield from self._end_polled()
         if self._origins.lock is None:
             self._blind["no lock: inputs were listed and watched for changes, not compared"] = None

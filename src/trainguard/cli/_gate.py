@@ -44,6 +44,7 @@ from trainguard.scan.formats.zips import BadZip, find_directory
 from trainguard.scan.source import FileSource
 from trainguard.scan.trust import parse_trust_line
 from trainguard.seal.ledger import Ledger, read_ledger
+from trainguard.seal.report import SealReport
 from trainguard.seal.verify import verify_seal
 from trainguard.watch.loads import begins_like_model
 
@@ -81,6 +82,8 @@ class Answer:
     report: FileReport | None
     why: str | None
     """One sentence why `stop` refuses it; None where it may be read."""
+    sealed: dict[str, Any] | None = None
+    """Run, step and lock of the seal in our log that it was found equal to."""
 
 
 class Gate:
@@ -206,9 +209,12 @@ class Gate:
             path=request.path, verdict=report.verdict, tier=self._scan.tier, policy="", version="", files=(report,)
         )
         found = [finding for finding in whole.to_findings(run=self._run) if finding.outcome == "violated"]
+        sealed = None
         if not own and self._is_sealed(descriptor, request.path):
-            found += verify_seal(Path(request.path), home=self._home).findings
-        return Answer(tuple(found), report, _why(report, found, own))
+            seal = verify_seal(Path(request.path), home=self._home)
+            found += seal.findings
+            sealed = sealed_as(seal)
+        return Answer(tuple(found), report, _why(report, found, own), sealed)
 
     def _is_sealed(self, descriptor: int, path: str) -> bool:
         """Whether our log has a seal of the place this descriptor is opened from."""
@@ -247,7 +253,16 @@ class Gate:
             "why": answer.why,
             "refused": self.stops and answer.why is not None,
         }
+        if answer.sealed is not None:
+            body["sealed"] = answer.sealed
         self._add("opened", body, step=request.step, pid=request.pid)
+
+
+def sealed_as(report: SealReport) -> dict[str, Any] | None:
+    """What the record `opened` says of a seal that held; None where it did not."""
+    if report.status != "upheld" or report.findings:
+        return None
+    return {"run": report.run, "step": report.step, "lock": report.lock}
 
 
 def _owner(descriptor: int, path: str) -> list[int] | None:

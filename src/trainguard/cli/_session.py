@@ -29,7 +29,7 @@ from trainguard.appraise.origin import guard_files
 from trainguard.appraise.ranks import member_of
 from trainguard.appraise.verdict import Verdict
 from trainguard.archive import LogLeaves, RunWriter
-from trainguard.cli._gate import Gate
+from trainguard.cli._gate import Gate, sealed_as
 from trainguard.cli._progress import working
 from trainguard.digest import canonical_json
 from trainguard.envelope import load_or_create_key, load_public_key
@@ -388,9 +388,13 @@ class _Sealer:
         """Look at a model file the job opened: is it code (E1), and is it what our log has a seal of?"""
         findings = [f for f in vet(path).to_findings(run=self._run) if f.outcome == "violated"]
         ledger = read_ledger(self._home, load_public_key(self._home.keys / "attestation.pub"))
+        body: dict[str, Any] = {"path": str(path)}
         if ledger is not None and ledger.newest(place=str(path.resolve())) is not None:
-            findings.extend(verify_seal(path, home=self._home).findings)
-        self._add("opened", {"path": str(path), "findings": msgspec.to_builtins(findings)}, step=step)
+            seal = verify_seal(path, home=self._home)
+            findings.extend(seal.findings)
+            if (sealed := sealed_as(seal)) is not None:
+                body["sealed"] = sealed
+        self._add("opened", {**body, "findings": msgspec.to_builtins(findings)}, step=step)
 
 
 def _read_paths(evidence: Evidence) -> list[Path]:

@@ -126,6 +126,39 @@ def test_what_a_locked_package_keeps_for_itself_is_no_input(path: str, by: str |
         Evidence(n=1, at=0, source="process", kind="open", body={"files": [line]}, process=0, uid=1000),
     ]
     found = [finding for record in records for finding in check.see(record)]
+    found += [outcome for outcome in check.end() if isinstance(outcome, Finding)]
+    assert [finding.outcome for finding in found] == outcomes
+
+
+@pytest.mark.parametrize(
+    ("sealed", "late", "outcomes"),
+    [
+        ({"run": "before", "step": 5, "lock": "a" * 64}, False, []),
+        ({"run": "before", "step": 5, "lock": "a" * 64}, True, []),
+        ({"run": "before", "step": 5, "lock": "c" * 64}, False, ["suspicious"]),
+        ({"run": "before", "step": 5, "lock": None}, False, ["suspicious"]),
+        (None, False, ["suspicious"]),
+        ("yes", False, ["suspicious"]),
+    ],
+)
+def test_a_checkpoint_that_the_lock_does_not_list_is_held_where_its_own_runs_sealed_it(
+    sealed: object, late: bool, outcomes: list[str]
+) -> None:
+    """Whether the supervisor looked at the file before the job told of it or after; another lock's says nothing."""
+    body, blobs = locked()
+    check = Inputs(Context(run="r", policy=Policy(), blob=blobs.__getitem__))
+    line = {"path": "/job/last.pt", "mode": "r", "sha256": "b" * 64, "size": 1, "place": "/job/train.py:3", "uid": 1000}
+    opened = Evidence(
+        n=2, at=1, source="supervisor", kind="opened", body={"path": "/job/last.pt", "sealed": sealed, "findings": []}
+    )
+    told = Evidence(n=3, at=2, source="process", kind="open", body={"files": [line]}, process=0, uid=1000)
+    records = [
+        Evidence(n=0, at=0, source="supervisor", kind="start", body={"lock": "a" * 64}),
+        Evidence(n=1, at=0, source="supervisor", kind="measurement", body=body),
+        *((told, opened) if late else (opened, told)),
+        Evidence(n=4, at=3 * 10**9, source="supervisor", kind="heartbeat", body={}),
+    ]
+    found = [finding for record in records for finding in check.see(record)]
     assert [finding.outcome for finding in found] == outcomes
 
 
