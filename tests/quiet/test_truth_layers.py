@@ -97,6 +97,23 @@ class Forward(Layer):
         return self.linear(h) + torch.func.jvp(self.linear, (h,), (torch.ones_like(h),))[1]  # type: ignore[no-any-return]
 
 
+def smoothed(x: torch.Tensor, times: int) -> torch.Tensor:
+    for _ in range(times):
+        x = x * 0.5 + x.mean() * 0.5
+    return x
+
+
+class Scripted(Layer):
+    """TorchScript takes its gradient by itself, from the second call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.smoothed = torch.jit.script(smoothed)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.smoothed(self.linear(h), 2)  # type: ignore[no-any-return]
+
+
 def trained(layer: type[Layer], zeroed: int | None = None) -> tuple[list[Finding], LinkState]:
     """What the check says of 14 steps with this layer; zeroed: a word whose gradient is lost from step 8 on."""
 
@@ -131,6 +148,7 @@ def test_padding_that_gets_no_gradient_holds(layer: type[Layer]) -> None:
         (Scaled, "the backward of aten::embedding is an estimator"),
         (Quantized, "the backward of aten::fake_quantize_per_tensor_affine"),
         (Forward, "forward-mode derivatives"),
+        (Scripted, "torch::jit::(anonymous namespace)::DifferentiableGraphBackward"),
     ],
 )
 def test_a_backward_that_is_no_derivative_by_design_is_blind(layer: type[Layer], reason: str) -> None:

@@ -117,7 +117,9 @@ class Index:
             if inner.co_flags & 1:  # CO_OPTIMIZED: a function, not a class body
                 self.functions[inner.co_name] = (*self.functions.get(inner.co_name, ()), inner)
             else:
-                self.classes[inner.co_name] = _methods(inner)
+                methods = self.classes.setdefault(inner.co_name, {})  # a class may stand in both branches of an `if`
+                for name, found in _methods(inner).items():
+                    methods[name] = (*methods.get(name, ()), *found)
 
     def _walk(self, parent: Any) -> None:
         for inner in _nested(parent):

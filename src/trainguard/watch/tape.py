@@ -49,6 +49,9 @@ ESTIMATING = ("aten::fake_quantize_", "aten::_fake_quantize_", "aten::fused_movi
 EMBEDDING = "aten::embedding"
 EMBEDDINGS = (EMBEDDING, "aten::embedding_bag", "aten::_embedding_bag", "aten::_embedding_bag_forward_only")
 
+NATIVE = "CppFunction"
+"""Type of an autograd function that was made in native code."""
+
 RESHAPING = ("aten::set_", "aten::resize_", "aten::resize_as_")
 
 
@@ -473,7 +476,9 @@ class Tape:
             self.fail("backward started from what was computed before the step")
             return
         root = Root(slot, tensor.detach(), seed.detach() if seed is not None else None, place)
-        root.sources = _sources(tensor)
+        root.sources, native = _sources(tensor)
+        if native is not None:
+            self.fail("%s is in the graph, whose forward autograd does not see" % native)
         self.roots.append(root)
         if tell:
             self.on_root(len(self.roots) - 1)
@@ -784,9 +789,10 @@ def _outside(frame: Any) -> str:
     return "?"
 
 
-def _sources(tensor: Any) -> List[List[str]]:
-    """Custom autograd functions in the graph of `tensor`."""
+def _sources(tensor: Any) -> Tuple[List[List[str]], Optional[str]]:
+    """Custom autograd functions in the graph of `tensor`; and one of native code, as TorchScript makes them."""
     found: List[List[str]] = []
+    native: Optional[str] = None
     seen: Set[Any] = set()
     waiting = [tensor.grad_fn]
     while waiting and len(seen) < GRAPH_LIMIT:
@@ -794,6 +800,8 @@ def _sources(tensor: Any) -> List[List[str]]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node).__name__ == NATIVE:
+            native = str(node.name())[:100]
         forward = getattr(type(node), "_forward_cls", None)
         if forward is not None and len(found) < SOURCES_LIMIT:
             name = "%s.%s" % (forward.__module__, forward.__qualname__)
@@ -801,7 +809,7 @@ def _sources(tensor: Any) -> List[List[str]]:
             if entry not in found:
                 found.append(entry)
         waiting.extend(each for each, _ in node.next_functions)
-    return found
+    return found, native
 
 
 def place_of(function: Any) -> str:
