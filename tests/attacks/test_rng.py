@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.helpers.loading import fit
+from tests.helpers.loading import BATCH, Table, fit
 from tests.helpers.recorded import judge
 from tests.helpers.training import Run, looks_fine, train
+from torch.utils.data import DataLoader, Dataset
 
 from trainguard.appraise import walks
 from trainguard.appraise.gradients import Gradients
@@ -264,3 +266,37 @@ def test_steps_that_a_guard_short_of_time_did_not_read_are_no_departure(monkeypa
     findings, states = judge(Rng, records)
     assert findings == []
     assert any("more between two steps than a judge walks" in reason for reason in states["rng.numpy"].blind)
+
+
+@pytest.mark.parametrize(("drops", "found"), [(0.0, []), (0.3, ["D1"])])
+def test_another_pass_over_data_that_draw_no_numbers_stands_still_and_dropout_must_not(
+    drops: float, found: list[str]
+) -> None:
+    """Augmentation in this process for two passes, then the plain table; a stream held still is another matter."""
+
+    class Augmented(Dataset[Any]):
+        def __init__(self, table: Table) -> None:
+            self.table, self.plain = table, False
+
+        def __len__(self) -> int:
+            return len(self.table)
+
+        def __getitem__(self, index: int) -> Any:
+            x, y = self.table[index]
+            return (x if self.plain else x + 0.1 * torch.randn_like(x)), y
+
+    data = Augmented(Table())
+    held: list[torch.Tensor] = []
+
+    def before_pass(number: int) -> None:
+        data.plain = number > 1
+
+    def after_step(step: int) -> None:
+        if data.plain and drops:
+            held.append(torch.get_rng_state())
+            torch.set_rng_state(held[0])
+
+    loader = DataLoader(data, batch_size=BATCH)
+    records = fit(loader, passes=3, before_pass=before_pass, after_step=after_step, dropout=drops)
+    findings, _ = judge(Rng, records)
+    assert sorted({finding.techniques[0] for finding in findings}) == found

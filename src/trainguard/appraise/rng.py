@@ -68,6 +68,10 @@ class _Stream:
     """Step at which the state was last a new one."""
     movers: set[int] = field(default_factory=set)
     """Optimizers before whose steps it moves. Another one begins another phase of the training, which may draw none."""
+    moved_at_epoch: bool = False
+    """It last moved at a step before which a loader began a pass: another pass, over data that may need no numbers."""
+    drops: bool = False
+    """A module in training mode draws, as last said."""
     frozen_told: bool = False
     repeating: bool = False
     """The state before the last step had been there already: the stream runs along an old path."""
@@ -271,6 +275,7 @@ class Rng:
         self, evidence: Evidence, value: dict[str, object], stream: _Stream, seeding: _Departure | None
     ) -> Iterator[Finding]:
         state = str(value["torch"])[:64]
+        stream.drops = value.get("dropout", stream.drops) is True
         beginning = evidence.body.get("index") == 1 or stream.steps == 1
         reading = self._read(stream, "torch", state, _whole(value, "torch"), beginning=beginning or seeding is not None)
         jumped, stream.jumped = stream.jumped or reading.kind in ("left", "seeded"), False
@@ -284,7 +289,8 @@ class Rng:
         if state == stream.last:
             stream.still += 1
             stream.moved[opt] = 0
-            if opt in stream.movers and stream.still >= FROZEN_STEPS and not stream.frozen_told:
+            another_pass = stream.moved_at_epoch and not stream.drops
+            if opt in stream.movers and stream.still >= FROZEN_STEPS and not stream.frozen_told and not another_pass:
                 stream.frozen_told = True
                 self._broken += 1
                 text = (
@@ -297,6 +303,7 @@ class Rng:
                 stream.movers.add(opt)
             stream.still = 0
             stream.since = evidence.step or 0
+            stream.moved_at_epoch = stream.at_epoch
             repeating, stream.repeating = stream.repeating, known is not None
             if known is not None and seeding is None and not repeating:
                 text = f"torch's generator was put back to its state before step {known}"
