@@ -188,7 +188,8 @@ class Inputs:
         yield from self._tell(
             evidence,
             "suspicious",
-            f"{path}, read by {place}, is not among the inputs of the lock",
+            f"{path}, read by {place}, is not among the inputs of the lock (data are named with --data when it is made, "
+            f"what an earlier run left with --output)",
             path,
             place,
             line,
