@@ -188,7 +188,7 @@ class Inputs:
         yield from self._tell(
             evidence,
             "suspicious",
-            f"{path}, read by {place}, is not among the inputs of the lock (data are named with --data when it is made, "
+            f"{path}, read by {place}, is not among the inputs of the lock (data are named with --data in making it, "
             f"what an earlier run left with --output)",
             path,
             place,

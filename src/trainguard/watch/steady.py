@@ -197,7 +197,7 @@ class Steady:
                 del space.held[name]
             else:
                 space.held[name] = found
-            if is_plain(value) and (found is MISSING or is_plain(found)):
+            if is_plain(value) and not _leads_to_code(found):
                 where = self.stored(name, space.homes)
                 self.tell(
                     label, "value", where[0][0] if where else None, None, _shown(found), _shown(value), stores=where
@@ -330,6 +330,11 @@ def is_plain(value: Any) -> bool:
 def callable_like(value: Any) -> bool:
     """A function, native function, method or descriptor of one."""
     return isinstance(value, (_Function, _Builtin, staticmethod, classmethod, property, functools.partial))
+
+
+def _leads_to_code(value: Any) -> bool:
+    """Whether calling it would run something: then what it is counts, and not what it says."""
+    return callable_like(value) or isinstance(value, (type, _Module)) or "__call__" in _all_names(type(value))
 
 
 class Hung:
@@ -468,4 +473,7 @@ def _shown(value: Any) -> str:
         return "nothing"
     if isinstance(value, _Id) or value is EMPTY:
         return "another object"
-    return repr(value)[:200] if is_plain(value) else "%s at %s" % (origin(value)[1], origin(value)[0])
+    if is_plain(value):
+        return repr(value)[:200]
+    place, name = origin(value)
+    return "%s at %s" % (name, place) if _leads_to_code(value) else "an object of %s" % name

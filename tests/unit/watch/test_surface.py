@@ -1,12 +1,14 @@
-"""What the index of a source file knows of its functions."""
+"""What the index of a source file knows of its functions, and what is told of values that moved."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-from trainguard.watch import surface
+from trainguard.watch import steady, surface
 
 TWICE = """
 if flag:
@@ -23,3 +25,31 @@ def test_a_class_that_stands_in_both_branches_has_the_methods_of_both() -> None:
     """torch.jit defines ScriptModule twice, for where scripting is switched off."""
     methods = surface.Index(compile(TWICE, "/job/twice.py", "exec"), None).classes["Scripted"]
     assert {name: len(found) for name, found in methods.items()} == {"__init__": 2, "run": 1}
+
+
+class Settings:
+    """As a library's configuration has them."""
+
+    def __init__(self) -> None:
+        self.architectures: Any = None
+        self.rate: Any = 0.1
+        self.width: Any = 8
+
+
+def test_a_setting_that_becomes_a_list_is_a_value_and_one_that_becomes_code_has_moved() -> None:
+    """A library notes the model's class in its configuration as it saves: data, weighed by who assigns it."""
+    told: list[tuple[str, str, str | None]] = []
+
+    def tell(label: str, kind: str, place: Any, name: Any, found: str | None = None, *_: Any, **__: Any) -> None:
+        told.append((label, kind, found))
+
+    settings = Settings()
+    kept = steady.Steady(tell)
+    kept.fields(settings, "settings")
+    settings.architectures, settings.rate, settings.width = ["Net"], (lambda: 0.2), 9
+    list(kept.look([]))
+    assert told == [
+        ("settings.architectures", "value", "an object of builtins.list"),
+        ("settings.rate", "moved", None),
+        ("settings.width", "value", "9"),
+    ]
