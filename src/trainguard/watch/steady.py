@@ -197,6 +197,8 @@ class Steady:
                 del space.held[name]
             else:
                 space.held[name] = found
+            if value is None and self._filled(space, found):
+                continue
             if is_plain(value) and not _leads_to_code(found):
                 where = self.stored(name, space.homes)
                 self.tell(
@@ -205,6 +207,13 @@ class Steady:
             else:
                 kind = "moved" if space.own else "replaced"
                 self.tell(label, kind, *origin(found), was=origin(value)[0])
+
+    def _filled(self, space: Space, found: Any) -> bool:
+        """Whether an empty field of a library's object holds a container now: what those hold is not looked at."""
+        loaded = code.current()
+        if loaded is None or not space.homes or is_plain(found) or found is MISSING or _leads_to_code(found):
+            return False
+        return space.kind == "object" and space.homes[0].startswith(loaded._libraries)
 
     def _kind_moved(self, kind: Kind) -> None:
         of = kind.type

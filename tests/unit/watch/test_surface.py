@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,20 +38,25 @@ class Settings:
         self.width: Any = 8
 
 
-def test_a_setting_that_becomes_a_list_is_a_value_and_one_that_becomes_code_has_moved() -> None:
-    """A library notes the model's class in its configuration as it saves: data, weighed by who assigns it."""
+@pytest.mark.parametrize("library", [False, True])
+def test_a_setting_that_becomes_a_list_is_a_value_and_one_that_becomes_code_has_moved(
+    library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library notes the model's class in its own configuration as it saves: an empty field that is filled."""
     told: list[tuple[str, str, str | None]] = []
 
     def tell(label: str, kind: str, place: Any, name: Any, found: str | None = None, *_: Any, **__: Any) -> None:
         told.append((label, kind, found))
 
+    loaded = SimpleNamespace(_libraries=(str(Path(__file__).parent) if library else "/none",), known={})
+    monkeypatch.setattr(steady.code, "current", lambda: loaded)
     settings = Settings()
     kept = steady.Steady(tell)
     kept.fields(settings, "settings")
     settings.architectures, settings.rate, settings.width = ["Net"], (lambda: 0.2), 9
     list(kept.look([]))
     assert told == [
-        ("settings.architectures", "value", "an object of builtins.list"),
+        *([] if library else [("settings.architectures", "value", "an object of builtins.list")]),
         ("settings.rate", "moved", None),
         ("settings.width", "value", "9"),
     ]
