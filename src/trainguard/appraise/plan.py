@@ -78,12 +78,11 @@ class Plan:
             required=self._required,
         )
         if self._plan is not None:
-            varied = (
-                (f"the reference runs differ in {', '.join(self._plan.varied)}"[:500],) if self._plan.varied else ()
-            )
-            reasons = (*dict.fromkeys(self._resumed.values()), *varied)
+            reasons = dict.fromkeys(self._resumed.values())
+            if self._plan.varied:
+                reasons[f"the reference runs differ in {', '.join(self._plan.varied)}"[:500]] = None
             held, broken = self._held[COURSE], self._broken[COURSE]
-            yield LinkState(link=COURSE, held=held, broken=broken, blind=reasons, required=False)
+            yield LinkState(link=COURSE, held=held, broken=broken, blind=tuple(reasons), required=False)
 
     def _read(self, lock: object) -> None:
         if not isinstance(lock, str):

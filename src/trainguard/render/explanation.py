@@ -60,6 +60,10 @@ ASKS: dict[str, str] = {
 REMEDIES: tuple[tuple[str, str], ...] = (
     (r"^no lock|\bno lock:", "approve what runs, then run again: trainguard lock -- CMD"),
     (r"holds no plan", "make one of approved runs: trainguard lock --plan RUN --plan RUN -- CMD"),
+    (
+        r"reference runs differ in",
+        "nothing where the script leaves it to chance; else seed it and plan again",
+    ),
     (r"make it of two sizes", "record runs with other numbers of ranks and name them too: trainguard lock --plan RUN"),
     (r"it was started again;|it goes on from saved state", "replay covers it: trainguard audit"),
     (r"not measured|nothing was measured|no measurement", "find out why measuring failed: trainguard preflight -- CMD"),
@@ -159,7 +163,7 @@ def explain(verdict: Verdict) -> Explanation:
 def remedy(link: str, reason: str) -> str:
     """What would make visible what `reason` says was not seen."""
     fitting = (advice for pattern, advice in REMEDIES if re.search(pattern, reason[:1000]))
-    return next(fitting, f"see docs/checks/{link}.md")
+    return next(fitting, f"see docs/checks/{link.partition('.')[0]}.md")
 
 
 def _link(link: LinkState, verdict: Verdict) -> Link:

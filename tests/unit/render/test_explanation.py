@@ -64,6 +64,7 @@ def test_blindness_comes_with_what_would_lift_it():
 def test_a_reason_nobody_foresaw_points_to_the_check_s_own_page():
     """There is always a next step."""
     assert remedy("weights", "the moon was full") == "see docs/checks/weights.md"
+    assert remedy("plan.course", "the moon was full") == "see docs/checks/plan.md"
 
 
 def test_the_text_has_every_link_reason_and_approval():
